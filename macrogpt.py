@@ -1,0 +1,5484 @@
+#!/usr/bin/env python3
+"""macrogpt: one file, no packages, a small living mind.
+
+A tiny GPT that trains in the background while its owner talks with it, learns what the owner
+writes into `nonames.txt` and says in the chat, and keeps every word and weight in one SQLite file.
+
+    python macrogpt.py                      chat
+    python macrogpt.py ask "Who are you?"   one reply
+    python macrogpt.py --help               everything else
+
+Map (text flows round a ring; the code reads from top to bottom):
+
+     0 CONFIG      every setting with its unit and range, every error with its remedy
+     1 CORPUS      the owner's file, read as it is: lines, exchanges, what changed
+     2 TOKENIZER   text to ids and back, byte-level BPE that only appends
+     3 KERNELS     every hot loop, once, as plain typed functions over flat buffers
+     4 ENGINE      runs the kernels, with faster twins where plain loops are slow
+     5 AUTOGRAD    values that remember where they came from
+     6 LAYERS      the operations of a transformer, forward beside backward
+     7 MODEL       ids to logits: a Llama-shaped GPT with appended low-rank deltas
+     8 OPTIMIZER   AdamW whose moments live in the parameters they move
+     9 SAMPLING    from logits to one id: a chain of filters
+    10 TRAINING    windows, steps, and bits per character
+    11 MEMORY      one SQLite file that is the whole being
+    12 VOICE       how memory and model speak together
+    13 ORGANISM    the one owner of changing state; the trainer and its supervisor
+    14 INTERFACE   commands, terminal, reports
+
+Letters in shapes: B batch, T time (rows), C channels, H heads, D head width, V vocabulary, R rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import codecs
+import collections
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import heapq
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import queue
+import random
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import unicodedata
+import zlib
+from array import array
+from bisect import bisect_left, bisect_right
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass, field
+from itertools import accumulate, repeat
+from math import dist, exp, log, sqrt
+from operator import add, itemgetter, mul
+from typing import (AbstractSet, Any, BinaryIO, Callable, Container, DefaultDict, Deque, Dict,
+                    FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, TextIO,
+                    Tuple, Union)
+
+__version__ = "0.1.0"
+
+# ──────────────────────────────────────────────────────────────────────────────────────
+# 0 · CONFIG — every number has a name, a unit and a reason   uses:
+# ──────────────────────────────────────────────────────────────────────────────────────
+#
+# One frozen dataclass holds every setting. Each field states its range in its own declaration,
+# so that a wrong value is refused before anything starts, with the remedy in the same line.
+
+
+class MacroGPTError(Exception):
+    """Something the owner can mend; its text says what was found, what was expected, what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(MacroGPTError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+    exit_code = 2
+
+
+class UsageError(MacroGPTError):
+    """A command was called with words that it does not take."""
+
+    exit_code = 2
+
+
+class CorpusError(MacroGPTError):
+    """A text file cannot be read."""
+
+
+class StoreError(MacroGPTError):
+    """The memory file cannot be opened, read or written."""
+
+
+class EngineError(MacroGPTError):
+    """The engine asked for is not to be had on this machine."""
+
+
+class TrainerError(MacroGPTError):
+    """The trainer process cannot do its work."""
+
+
+def _setting(default: Any, doc: str, low: float = -math.inf, high: float = math.inf) -> Any:
+    """Return a dataclass field with its meaning and its closed range."""
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of the organism; `--set FIELD=VALUE` reaches each.  Raises ConfigError."""
+
+    # files
+    corpus_path: str = _setting("nonames.txt", "the owner's text file; only ever read")
+    db_path: str = _setting("memory.sqlite3", "the one file that holds the organism")
+    max_corpus_lines: int = _setting(8000, "lines kept of the corpus", 1, 10_000_000)
+    max_line_chars: int = _setting(240, "characters kept of one line", 16, 100_000)
+    held_out_share: float = _setting(0.1, "share of documents never trained on", 0.0, 0.5)
+    # model
+    n_layer: int = _setting(2, "transformer blocks", 1, 64)
+    n_embd: int = _setting(72, "channels C", 2, 8192)
+    n_head: int = _setting(4, "attention heads H", 1, 128)
+    n_ff: int = _setting(0, "SwiGLU width; 0 means 8/3·C, a multiple of 8", 0, 32768)
+    block_size: int = _setting(96, "window T in tokens", 8, 8192)
+    rope_base: float = _setting(10_000.0, "RoPE's base", 2.0)
+    norm_eps: float = _setting(1e-5, "RMSNorm's epsilon", 1e-12, 1e-1)
+    dropout: float = _setting(0.1, "share of channels dropped while training", 0.0, 0.9)
+    # tokenizer
+    max_merges: int = _setting(512, "merges the tokenizer may learn", 0, 100_000)
+    min_pair_count: int = _setting(8, "a pair seen less often is not merged", 2)
+    min_merge_chars: int = _setting(2000, "smaller corpora stay bytes", 0)
+    # training
+    warmup_steps: int = _setting(1200, "steps of the first training of the base", 1)
+    micro_steps: int = _setting(32, "steps of the smallest burst after that", 1)
+    batch_size: int = _setting(4, "windows in a full batch B", 1, 4096)
+    small_batch_tokens: int = _setting(100_000, "tokens trained with half batches first", 0)
+    # 0.01 was planned; 0.005 with these betas measured 0.17 bits per character better
+    learning_rate: float = _setting(0.005, "AdamW's peak rate", 1e-7, 1.0)
+    delta_rate: float = _setting(0.003, "peak rate of a burst into a delta", 1e-7, 1.0)
+    beta1: float = _setting(0.8, "AdamW's first decay", 0.0, 0.9999)
+    beta2: float = _setting(0.95, "AdamW's second decay", 0.0, 0.99999)
+    eps_adam: float = _setting(1e-8, "AdamW's epsilon", 1e-16, 1.0)
+    weight_decay: float = _setting(0.0, "decoupled decay of matrices", 0.0, 1.0)
+    grad_clip: float = _setting(1.0, "largest global norm of a gradient", 1e-6)
+    rate_warmup: float = _setting(0.02, "share of a schedule spent rising", 0.0, 1.0)
+    replay_share: float = _setting(0.5, "share of a burst's windows that repeat old text", 0.0, 1.0)
+    patience: int = _setting(4, "evaluations without a gain before a warm-up ends", 1)
+    eval_steps: int = _setting(50, "steps between held-out evaluations", 1)
+    eval_chars: int = _setting(6000, "held-out characters in one evaluation", 100)
+    # a line added to the corpus is always learned at once; this is for what is said in the chat
+    min_new_chars_to_train: int = _setting(240, "characters said before a burst starts", 1)
+    # adapters
+    delta_rank: int = _setting(8, "rank R of a delta", 1, 1024)
+    max_delta_modules: int = _setting(12, "deltas kept before the oldest folds into the base", 1, 1000)
+    delta_seal_chars: int = _setting(20_000, "new characters a delta takes before it is sealed", 1)
+    # organism
+    commit_seconds: float = _setting(20.0, "seconds between commits of the trainer", 0.1)
+    tick_seconds: float = _setting(0.5, "seconds between looks at the corpus file", 0.05, 60.0)
+    seed: int = _setting(1, "the seed of everything random", 0)
+    # sampling
+    temperature: float = _setting(0.85, "0 is greedy", 0.0, 100.0)
+    top_k: int = _setting(40, "0 is off", 0)
+    top_p: float = _setting(0.92, "1 is off", 0.0, 1.0)
+    min_p: float = _setting(0.06, "0 is off", 0.0, 1.0)
+    typical_p: float = _setting(0.95, "1 is off", 0.0, 1.0)
+    top_n_sigma: float = _setting(0.0, "0 is off", 0.0)
+    xtc_probability: float = _setting(0.0, "0 is off", 0.0, 1.0)
+    xtc_threshold: float = _setting(0.1, "least likelihood XTC looks at", 0.0, 1.0)
+    repeat_penalty: float = _setting(1.1, "1 is off", 0.01, 10.0)
+    repeat_last_n: int = _setting(64, "tokens the penalties look back", 0)
+    presence_penalty: float = _setting(0.0, "0 is off", -10.0, 10.0)
+    frequency_penalty: float = _setting(0.0, "0 is off", -10.0, 10.0)
+    dry_multiplier: float = _setting(0.8, "0 is off", 0.0, 100.0)
+    dry_base: float = _setting(1.75, "growth of DRY's penalty a token", 1.0, 10.0)
+    dry_allowed_length: int = _setting(4, "repeats up to this length are free", 1)
+    samplers: str = _setting(
+        "penalties,dry,top_n_sigma,top_k,typical_p,top_p,min_p,xtc,temperature",
+        "order of the chain, separated by commas")
+    max_gen_tokens: int = _setting(180, "longest reply in tokens", 1, 100_000)
+    # voice
+    recall_score: float = _setting(0.62, "match from which memory answers by itself", 0.0, 1.0)
+    trust_bpc: float = _setting(2.3, "held-out bits per character from which the model speaks", 0.0)
+    # bench
+    bench_vocab: int = _setting(512, "vocabulary of the benchmark's model", 2, 1_000_000)
+    bench_seconds: float = _setting(4.0, "seconds for each measurement", 0.1, 3600.0)
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _check_setting(f, getattr(self, f.name))
+        if self.n_embd % self.n_head:
+            raise ConfigError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}; "
+                              f"try {self.n_embd + self.n_head - self.n_embd % self.n_head}")
+        if self.n_embd // self.n_head % 2:
+            raise ConfigError(f"n_embd/n_head is {self.n_embd // self.n_head} and must be even for "
+                              f"RoPE's pairs; try n_embd={self.n_embd + self.n_head}")
+
+    @property
+    def ff_width(self) -> int:
+        """The SwiGLU width: n_ff, or 8/3·C rounded to a multiple of 8."""
+        return self.n_ff or max(8, round(self.n_embd / 3) * 8)
+
+    def replace(self, assignments: Iterable[str]) -> "Config":
+        """Return a Config changed by "FIELD=VALUE" texts.  Raises ConfigError."""
+        values = dict(parse_assignment(text) for text in assignments)
+        return dataclasses.replace(self, **values)
+
+
+def _check_setting(f: "dataclasses.Field[Any]", value: Any) -> None:
+    """Raise ConfigError unless value has the field's type and lies in its range."""
+    expected = type(f.default)
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected:
+        raise ConfigError(f"{f.name}={value!r} is of type {type(value).__name__}, expected "
+                          f"{expected.__name__}; the default is {f.default!r}")
+    if expected is str:
+        if not value or "\0" in value:
+            raise ConfigError(f"{f.name}={value!r} is empty or has a NUL; the default is {f.default!r}")
+        return
+    low, high = f.metadata["low"], f.metadata["high"]
+    if not (low <= value <= high and math.isfinite(value)):
+        raise ConfigError(f"{f.name}={value!r} is out of range: expected {_range_text(low, high)} "
+                          f"({f.metadata['doc']}); the default is {f.default!r}")
+
+
+def _range_text(low: float, high: float) -> str:
+    if high == math.inf:
+        return f"a number from {low:g} up"
+    return f"a number from {low:g} to {high:g}"
+
+
+def parse_assignment(text: str) -> Tuple[str, Any]:
+    """Return ("top_k", 40) for "top_k=40", converted to the field's type.  Raises ConfigError."""
+    name, equals, raw = text.partition("=")
+    name = name.strip()
+    known = {f.name: f for f in dataclasses.fields(Config)}
+    if not equals:
+        raise ConfigError(f"found {text!r}, expected FIELD=VALUE; for example top_k=40")
+    if name not in known:
+        raise ConfigError(f"there is no setting {name!r}; {_nearest_hint(name, list(known))}")
+    expected = type(known[name].default)
+    try:
+        return name, expected(raw.strip() if expected is not str else raw)
+    except ValueError:
+        raise ConfigError(f"{name}={raw!r} is no {expected.__name__}; "
+                          f"the default is {known[name].default!r}") from None
+
+
+def _nearest_hint(word: str, known: Sequence[str]) -> str:
+    """Return a sentence with the known words most like the one found."""
+    import difflib  # only a mistake pays for this import
+    near = difflib.get_close_matches(word, known, 3, 0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
+
+
+# ──────────────────────────────────────────────────────────────────────────────────────
+# 1 · CORPUS — the owner's words, read and never written   uses: 0
+# ──────────────────────────────────────────────────────────────────────────────────────
+# A corpus is a file that people edit by hand: one sentence a line, `H:` and `A:` lines in a row
+# for an exchange, a blank line between documents. Whatever bytes it holds, reading ends, in
+# bounded memory, with as many of its words as can be had. Bytes become characters block by block,
+# characters become clean lines, lines become documents, and a document is known by the hash of
+# its text, never by its place. So an edit shows as a few keys come and a few gone, the sample of
+# a file too big to keep hardly moves, and what is held out for the exam is held out for ever.
+
+BLOCK_CHARS = 1 << 16        # read at a time; 1 << 14 took as long, 1 << 18 a fifth longer
+MAX_LINE_PIECES = 64         # the most lines that one overlong line may become
+WHOLE_LINES = 16             # a run of lines up to this long is always one document
+LONGEST_EXCHANGE_LINES = 64  # where even an answer may be parted from its question
+CHUNK_ODDS = 8               # in a longer run one line in so many begins a new document
+MARKERS = ("H:", "A:")
+AnyPath = Union[str, os.PathLike]
+
+# A byte b that is not UTF-8 is decoded to chr(0xDC00 + b), the lone surrogate of PEP 383, which no
+# valid text contains; _mend gives it its cp1252 letter, or Latin-1's where cp1252 has a hole.
+_STRAY = re.compile(r"[\udc80-\udcff]")
+_STRAY_LETTERS = "".join(
+    chr(byte) if letter == "\ufffd" else letter
+    for byte, letter in enumerate(bytes(range(128, 256)).decode("cp1252", "replace"), 128))
+# What no clean line holds: controls (save the line feed), line separators, BOMs, lone surrogates.
+_ODD = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
+_SENTENCE_END = re.compile(r"[.!?…][\"'”’»)\]]*(?=\s)|[。！？]")
+
+
+def _mend(text: str) -> str:
+    """Return text with the stray bytes in it as letters."""
+    if text.isascii():
+        return text
+    return _STRAY.sub(lambda stray: _STRAY_LETTERS[ord(stray[0]) - 0xDC80], text)
+
+
+def _tidy(text: str) -> str:
+    """Return text mended and without controls: spaces for those that are space; line feeds stay."""
+    return _ODD.sub(lambda odd: " " if odd[0].isspace() else "", _mend(text))
+
+
+def _break_at(text: str, max_chars: int) -> int:
+    """Return the best place, 1 to max_chars, to end a piece of text (or its length if it fits)."""
+    if len(text) <= max_chars:
+        return len(text)
+    ends = (match.end() for match in _SENTENCE_END.finditer(text, max_chars // 2, max_chars + 1))
+    sentence = max((end for end in ends if end <= max_chars), default=0)
+    if sentence:
+        return sentence
+    space = text.rfind(" ", 1, max_chars + 1)
+    return space if space > 0 else max_chars
+
+
+def decode_line(raw: bytes) -> str:
+    """Return raw as UTF-8 text, each byte that is not UTF-8 as its cp1252 or Latin-1 letter."""
+    return _mend(raw.decode("utf-8", "surrogateescape"))
+
+
+def clean_line(text: str, max_chars: int) -> str:
+    """Return text as one NFC line: no controls, no outer white space, at most max_chars long.
+
+    Tabs and line breaks become spaces; a longer line is cut at the end of a sentence or a word
+    where there is one. Any string is accepted, lone surrogates included. Idempotent.
+    """
+    line = unicodedata.normalize("NFC", _tidy(text).replace("\n", " ").strip())
+    return line[:_break_at(line, max_chars)].rstrip()
+
+
+def split_long_line(text: str, max_chars: int) -> List[str]:
+    """Return a clean line as pieces of 1 to max_chars characters, MAX_LINE_PIECES of them at most.
+
+    A piece ends with a sentence if one ends in its second half, or else with a word, or else
+    where it must; what is left after the last piece is dropped.
+    """
+    pieces: List[str] = []
+    start = 0
+    while start < len(text) and len(pieces) < MAX_LINE_PIECES:
+        window = text[start:start + max_chars + 1]
+        end = _break_at(window, max_chars)
+        pieces.append(window[:end].strip())
+        start += end
+    return [piece for piece in pieces if piece]
+
+
+def _hash64(text: str, use: bytes = b"") -> int:
+    """Return the 64-bit signed BLAKE2b hash of text, the same on every machine (RFC 7693)."""
+    raw = text.encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(raw, digest_size=8, person=use).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def line_key(line: str) -> int:
+    """Return the stable 64-bit signed hash of a line; it fits an SQLite INTEGER."""
+    return _hash64(line)
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """An exchange or a passage: clean lines that belong together.
+
+    closed says that the document ends here; it is False when it was cut from a longer run of
+    lines that goes on in the next document.
+    """
+    lines: Tuple[str, ...]
+    closed: bool
+
+    @property
+    def text(self) -> str:
+        """The lines as they stand in a file, each with its line feed."""
+        return "\n".join(self.lines) + "\n"
+
+    @property
+    def is_exchange(self) -> bool:
+        """Whether all lines are spoken by `H:` or `A:`."""
+        return all(line.startswith(MARKERS) for line in self.lines)
+
+    @functools.cached_property
+    def key(self) -> int:
+        """The stable 64-bit signed hash of the text; whether it is closed does not count."""
+        return _hash64(self.text)
+
+    def turns(self) -> List[Tuple[str, str]]:
+        """Return the (speaker, words) of an exchange; ValueError for a passage."""
+        if not self.is_exchange:
+            raise ValueError("only an exchange has turns, and this document is a passage")
+        return [(line[0], line[2:].strip()) for line in self.lines]
+
+
+def _is_spoken(line: str) -> Optional[bool]:
+    """Return True for an `H:` or `A:` line, False for a plain line, None for a blank one."""
+    return line[:2] in MARKERS if line else None
+
+
+def _space_marker(line: str) -> str:
+    """Return a spoken line with one space between its marker and its words."""
+    return (line[:2] + " " + line[2:].lstrip()).rstrip()
+
+
+def _cut_run(run: Iterator[str]) -> Iterator[Document]:
+    """Yield a run of lines of one kind as one document, or as chunks when it is long.
+
+    Chunks are content-defined (Muthitacharoen et al. 2001): a line begins one if its own hash says
+    so, hence an inserted line changes only the chunk around it. An answer begins a chunk only in
+    a run without questions. CRC-32 suffices here and costs a third of a BLAKE2b hash.
+    """
+    head = list(itertools.islice(run, WHOLE_LINES + 1))
+    if len(head) <= WHOLE_LINES:
+        yield Document(tuple(head), closed=True)
+        return
+    chunk: List[str] = []
+    for line in itertools.chain(head, run):
+        begins = len(chunk) >= WHOLE_LINES or zlib.crc32(line.encode()) % CHUNK_ODDS == 0
+        if line.startswith("A:"):
+            begins = len(chunk) >= LONGEST_EXCHANGE_LINES
+        if begins and chunk:
+            yield Document(tuple(chunk), closed=False)
+            chunk = []
+        chunk.append(line)
+    yield Document(tuple(chunk), closed=True)
+
+
+def documents_of(lines: Iterable[str]) -> Iterator[Document]:
+    """Yield the documents that clean lines form, in order; "" is a blank line.
+
+    A document is a run of spoken lines (with their markers normalised to "H: words") or a run of
+    plain lines. Runs of more than WHOLE_LINES lines are cut where their content says.
+    """
+    for spoken, run in itertools.groupby(lines, _is_spoken):
+        if spoken is not None:
+            yield from _cut_run(map(_space_marker, run) if spoken else run)
+
+
+def is_held_out(document: Document, share: float = 0.1) -> bool:
+    """Return whether the document is in the held-out share, which is within 0 to 1.
+
+    The hash of its first line decides, blind to case and spacing: the same question is on the
+    same side in every exchange, on every machine, for ever.
+    """
+    folded = unicodedata.normalize("NFC", document.lines[0].casefold())
+    return _hash64(" ".join(folded.split()), b"held-out") + 2 ** 63 < share * 2 ** 64
+
+
+@dataclasses.dataclass(frozen=True)
+class FileStamp:
+    """What changes when a file does; saving by rename changes the inode."""
+    mtime_ns: int
+    size: int
+    inode: int
+    device: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What was read of a text file: documents in file order, each text once, at its last place.
+
+    total_lines counts the lines that hold text, an overlong one by its pieces; kept_all is False
+    when documents were left out for want of room; notices are sentences for the owner.
+    """
+    documents: Tuple[Document, ...]
+    total_lines: int
+    total_bytes: int
+    kept_all: bool
+    stamp: Optional[FileStamp]
+    notices: Tuple[str, ...]
+
+
+def _refusal(path: AnyPath, found: str, remedy: str) -> CorpusError:
+    """Return the error that says on one line what is wrong with path."""
+    return CorpusError(f"{os.fspath(path)!r}: found {found}, expected a text file; {remedy}")
+
+
+def _regular_status(path: AnyPath, opened: Optional[int] = None) -> os.stat_result:
+    """Return the status of the regular file at path, or already opened; CorpusError if none."""
+    try:
+        status = os.stat(path if opened is None else opened)
+    except FileNotFoundError as failure:
+        raise _refusal(path, "nothing", "create it or correct the path") from failure
+    except (OSError, ValueError) as failure:  # ValueError: a NUL or a surrogate in the name
+        raise _refusal(path, str(getattr(failure, "strerror", failure)),
+                       "correct the path or its permissions") from failure
+    if stat.S_ISDIR(status.st_mode):
+        raise _refusal(path, "a directory", "name a file in it")
+    if not stat.S_ISREG(status.st_mode):
+        raise _refusal(path, "a pipe, socket or device", "copy what it gives into a file")
+    return status
+
+
+def _stamp_of(status: os.stat_result) -> FileStamp:
+    """Return the part of a file status that tells versions apart."""
+    return FileStamp(status.st_mtime_ns, status.st_size, status.st_ino, status.st_dev)
+
+
+def file_stamp(path: AnyPath) -> Optional[FileStamp]:
+    """Return the stamp of the regular file at path, or None when there is no such file."""
+    try:
+        return _stamp_of(_regular_status(path))
+    except CorpusError:
+        return None
+
+
+@contextlib.contextmanager
+def _reading(path: AnyPath) -> Iterator[io.TextIOWrapper]:
+    """Give the file at path as text with "\\n" newlines, in the encoding that its BOM names.
+
+    Decoding never fails. Raises CorpusError for whatever fails in opening or in the body's reads.
+    """
+    _regular_status(path)
+    try:
+        with open(path, "rb", opener=_open_at_once) as raw:
+            _regular_status(path, raw.fileno())  # something else may have come in its place
+            if raw.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                encoding, errors = "utf-16", "replace"
+            else:
+                encoding, errors = "utf-8-sig", "surrogateescape"
+            with io.TextIOWrapper(raw, encoding, errors) as handle:
+                yield handle
+    except OSError as failure:
+        raise _refusal(path, failure.strerror or str(failure),
+                       "check its permissions and its disk") from failure
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting: a pipe put in the file's place meanwhile must not hang us."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _clean_lines(handle: io.TextIOWrapper, max_chars: int,
+                 tally: collections.Counter[str]) -> Iterator[str]:
+    """Yield the file's lines clean and at most max_chars long, "" for blank; count in tally.
+
+    Equal to clean_line and split_long_line on every line, but tidied by the block.
+    """
+    most_chars = MAX_LINE_PIECES * max_chars
+    stray = _STRAY if handle.encoding == "utf-8-sig" else re.compile("\ufffd")
+    carry, block = "", "start"
+    while block:
+        block = handle.read(BLOCK_CHARS)
+        if not block.isascii():
+            tally["stray"] += len(stray.findall(block))
+        *lines, carry = (carry + _tidy(block)).split("\n")
+        # The part of an overlong line beyond most_chars is never used, so it is not carried on.
+        carry = carry.lstrip()[:most_chars]
+        for line in map(str.strip, lines if block else [carry]):
+            if line.isascii() and len(line) < max_chars:
+                tally["lines"] += line != ""
+                yield line
+            else:
+                pieces = _pieces(line[:most_chars], max_chars)
+                tally["lines"] += len(pieces)
+                tally["long"] += len(line) > max_chars
+                yield from pieces
+
+
+def _pieces(line: str, max_chars: int) -> List[str]:
+    """Return a tidied line as clean ones: a plain line split, a spoken one cut.
+
+    A cut keeps the exchange an exchange; pieces of a turn would be turns that nobody took.
+    """
+    pieces = [line]
+    if line[:2] not in MARKERS:
+        pieces = split_long_line(unicodedata.normalize("NFC", line), max_chars)
+    return [clean_line(_space_marker(piece), max_chars) if piece[:2] in MARKERS else piece
+            for piece in pieces]
+
+
+class _Reservoir:
+    """The documents to keep: the newest, and of the older ones those with the smallest hashes.
+
+    Precisely: the newest documents that fit in half of max_lines (at least one), then as many of
+    the others, by rising key, as fit in what remains. Chance has no part in it, so an edit moves
+    the choice by a document or so. Never holds much more than 2.5 * max_lines lines.
+    """
+
+    def __init__(self, max_lines: int) -> None:
+        """Start empty."""
+        self.max_lines = max_lines
+        # Documents by key, both in file order: they leave the one and enter the other in turn.
+        self.newest: collections.OrderedDict[int, Document] = collections.OrderedDict()
+        self.newest_lines = 0
+        self.sample: Dict[int, Document] = {}
+        self.sample_lines = 0
+        self.key_limit = 2 ** 63  # no older document with a key from here on will ever fit
+
+    def add(self, document: Document) -> None:
+        """Take the next document of the file; an equal one before it gives way."""
+        key, size = document.key, len(document.lines)
+        if self.newest.pop(key, None):
+            self.newest_lines -= size
+        elif self.sample.pop(key, None):
+            self.sample_lines -= size
+        self.newest[key] = document
+        self.newest_lines += size
+        while self.newest_lines > self.max_lines // 2 and len(self.newest) > 1:
+            self._age()
+
+    def _age(self) -> None:
+        """Move the oldest of the newest documents to the sample, or out."""
+        key, document = self.newest.popitem(last=False)
+        self.newest_lines -= len(document.lines)
+        if key < self.key_limit:
+            self.sample[key] = document
+            self.sample_lines += len(document.lines)
+            if self.sample_lines > 2 * self.max_lines:
+                self._shrink_sample(self.max_lines)
+
+    def _shrink_sample(self, room: int) -> None:
+        """Keep the smallest keys whose documents fit in room lines."""
+        ranked = sorted(self.sample)
+        sizes = itertools.accumulate(len(self.sample[key].lines) for key in ranked)
+        fitting = sum(size <= room for size in sizes)
+        if fitting < len(ranked):
+            self.key_limit = ranked[fitting]
+        for key in ranked[fitting:]:
+            self.sample_lines -= len(self.sample.pop(key).lines)
+
+    def documents(self) -> Tuple[Tuple[Document, ...], bool]:
+        """Return the documents kept, in file order, and whether they are all."""
+        self._shrink_sample(self.max_lines - self.newest_lines)
+        return (*self.sample.values(), *self.newest.values()), self.key_limit == 2 ** 63
+
+
+def _notices(tally: collections.Counter[str], encoding: str,
+             max_line_chars: int) -> Tuple[str, ...]:
+    """Return a sentence for each thing counted in tally that the owner should know."""
+    stray = ("bytes that are not UTF-8, read as cp1252" if encoding == "utf-8-sig"
+             else "characters that are not UTF-16, kept as \ufffd")
+    sentences = {
+        "stray": f"{stray}: {tally['stray']}",
+        "long": f"lines longer than {max_line_chars} characters, split or cut: {tally['long']}",
+        "kept": f"kept {tally['kept']} of {tally['lines']} lines: the newest and a stable sample"}
+    return tuple(sentence for name, sentence in sentences.items() if tally[name])
+
+
+def read_corpus(path: AnyPath, max_lines: int = 8000,
+                max_line_chars: int = 240) -> Corpus:
+    """Return the documents of the text file at path, at most max_lines lines (or the last one).
+
+    When it has more, half the room is for its newest documents and half for a stable sample of
+    the older ones. Raises CorpusError if there is no readable regular file. Streams in bounded
+    memory: 200 MB of 40-character lines took 8 s (28 s if each is a document of its own) and 4 MB
+    (11 MB) on one slow core.
+    """
+    if max_lines < 1 or max_line_chars < 4:
+        raise ValueError("max_lines must be at least 1 and max_line_chars at least 4")
+    tally: collections.Counter[str] = collections.Counter()
+    reservoir = _Reservoir(max_lines)
+    with _reading(path) as handle:
+        # Taken before the first byte, so that a change while we read shows at the next look.
+        stamp = _stamp_of(_regular_status(path, handle.fileno()))
+        for document in documents_of(_clean_lines(handle, max_line_chars, tally)):
+            reservoir.add(document)
+        total_bytes = handle.buffer.tell()
+    documents, kept_all = reservoir.documents()
+    if not kept_all:
+        tally["kept"] = sum(len(document.lines) for document in documents)
+    return Corpus(documents, tally["lines"], total_bytes, kept_all, stamp,
+                  _notices(tally, handle.encoding, max_line_chars))
+
+
+def read_text(path: AnyPath) -> str:
+    """Return the whole file decoded as for read_corpus, with "\\n" newlines and no NULs.
+
+    Nothing else is changed or cut. Raises CorpusError if there is no readable regular file.
+    """
+    with _reading(path) as handle:
+        return _mend(handle.read()).replace("\0", "")
+
+
+def changes(old_keys: AbstractSet[int], corpus: Corpus) -> Tuple[List[Document], Set[int]]:
+    """Return the documents whose keys are new, in file order, and the old keys now gone.
+
+    If not corpus.kept_all, a key that is gone may only have left the sample.
+    """
+    added = [document for document in corpus.documents if document.key not in old_keys]
+    return added, set(old_keys) - {document.key for document in corpus.documents}
+
+
+def changed_lines(old: Iterable[Document],
+                  new: Iterable[Document]) -> Tuple[List[str], List[str]]:
+    """Return the lines only new has and the lines only old has, each once, in order."""
+    before = dict.fromkeys(line for document in old for line in document.lines)
+    after = dict.fromkeys(line for document in new for line in document.lines)
+    return ([line for line in after if line not in before],
+            [line for line in before if line not in after])
+
+
+# ──────────────────────────────────────────────────────────────────────────────────────
+# 2 · TOKENIZER — rows only append, so id 7 means the same text for ever   uses: 0
+# ──────────────────────────────────────────────────────────────────────────────────────
+# Byte-level byte-pair encoding that grows while it is in use. Text is cut into pre-tokens
+# (words, numbers, runs of signs or of space), each pre-token becomes its UTF-8 bytes, and
+# learned merges then join neighbouring ids. The ids stand in one row that is never edited:
+#
+#     0: <|endoftext|>  |  1..256: the single bytes  |  257..: merges, oldest first
+#
+# A merge's id is also its rank, so a new merge ranks after every old one. Hence the first n
+# merges by themselves are exactly the tokenizer of version n: an encoding made long ago can
+# be made again, and a model's embedding rows keep their meaning while new rows are added.
+
+Pair = Tuple[int, int]
+
+SPECIAL_NAMES = ("<|endoftext|>",)  # how the special ids are shown; text never encodes to them
+END_OF_TEXT = 0
+FIRST_BYTE = len(SPECIAL_NAMES)
+FIRST_MERGE = FIRST_BYTE + 256
+TOKENIZER_FORMAT = "macrogpt-tokenizer"
+TOKENIZER_FORMAT_VERSION = 1
+CACHED_PRE_TOKENS = 1 << 15
+CACHED_PRE_TOKEN_CHARS = 64  # longer ones seldom repeat and would make the cache's size unbounded
+
+# The pattern of GPT-2, spelled for ASCII. Under re.ASCII `\s` leaves out \x1c..\x1f, as it must.
+PRE_TOKEN = re.compile(
+    r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
+SURROGATE_BYTES = re.compile(rb"(\xed[\xa0-\xbf][\x80-\xbf])")
+
+
+def pre_tokens(text: str) -> List[str]:
+    """Return the pieces that merges never cross; joined, they are `text` again.
+
+    The cut is that of GPT-2 (Radford et al. 2019): contractions, then letters, numbers and other
+    signs, each with at most one space before, then white space. A character that this Python's
+    `unicodedata` does not know yet counts as a sign; a newer Unicode may call it a letter.
+    """
+    if text.isascii():
+        return PRE_TOKEN.findall(text)
+    stand_ins = {ord(char): _ascii_stand_in(char) for char in set(text)}
+    shadow = text.translate(stand_ins)  # as long as the text, so spans carry over
+    return [text[match.start():match.end()] for match in PRE_TOKEN.finditer(shadow)]
+
+
+def _ascii_stand_in(char: str) -> str:
+    """Return an ASCII character that PRE_TOKEN treats as it should treat `char`."""
+    if char.isascii():
+        return char
+    if char.isspace():  # beyond ASCII this is exactly Unicode's White_Space
+        return "\t"  # not " ", which may open a word
+    # Neither "a" nor "!" can take part in a contraction such as 's, which is ASCII alone.
+    return {"L": "a", "N": "0"}.get(unicodedata.category(char)[0], "!")
+
+
+def _replace_pair(ids: Sequence[int], pair: Pair, new_id: int) -> List[int]:
+    """Return `ids` with every `pair`, taken from the left without overlap, become `new_id`."""
+    left, right = pair
+    merged: List[int] = []
+    for token_id in ids:
+        if token_id == right and merged and merged[-1] == left:
+            merged[-1] = new_id  # never equals `left`, so a joined id is not joined again
+        else:
+            merged.append(token_id)
+    return merged
+
+
+class _PairTally:
+    """Counts of neighbouring ids over weighted words, kept true while pairs are merged.
+
+    The heap is lazy: an entry may claim too much, never too little, because a merge can only
+    raise the counts of pairs that hold the id it made, and those are pushed when it is made.
+    """
+
+    def __init__(self, weighted_words: Iterable[Tuple[Sequence[int], int]]) -> None:
+        self._words = list(weighted_words)
+        self._counts: Counter[Pair] = Counter()
+        self._places: DefaultDict[Pair, Set[int]] = defaultdict(set)  # may hold past places too
+        for place in range(len(self._words)):
+            self._add_pairs(place)
+        self._heap = [(-count, pair) for pair, count in self._counts.items()]
+        heapq.heapify(self._heap)
+
+    def _add_pairs(self, place: int) -> None:
+        word, weight = self._words[place]
+        for pair in zip(word, word[1:]):
+            self._counts[pair] += weight
+            self._places[pair].add(place)
+
+    def pop_commonest(self, min_count: int) -> Optional[Pair]:
+        """Remove and return the commonest pair, of equals the lowest; None below `min_count`."""
+        while self._heap and -self._heap[0][0] >= min_count:
+            negative_count, pair = heapq.heappop(self._heap)
+            count = self._counts[pair]
+            if count == -negative_count:
+                return pair
+            heapq.heappush(self._heap, (-count, pair))
+        return None
+
+    def merge(self, pair: Pair, new_id: int) -> None:
+        """Join `pair` wherever it stands and bring all counts up to date."""
+        grown: Set[Pair] = set()
+        for place in self._places.pop(pair):
+            old_word, weight = self._words[place]
+            for old_pair in zip(old_word, old_word[1:]):
+                self._counts[old_pair] -= weight
+            word = _replace_pair(old_word, pair, new_id)
+            self._words[place] = word, weight
+            self._add_pairs(place)
+            grown.update(joint for joint in zip(word, word[1:]) if new_id in joint)
+        for joint in grown:
+            heapq.heappush(self._heap, (-self._counts[joint], joint))
+
+
+class _Utf8Decoder(codecs.BufferedIncrementalDecoder):
+    """Incremental UTF-8 that keeps encoded surrogates and shows other malformed bytes as U+FFFD.
+
+    The byte 0xED never continues a character, so cutting before an encoded surrogate cuts no
+    character in two, and both rules can hold in one stream.
+    """
+
+    def _buffer_decode(self, data: bytes, errors: str, final: bool) -> Tuple[str, int]:
+        *settled, tail = SURROGATE_BYTES.split(data)  # every second piece is one surrogate
+        texts = [piece.decode("utf-8", "surrogatepass" if index % 2 else "replace")
+                 for index, piece in enumerate(settled)]
+        tail_text, used = codecs.utf_8_decode(tail, "replace", final)
+        return "".join(texts) + tail_text, len(data) - len(tail) + used
+
+
+class EvolvingTokenizer:
+    """A byte-level BPE vocabulary to which merges are only ever appended.
+
+    No two ids spell the same bytes; `merges` are pairs of ids, and merge k makes id 257 + k.
+    Raises ValueError for a merge that names a special or later id, or spells a known token.
+    Sources: Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019 (bytes as the alphabet).
+    """
+
+    def __init__(self, merges: Iterable[Pair] = ()) -> None:
+        self._merges: List[Pair] = []
+        self._id_of_pair: Dict[Pair, int] = {}
+        self._bytes_of_id = [b""] * FIRST_BYTE + [bytes([byte]) for byte in range(256)]
+        self._spelled: Set[bytes] = set(self._bytes_of_id)
+        self._cache: Dict[str, List[int]] = {}  # pre-token -> ids at the present version
+        for pair in merges:
+            self._append_merge(pair)
+
+    def _append_merge(self, pair: Pair) -> None:
+        new_id = self.vocab_size
+        left, right = pair
+        if not (FIRST_BYTE <= left < new_id and FIRST_BYTE <= right < new_id):
+            raise ValueError(f"merge {self.version} joins ids {pair}; "
+                             f"expected two ids from {FIRST_BYTE} to {new_id - 1}")
+        spelling = self._joined_bytes(pair)
+        if spelling in self._spelled:
+            raise ValueError(f"merge {self.version} spells {spelling!r}; expected a new spelling")
+        self._merges.append(pair)
+        self._id_of_pair[pair] = new_id
+        self._bytes_of_id.append(spelling)
+        self._spelled.add(spelling)
+        self._cache.clear()
+
+    def _joined_bytes(self, pair: Pair) -> bytes:
+        return self._bytes_of_id[pair[0]] + self._bytes_of_id[pair[1]]
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids: specials, bytes and merges."""
+        return len(self._bytes_of_id)
+
+    @property
+    def merges(self) -> Tuple[Pair, ...]:
+        """The pairs of ids that were merged, oldest first."""
+        return tuple(self._merges)
+
+    @property
+    def version(self) -> int:
+        """The number of merges, which is the `merge_limit` that repeats today's encodings."""
+        return len(self._merges)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes an id stands for, none for a special; ValueError if out of range."""
+        if not 0 <= token_id < len(self._bytes_of_id):
+            raise ValueError(f"token id {token_id} is outside the vocabulary; "
+                             f"expected 0 to {self.vocab_size - 1}")
+        return self._bytes_of_id[token_id]
+
+    def is_special(self, token_id: int) -> bool:
+        """Tell whether an id is a mark and not text; ValueError if out of range."""
+        self.token_bytes(token_id)
+        return token_id < FIRST_BYTE
+
+    def encode(self, text: str, merge_limit: Optional[int] = None) -> List[int]:
+        """Return the ids of `text` under the first `merge_limit` merges (None: all of them).
+
+        Any str has an encoding, lone surrogates included, and no text encodes to a special id.
+        Fills the cache. Raises ValueError unless 0 <= merge_limit <= version.
+        Measured on 1 MB of English manuals, 1,024 merges, Python 3.11: 0.13 s warm, 0.25 s cold.
+        """
+        limit = self.version if merge_limit is None else merge_limit
+        if not 0 <= limit <= self.version:
+            raise ValueError(f"merge_limit is {limit}; expected 0 to {self.version}")
+        cache = self._cache if limit == self.version else {}
+        ids: List[int] = []
+        for piece in pre_tokens(text):
+            piece_ids = cache.get(piece)
+            if piece_ids is None:
+                piece_ids = self._encode_piece(piece, limit)
+                if len(cache) >= CACHED_PRE_TOKENS:
+                    cache.clear()
+                if len(piece) <= CACHED_PRE_TOKEN_CHARS:
+                    cache[piece] = piece_ids
+            ids += piece_ids
+        return ids
+
+    def _encode_piece(self, piece: str, limit: int) -> List[int]:
+        """Merge one pre-token's bytes, lowest rank first, in passes over the whole piece.
+
+        One pass may join all of a pair's places: what it makes can only take part in later ranks.
+        Time grows with the piece's length times the number of different merges that apply.
+        """
+        ids = [FIRST_BYTE + byte for byte in piece.encode("utf-8", "surrogatepass")]
+        none = FIRST_MERGE + limit
+        while len(ids) > 1:
+            first = min(self._id_of_pair.get(pair, none) for pair in zip(ids, ids[1:]))
+            if first >= none:
+                break
+            ids = _replace_pair(ids, self._merges[first - FIRST_MERGE], first)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`: decode(encode(text)) == text for every str.
+
+        Specials give no text. Bytes that are not UTF-8 give U+FFFD, except that an encoded
+        surrogate gives that surrogate. Raises ValueError for an id out of range.
+        """
+        return _Utf8Decoder().decode(b"".join(map(self.token_bytes, ids)), final=True)
+
+    def learn_merges(self, texts: Iterable[str], count: int, min_pair_count: int = 2) -> int:
+        """Append up to `count` merges learned from `texts`; return how many were appended.
+
+        Each is the commonest pair of neighbouring ids within pre-tokens (overlaps count: "aaa"
+        has two) under all merges so far; of equally common pairs, the one with the lowest ids.
+        A pair that spells a token already known is passed over. Stops early when no pair occurs
+        `min_pair_count` times. The order of `texts` has no effect.
+        Raises ValueError for a single str in place of `texts`, count < 0 or min_pair_count < 1.
+        Measured on 50 KB of English manuals, 400 merges, Python 3.11: 0.06 s.
+        """
+        if isinstance(texts, str):
+            raise ValueError("texts is one str; expected several texts, such as [text]")
+        if count < 0 or min_pair_count < 1:
+            raise ValueError(f"count is {count} and min_pair_count {min_pair_count}; "
+                             "expected count >= 0 and min_pair_count >= 1")
+        weights: Counter[str] = Counter()
+        for text in texts:
+            weights.update(pre_tokens(text))
+        tally = _PairTally((self._encode_piece(piece, self.version), weight)
+                           for piece, weight in weights.items())
+        goal = self.version + count
+        while self.version < goal:
+            pair = tally.pop_commonest(min_pair_count)
+            if pair is None:
+                break
+            if self._joined_bytes(pair) not in self._spelled:
+                tally.merge(pair, self.vocab_size)
+                self._append_merge(pair)
+        return self.version - (goal - count)
+
+    def pack(self) -> bytes:
+        """Return the stored form: JSON that names its format and version and lists the merges."""
+        document = {"format": TOKENIZER_FORMAT, "format_version": TOKENIZER_FORMAT_VERSION,
+                    "merges": self._merges}
+        return json.dumps(document, separators=(",", ":")).encode("ascii")
+
+    @classmethod
+    def unpack(cls, blob: bytes) -> EvolvingTokenizer:
+        """Return the tokenizer that `pack` stored; ValueError says what is wrong with a bad blob.
+
+        Measured with 1,024 merges, Python 3.11: 0.9 ms.
+        """
+        try:
+            document = json.loads(blob)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"tokenizer blob is not JSON ({error}); "
+                             f"expected {TOKENIZER_FORMAT}") from error
+        fields = document if isinstance(document, dict) else {}
+        found = [fields.get("format"), fields.get("format_version")]
+        expected = [TOKENIZER_FORMAT, TOKENIZER_FORMAT_VERSION]
+        if found != expected:
+            raise ValueError(f"tokenizer blob has format and version {found}; expected {expected}")
+        merges = fields.get("merges")
+        if not isinstance(merges, list):
+            raise ValueError(f"tokenizer blob has merges {merges!r:.60}; expected a list of pairs")
+        for pair in merges:
+            if not (isinstance(pair, list) and [type(part) for part in pair] == [int, int]):
+                raise ValueError(f"tokenizer blob has merge {pair!r:.60}; expected two integers")
+        return cls(map(tuple, merges))
+
+
+class StreamDecoder:
+    """Turns ids into text one at a time and never shows half a character.
+
+    What `feed` and the last `flush` return, joined, equals `decode` of the same ids, whatever
+    the ids: both follow one error rule. A special gives no text and leaves a begun character open.
+    """
+
+    def __init__(self, tokenizer: EvolvingTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = _Utf8Decoder()
+
+    def feed(self, token_id: int) -> str:
+        """Take one id; return the text it completed. Raises ValueError for an id out of range."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """End the stream; return U+FFFD for a character cut short, and be ready for a new one."""
+        return self._decoder.decode(b"", final=True)
+
+
+# ──────────────────────────────────────────────────────────────────────────────────────
+# 3 · KERNELS — the loops, and nothing but the loops   uses:
+# ──────────────────────────────────────────────────────────────────────────────────────
+#
+# Each kernel is a plain function in a small typed subset of Python: buffers that are flat arrays
+# of floats (F32) or ints (I32), int and float scalars, `for … in range`, `if`, arithmetic and
+# exp/log/sqrt. Run as they stand they are the reference that every faster form must agree with.
+# Buffers are row-major; "adds" means +=, so that gradients of shared values sum by themselves.
+
+F32 = array
+I32 = array
+
+
+def matmul_nt(x: F32, w: F32, out: F32, rows: int, inner: int, cols: int) -> None:
+    """Set out (rows, cols) = x (rows, inner) · wᵀ, w being (cols, inner)."""
+    for r in range(rows):
+        for c in range(cols):
+            total = 0.0
+            for k in range(inner):
+                total += x[r * inner + k] * w[c * inner + k]
+            out[r * cols + c] = total
+
+
+def matmul_nn(g: F32, w: F32, dx: F32, rows: int, inner: int, cols: int) -> None:
+    """Add to dx (rows, cols) the product g (rows, inner) · w (inner, cols)."""
+    for r in range(rows):
+        for c in range(cols):
+            total = 0.0
+            for k in range(inner):
+                total += g[r * inner + k] * w[k * cols + c]
+            dx[r * cols + c] += total
+
+
+def matmul_tn(g: F32, x: F32, dw: F32, rows: int, inner: int, cols: int) -> None:
+    """Add to dw (rows, cols) the product gᵀ · x, g being (inner, rows) and x (inner, cols)."""
+    for r in range(rows):
+        for c in range(cols):
+            total = 0.0
+            for k in range(inner):
+                total += g[k * rows + r] * x[k * cols + c]
+            dw[r * cols + c] += total
+
+
+def add_scaled(x: F32, out: F32, n: int, scale: float) -> None:
+    """Add scale·x to out; both hold n numbers."""
+    for i in range(n):
+        out[i] += scale * x[i]
+
+
+def dot(x: F32, y: F32, n: int) -> float:
+    """Return Σ x·y over n numbers."""
+    total = 0.0
+    for i in range(n):
+        total += x[i] * y[i]
+    return total
+
+
+def gather_rows(table: F32, ids: I32, out: F32, rows: int, dim: int) -> None:
+    """Set row r of out (rows, dim) to row ids[r] of table."""
+    for r in range(rows):
+        for c in range(dim):
+            out[r * dim + c] = table[ids[r] * dim + c]
+
+
+def scatter_rows(g: F32, ids: I32, dtable: F32, rows: int, dim: int) -> None:
+    """Add row r of g (rows, dim) to row ids[r] of dtable."""
+    for r in range(rows):
+        for c in range(dim):
+            dtable[ids[r] * dim + c] += g[r * dim + c]
+
+
+def rmsnorm_forward(x: F32, out: F32, inverse: F32, rows: int, dim: int, eps: float) -> None:
+    """Set each row of out (rows, dim) to x·inverse with inverse = 1/√(mean(x²) + eps)."""
+    for r in range(rows):
+        total = 0.0
+        for c in range(dim):
+            total += x[r * dim + c] * x[r * dim + c]
+        inverse[r] = 1.0 / sqrt(total / dim + eps)
+        for c in range(dim):
+            out[r * dim + c] = x[r * dim + c] * inverse[r]
+
+
+def rmsnorm_backward(g: F32, out: F32, inverse: F32, dx: F32, rows: int, dim: int) -> None:
+    """Add to dx the gradient inverse·(g − out·mean(g·out))."""
+    for r in range(rows):
+        total = 0.0
+        for c in range(dim):
+            total += g[r * dim + c] * out[r * dim + c]
+        mean = total / dim
+        for c in range(dim):
+            i = r * dim + c
+            dx[i] += inverse[r] * (g[i] - out[i] * mean)
+
+
+def rope_turn(x: F32, table: F32, out: F32, rows: int, dim: int, turned: int, width: int,
+              sign: float) -> None:
+    """Add to out (rows, dim) x with its first `turned` channels turned, the others as they are.
+
+    table (rows, width) holds cos and sin of each pair of a head; sign −1 turns back.
+    """
+    for r in range(rows):
+        for c in range(0, turned, 2):
+            i = r * dim + c
+            t = r * width + c % width
+            cosine = table[t]
+            sine = sign * table[t + 1]
+            out[i] += x[i] * cosine - x[i + 1] * sine
+            out[i + 1] += x[i] * sine + x[i + 1] * cosine
+        for c in range(turned, dim):
+            out[r * dim + c] += x[r * dim + c]
+
+
+def attention_forward(qkv: F32, out: F32, lse: F32, starts: I32, segments: int, heads: int,
+                      width: int) -> None:
+    """Set out (T, H·D) to causal attention inside each segment; lse (T, H) to log Σ exp(scores).
+
+    qkv (T, 3·H·D) holds queries, keys and values side by side; segment s is rows
+    starts[s] to starts[s+1]. Scores are q·k/√D.  Source: FlashAttention, arXiv:2205.14135.
+    """
+    dim = heads * width
+    scale = 1.0 / sqrt(width)
+    for s in range(segments):
+        for h in range(heads):
+            for i in range(starts[s], starts[s + 1]):
+                q = i * 3 * dim + h * width
+                top = -1e30
+                total = 0.0
+                for c in range(width):
+                    out[i * dim + h * width + c] = 0.0
+                for j in range(starts[s], i + 1):
+                    k = j * 3 * dim + dim + h * width
+                    score = 0.0
+                    for c in range(width):
+                        score += qkv[q + c] * qkv[k + c]
+                    score *= scale
+                    if score > top:
+                        shrink = exp(top - score)
+                        total *= shrink
+                        for c in range(width):
+                            out[i * dim + h * width + c] *= shrink
+                        top = score
+                    weight = exp(score - top)
+                    total += weight
+                    for c in range(width):
+                        out[i * dim + h * width + c] += weight * qkv[k + dim + c]
+                for c in range(width):
+                    out[i * dim + h * width + c] /= total
+                lse[i * heads + h] = top + log(total)
+
+
+def attention_backward(g: F32, qkv: F32, out: F32, lse: F32, dqkv: F32, starts: I32,
+                       segments: int, heads: int, width: int) -> None:
+    """Add to dqkv the gradient of attention_forward; the weights are computed again from lse."""
+    dim = heads * width
+    scale = 1.0 / sqrt(width)
+    for s in range(segments):
+        for h in range(heads):
+            for i in range(starts[s], starts[s + 1]):
+                q = i * 3 * dim + h * width
+                o = i * dim + h * width
+                common = 0.0
+                for c in range(width):
+                    common += g[o + c] * out[o + c]
+                for j in range(starts[s], i + 1):
+                    k = j * 3 * dim + dim + h * width
+                    score = 0.0
+                    grad = 0.0
+                    for c in range(width):
+                        score += qkv[q + c] * qkv[k + c]
+                        grad += g[o + c] * qkv[k + dim + c]
+                    weight = exp(score * scale - lse[i * heads + h])
+                    grad = weight * (grad - common) * scale
+                    for c in range(width):
+                        dqkv[q + c] += grad * qkv[k + c]
+                        dqkv[k + c] += grad * qkv[q + c]
+                        dqkv[k + dim + c] += weight * g[o + c]
+
+
+def attention_cached(q: F32, keys: F32, values: F32, out: F32, length: int, block: int,
+                     heads: int, width: int) -> None:
+    """Set out (H·D) to the attention of one query over the first `length` slots of a cache.
+
+    keys and values are (H, block, D); q holds H·D numbers.
+    """
+    scale = 1.0 / sqrt(width)
+    for h in range(heads):
+        top = -1e30
+        total = 0.0
+        for c in range(width):
+            out[h * width + c] = 0.0
+        for j in range(length):
+            k = (h * block + j) * width
+            score = 0.0
+            for c in range(width):
+                score += q[h * width + c] * keys[k + c]
+            score *= scale
+            if score > top:
+                shrink = exp(top - score)
+                total *= shrink
+                for c in range(width):
+                    out[h * width + c] *= shrink
+                top = score
+            weight = exp(score - top)
+            total += weight
+            for c in range(width):
+                out[h * width + c] += weight * values[k + c]
+        for c in range(width):
+            out[h * width + c] /= total
+
+
+def swiglu_forward(x: F32, out: F32, rows: int, dim: int) -> None:
+    """Set out (rows, dim) to silu(gate)·up; x (rows, 2·dim) holds gates, then ups."""
+    for r in range(rows):
+        for c in range(dim):
+            gate = x[r * 2 * dim + c]
+            small = exp(-abs(gate))  # never overflows, whatever the gate
+            sigmoid = 1.0 / (1.0 + small) if gate >= 0.0 else small / (1.0 + small)
+            out[r * dim + c] = gate * sigmoid * x[r * 2 * dim + dim + c]
+
+
+def swiglu_backward(g: F32, x: F32, dx: F32, rows: int, dim: int) -> None:
+    """Add to dx (rows, 2·dim) the gradient of swiglu_forward."""
+    for r in range(rows):
+        for c in range(dim):
+            i = r * 2 * dim + c
+            gate = x[i]
+            small = exp(-abs(gate))
+            sigmoid = 1.0 / (1.0 + small) if gate >= 0.0 else small / (1.0 + small)
+            grad = g[r * dim + c]
+            dx[i] += grad * x[i + dim] * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+            dx[i + dim] += grad * gate * sigmoid
+
+
+def dropout_apply(x: F32, out: F32, n: int, rate: float, seed: int) -> None:
+    """Add to out x with a share `rate` of its numbers dropped and the others scaled up.
+
+    The mask is a function of seed alone, so the backward pass is the same call.
+    Source: a 32-bit linear congruential generator with Numerical Recipes' constants.
+    """
+    state = seed
+    scale = 1.0 / (1.0 - rate)
+    for i in range(n):
+        state = (state * 1664525 + 1013904223) % 4294967296
+        if state >= rate * 4294967296.0:
+            out[i] += x[i] * scale
+
+
+def cross_entropy_forward(logits: F32, targets: I32, lse: F32, losses: F32, rows: int,
+                          vocab: int) -> None:
+    """Set losses[r] = −ln p(targets[r]) in nats (0 where the target is −1), lse[r] = ln Σ exp."""
+    for r in range(rows):
+        top = logits[r * vocab]
+        for c in range(vocab):
+            if logits[r * vocab + c] > top:
+                top = logits[r * vocab + c]
+        total = 0.0
+        for c in range(vocab):
+            total += exp(logits[r * vocab + c] - top)
+        lse[r] = top + log(total)
+        losses[r] = 0.0
+        if targets[r] >= 0:
+            losses[r] = lse[r] - logits[r * vocab + targets[r]]
+
+
+def cross_entropy_backward(logits: F32, targets: I32, lse: F32, dlogits: F32, rows: int,
+                           vocab: int, scale: float) -> None:
+    """Add to dlogits scale·(softmax − one-hot) for every row whose target is not −1."""
+    for r in range(rows):
+        if targets[r] >= 0:
+            for c in range(vocab):
+                dlogits[r * vocab + c] += scale * exp(logits[r * vocab + c] - lse[r])
+            dlogits[r * vocab + targets[r]] -= scale
+
+
+def adamw_step(w: F32, g: F32, m: F32, v: F32, first: int, n: int, rate: float, beta1: float,
+               beta2: float, eps: float, decay: float, fix1: float, fix2: float,
+               clip: float) -> None:
+    """Move w[first:n] one AdamW step down clip·g; fix1, fix2 = 1/(1−βᵗ) undo the moments' bias.
+
+    Source: Decoupled Weight Decay Regularization, arXiv:1711.05101, algorithm 2.
+    """
+    for i in range(first, n):
+        grad = g[i] * clip
+        m[i] = beta1 * m[i] + (1.0 - beta1) * grad
+        v[i] = beta2 * v[i] + (1.0 - beta2) * grad * grad
+        w[i] -= rate * (m[i] * fix1 / (sqrt(v[i] * fix2) + eps) + decay * w[i])
+
+
+KERNELS: Tuple[Callable[..., Any], ...] = (
+    matmul_nt, matmul_nn, matmul_tn, add_scaled, dot, gather_rows, scatter_rows, rmsnorm_forward,
+    rmsnorm_backward, rope_turn, attention_forward, attention_backward, attention_cached,
+    swiglu_forward, swiglu_backward, dropout_apply, cross_entropy_forward,
+    cross_entropy_backward, adamw_step)
+
+
+# ──────────────────────────────────────────────────────────────────────────────────────
+# 4 · ENGINE — the same sums, by the fastest road there is   uses: 0 3
+# ──────────────────────────────────────────────────────────────────────────────────────
+#
+# An Engine is a table of kernels and the kind of buffer they work on. The interpreted engine
+# replaces the kernels that dominate by twins in idiomatic Python. Their one trick: the standard
+# library has no fast dot product before 3.12, but math.dist runs in C over two tuples, and
+#     a·b = ½|a|² + ½|b|² − ½|a − b|²
+# Measured a multiply-add: plain loops 90 ns, sum(map(mul, a, b)) 25 ns, math.dist 7 ns. The sum is
+# formed in double precision, so what cancels is far below float32's own rounding.
+
+
+class Engine:
+    """A table of kernels, reached as attributes, and the buffers they run on.
+
+    typecode is "f" in life; "d" (interpreted only) lets tests difference to full precision.
+    `recording` tells the autograd whether to build graphs.
+    """
+
+    def __init__(self, name: str, kernels: Dict[str, Callable[..., Any]], typecode: str = "f",
+                 pack: Callable[..., Any] = lambda data, rows, dim: data) -> None:
+        self.name, self.typecode, self.pack, self.recording = name, typecode, pack, True
+        self._kernels = dict(kernels)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        try:
+            return self.__dict__["_kernels"][name]
+        except KeyError:
+            raise AttributeError(f"engine has no kernel {name!r}") from None
+
+    def buffer(self, n: int) -> array:
+        """Return n zeros."""
+        return array(self.typecode, bytes(n * array(self.typecode).itemsize))
+
+    def buffer_of(self, numbers: Iterable[float]) -> array:
+        """Return a buffer that holds the numbers."""
+        return array(self.typecode, numbers)
+
+    @contextlib.contextmanager
+    def no_grad(self) -> Iterator[None]:
+        """Run a block in which no operation records a graph."""
+        before, self.recording = self.recording, False
+        try:
+            yield
+        finally:
+            self.recording = before
+
+
+class PackedRows(NamedTuple):
+    """Rows as tuples, each beside ½|row|², ready for math.dist."""
+
+    rows: List[Tuple[float, ...]]
+    halves: List[float]
+
+
+class PackedMatrix:
+    """A weight (rows, dim) in the two forms that the interpreted matmul_nt likes, each made once.
+
+    Many vectors meet tuples and math.dist. A single one meets lanes: each column is one big int
+    with 64 bits a row, weights in fixed point, so that a column times an int is one multiplication
+    and the sum over columns is the product. Its error is below 2e-7 of the largest result; it
+    costs 5 ns a multiply-add where tuples of a whole model, too large for the cache, cost 11.
+    """
+
+    BIAS = 1 << 62  # keeps every lane positive while the sum is taken apart
+
+    def __init__(self, data: array, rows: int, dim: int) -> None:
+        self.data, self.shape = data, (rows, dim)
+
+    @functools.cached_property
+    def tuples(self) -> PackedRows:
+        """The rows as tuples."""
+        return pack_tuples(rows_of(self.data, self.shape[1]))
+
+    @functools.cached_property
+    def lanes(self) -> Tuple[List[int], float, int]:
+        """The columns as big ints, the weight of one unit, and the sum of all biases."""
+        rows, dim = self.shape
+        bits = 31 - dim.bit_length()  # 30 more are the vector's; the sum must stay below BIAS
+        unit = max(map(abs, self.data), default=0.0) / (1 << bits) or 1.0
+        offset = 1 << bits
+        zero = int.from_bytes(array("q", [offset]) * rows, sys.byteorder)
+        columns = [int.from_bytes(array("q", [int(w / unit) + offset for w in self.data[c::dim]]),
+                                  sys.byteorder) - zero for c in range(dim)]
+        return columns, unit, int.from_bytes(array("q", [self.BIAS]) * rows, sys.byteorder)
+
+    def times(self, x: Sequence[float]) -> List[float]:
+        """Return the product with one vector (dim,): a list (rows,)."""
+        columns, unit, bias = self.lanes
+        top = max(map(abs, x), default=0.0) / (1 << 29) or 1.0
+        total = sum(map(mul, columns, [int(v / top) for v in x]), bias)
+        scale, bias = unit * top, self.BIAS
+        lanes = array("q", total.to_bytes(8 * self.shape[0], sys.byteorder))
+        return [(lane - bias) * scale for lane in lanes]
+
+
+def rows_of(data: Sequence[float], dim: int) -> List[Tuple[float, ...]]:
+    """Return the rows of a flat buffer as tuples of length dim."""
+    return list(zip(*[iter(data)] * dim))
+
+
+def columns_of(data: array, dim: int) -> List[Tuple[float, ...]]:
+    """Return the columns of a flat buffer of rows of length dim."""
+    return [tuple(data[c::dim]) for c in range(dim)]
+
+
+def pack_tuples(rows: List[Tuple[float, ...]]) -> PackedRows:
+    """Return tuples beside half their squared norms."""
+    if not rows:
+        return PackedRows([], [])
+    origin = (0.0,) * len(rows[0])
+    return PackedRows(rows, [0.5 * d * d for d in map(dist, rows, repeat(origin))])
+
+
+def pack_rows(data: array, rows: int, dim: int) -> PackedRows:
+    """Return a buffer of rows as tuples beside half their squared norms."""
+    return pack_tuples(rows_of(data, dim))
+
+
+def dots(a: PackedRows, b: PackedRows) -> Iterator[List[float]]:
+    """Yield, for each row of a, its dot products with every row of b."""
+    for row, half in zip(*a):
+        yield [half + h - 0.5 * d * d for h, d in zip(b.halves, map(dist, repeat(row), b.rows))]
+
+
+def _add_rows(out: array, rows: Iterable[List[float]], dim: int) -> None:
+    """Add rows of numbers to the rows of out from its beginning."""
+    for i, row in enumerate(rows):
+        part = slice(i * dim, (i + 1) * dim)
+        out[part] = array(out.typecode, map(add, out[part], row))
+
+
+def dist_matmul_nt(x: array, w: Union[array, PackedMatrix], out: array, rows: int, inner: int,
+                   cols: int) -> None:
+    """Do what matmul_nt does; w may come packed."""
+    packed = w if isinstance(w, PackedMatrix) else PackedMatrix(w, cols, inner)
+    if rows == 1 and packed is w and math.isfinite(sum(x)):
+        out[:] = array(out.typecode, packed.times(x))
+        return
+    for r, row in enumerate(dots(pack_rows(x, rows, inner), packed.tuples)):
+        out[r * cols:(r + 1) * cols] = array(out.typecode, row)
+
+
+def dist_matmul_nn(g: array, w: array, dx: array, rows: int, inner: int, cols: int) -> None:
+    """Do what matmul_nn does."""
+    _add_rows(dx, dots(pack_rows(g, rows, inner), pack_tuples(columns_of(w, cols))), cols)
+
+
+def dist_matmul_tn(g: array, x: array, dw: array, rows: int, inner: int, cols: int) -> None:
+    """Do what matmul_tn does."""
+    columns = pack_tuples(columns_of(g, rows))
+    _add_rows(dw, dots(columns, pack_tuples(columns_of(x, cols))), cols)
+
+
+def map_add_scaled(x: array, out: array, n: int, scale: float) -> None:
+    """Do what add_scaled does."""
+    scaled = x if scale == 1.0 else map(mul, x, repeat(scale))
+    out[:n] = array(out.typecode, map(add, out[:n], scaled))
+
+
+def map_gather_rows(table: array, ids: Sequence[int], out: array, rows: int, dim: int) -> None:
+    """Do what gather_rows does."""
+    for r, i in enumerate(ids):
+        out[r * dim:(r + 1) * dim] = table[i * dim:(i + 1) * dim]
+
+
+def map_rmsnorm_forward(x: array, out: array, inverse: array, rows: int, dim: int,
+                        eps: float) -> None:
+    """Do what rmsnorm_forward does."""
+    origin = (0.0,) * dim
+    for r, row in enumerate(rows_of(x, dim)):
+        length = dist(row, origin)
+        inverse[r] = factor = 1.0 / sqrt(length * length / dim + eps)
+        out[r * dim:(r + 1) * dim] = array(out.typecode, map(mul, row, repeat(factor)))
+
+
+def map_rmsnorm_backward(g: array, out: array, inverse: array, dx: array, rows: int,
+                         dim: int) -> None:
+    """Do what rmsnorm_backward does."""
+    for r, (slopes, normed) in enumerate(zip(rows_of(g, dim), rows_of(out, dim))):
+        mean, factor, part = sum(map(mul, slopes, normed)) / dim, inverse[r], slice(r * dim, r * dim + dim)
+        dx[part] = array(dx.typecode, [d + factor * (a - b * mean)
+                                       for d, a, b in zip(dx[part], slopes, normed)])
+
+
+def map_rope_turn(x: array, table: array, out: array, rows: int, dim: int, turned: int,
+                  width: int, sign: float) -> None:
+    """Do what rope_turn does."""
+    heads = turned // width
+    for r in range(rows):
+        at, end = r * dim, r * dim + turned
+        cosines = table[r * width:(r + 1) * width:2] * heads
+        sines = [sign * s for s in table[r * width + 1:(r + 1) * width:2]] * heads
+        pairs = list(zip(x[at:end:2], x[at + 1:end:2], cosines, sines))
+        out[at:end:2] = array(out.typecode, [
+            o + a * c - b * s for o, (a, b, c, s) in zip(out[at:end:2], pairs)])
+        out[at + 1:end:2] = array(out.typecode, [
+            o + a * s + b * c for o, (a, b, c, s) in zip(out[at + 1:end:2], pairs)])
+        rest = slice(end, at + dim)
+        out[rest] = array(out.typecode, map(add, out[rest], x[rest]))
+
+
+def _sigmoids(gates: Iterable[float]) -> List[float]:
+    return [1.0 / (1.0 + exp(-x)) if x > -700.0 else 0.0 for x in gates]
+
+
+def map_swiglu_forward(x: array, out: array, rows: int, dim: int) -> None:
+    """Do what swiglu_forward does."""
+    for r in range(rows):
+        at = 2 * r * dim
+        gates = x[at:at + dim]
+        opened = map(mul, gates, _sigmoids(gates))
+        out[r * dim:(r + 1) * dim] = array(out.typecode, map(mul, opened, x[at + dim:at + 2 * dim]))
+
+
+def map_swiglu_backward(g: array, x: array, dx: array, rows: int, dim: int) -> None:
+    """Do what swiglu_backward does."""
+    for r in range(rows):
+        gate, up = slice(2 * r * dim, (2 * r + 1) * dim), slice((2 * r + 1) * dim, 2 * (r + 1) * dim)
+        slopes, gates = g[r * dim:(r + 1) * dim], x[gate]
+        opened = _sigmoids(gates)
+        dx[gate] = array(dx.typecode, [
+            d + a * u * s * (1.0 + z * (1.0 - s))
+            for d, a, u, s, z in zip(dx[gate], slopes, x[up], opened, gates)])
+        dx[up] = array(dx.typecode, [
+            d + a * z * s for d, a, z, s in zip(dx[up], slopes, gates, opened)])
+
+
+def dist_attention_forward(qkv: array, out: array, lse: array, starts: Sequence[int],
+                           segments: int, heads: int, width: int) -> None:
+    """Do what attention_forward does, one head of one segment at a time."""
+    dim = heads * width
+    for first, last in zip(starts, starts[1:]):
+        for h in range(heads):
+            q, k, v = (_head_rows(qkv, first, last, 3 * dim, part * dim + h * width, width)
+                       for part in range(3))
+            weights = []
+            for i, scores in enumerate(_causal_scores(q, k)):
+                lse[(first + i) * heads + h] = total = _log_sum_exp(scores)
+                weights.append(_padded([exp(s - total) for s in scores], last - first))
+            mixed = dots(pack_tuples(weights), pack_tuples(list(zip(*v))))
+            _set_head_rows(out, mixed, first, dim, h * width, width)
+
+
+def dist_attention_backward(g: array, qkv: array, out: array, lse: array, dqkv: array,
+                            starts: Sequence[int], segments: int, heads: int,
+                            width: int) -> None:
+    """Do what attention_backward does, one head of one segment at a time."""
+    dim, scale = heads * width, 1.0 / sqrt(width)
+    for first, last in zip(starts, starts[1:]):
+        for h in range(heads):
+            size, at = last - first, h * width
+            q, k, v = (_head_rows(qkv, first, last, 3 * dim, part * dim + at, width)
+                       for part in range(3))
+            dy = _head_rows(g, first, last, dim, at, width)
+            common = map(sum, (map(mul, a, b) for a, b in
+                               zip(dy, _head_rows(out, first, last, dim, at, width))))
+            weights, slopes = [], []
+            passed = dots(pack_tuples(dy), pack_tuples(v))
+            for i, (scores, row, c) in enumerate(zip(_causal_scores(q, k), passed, common)):
+                total = lse[(first + i) * heads + h]
+                p = [exp(s - total) for s in scores]
+                weights.append(_padded(p, size))
+                slopes.append(_padded([w * (d - c) * scale for w, d in zip(p, row)], size))
+            falls, spread = list(zip(*slopes)), list(zip(*weights))
+            for part, left, right in ((0, slopes, k), (1, falls, q), (2, spread, dy)):
+                moved = dots(pack_tuples(left), pack_tuples(list(zip(*right))))
+                _add_head_rows(dqkv, moved, first, 3 * dim, part * dim + at, width)
+
+
+def dist_attention_cached(q: array, keys: array, values: array, out: array, length: int,
+                          block: int, heads: int, width: int) -> None:
+    """Do what attention_cached does."""
+    scale = 1.0 / sqrt(width)
+    for h in range(heads):
+        first = h * block * width
+        known = pack_tuples(rows_of(keys[first:first + length * width], width))
+        query = pack_tuples([tuple(q[h * width:(h + 1) * width])])
+        scores = [s * scale for s in next(dots(query, known))]
+        total = _log_sum_exp(scores)
+        weights = pack_tuples([tuple([exp(s - total) for s in scores])])
+        columns = pack_tuples(columns_of(values[first:first + length * width], width))
+        out[h * width:(h + 1) * width] = array(out.typecode, next(dots(weights, columns)))
+
+
+def _head_rows(data: array, first: int, last: int, stride: int, at: int,
+               width: int) -> List[Tuple[float, ...]]:
+    """Return rows first to last of one head, which begins `at` numbers into each row."""
+    return [tuple(data[r * stride + at:r * stride + at + width]) for r in range(first, last)]
+
+
+def _set_head_rows(out: array, rows: Iterable[List[float]], first: int, stride: int, at: int,
+                   width: int) -> None:
+    for r, row in enumerate(rows, first):
+        out[r * stride + at:r * stride + at + width] = array(out.typecode, row)
+
+
+def _add_head_rows(out: array, rows: Iterable[List[float]], first: int, stride: int, at: int,
+                   width: int) -> None:
+    for r, row in enumerate(rows, first):
+        part = slice(r * stride + at, r * stride + at + width)
+        out[part] = array(out.typecode, map(add, out[part], row))
+
+
+def _causal_scores(q: List[Tuple[float, ...]], k: List[Tuple[float, ...]]
+                   ) -> Iterator[List[float]]:
+    """Yield for each query its scaled scores with the keys up to its own row."""
+    queries, known, scale = pack_tuples(q), pack_tuples(k), 1.0 / sqrt(len(q[0]))
+    for i, (row, half) in enumerate(zip(*queries), 1):
+        near = zip(known.halves[:i], map(dist, repeat(row), known.rows[:i]))
+        yield [(half + h - 0.5 * d * d) * scale for h, d in near]
+
+
+def _log_sum_exp(scores: Sequence[float]) -> float:
+    top = max(scores)
+    return top + log(sum([exp(s - top) for s in scores]))
+
+
+def _padded(row: List[float], size: int) -> Tuple[float, ...]:
+    return tuple(row) + (0.0,) * (size - len(row))
+
+
+def map_cross_entropy_forward(logits: array, targets: Sequence[int], lse: array, losses: array,
+                              rows: int, vocab: int) -> None:
+    """Do what cross_entropy_forward does."""
+    for r, target in enumerate(targets):
+        row = logits[r * vocab:(r + 1) * vocab]
+        lse[r] = total = _log_sum_exp(row)
+        losses[r] = total - row[target] if target >= 0 else 0.0
+
+
+def map_cross_entropy_backward(logits: array, targets: Sequence[int], lse: array, dlogits: array,
+                               rows: int, vocab: int, scale: float) -> None:
+    """Do what cross_entropy_backward does."""
+    for r, target in enumerate(targets):
+        if target >= 0:
+            part, total = slice(r * vocab, (r + 1) * vocab), lse[r]
+            slopes = [d + scale * exp(x - total) for d, x in zip(dlogits[part], logits[part])]
+            slopes[target] -= scale
+            dlogits[part] = array(dlogits.typecode, slopes)
+
+
+def map_adamw_step(w: array, g: array, m: array, v: array, first: int, n: int, rate: float,
+                   beta1: float, beta2: float, eps: float, decay: float, fix1: float, fix2: float,
+                   clip: float) -> None:
+    """Do what adamw_step does, in three list comprehensions (0.25 µs a number, loops 0.7)."""
+    slopes = [x * clip for x in g[first:n]]
+    keep1, keep2 = 1.0 - beta1, 1.0 - beta2
+    firsts = [beta1 * a + keep1 * x for a, x in zip(m[first:n], slopes)]
+    seconds = [beta2 * a + keep2 * x * x for a, x in zip(v[first:n], slopes)]
+    step, left = rate * fix1, 1.0 - rate * decay
+    w[first:n] = array(w.typecode, [
+        left * x - step * a / (sqrt(b * fix2) + eps)
+        for x, a, b in zip(w[first:n], firsts, seconds)])
+    m[first:n], v[first:n] = array(m.typecode, firsts), array(v.typecode, seconds)
+
+
+TWINS: Tuple[Tuple[str, Callable[..., Any]], ...] = (
+    ("matmul_nt", dist_matmul_nt), ("matmul_nn", dist_matmul_nn), ("matmul_tn", dist_matmul_tn),
+    ("add_scaled", map_add_scaled), ("gather_rows", map_gather_rows),
+    ("rmsnorm_forward", map_rmsnorm_forward), ("rmsnorm_backward", map_rmsnorm_backward),
+    ("rope_turn", map_rope_turn), ("swiglu_forward", map_swiglu_forward),
+    ("swiglu_backward", map_swiglu_backward), ("attention_forward", dist_attention_forward),
+    ("attention_backward", dist_attention_backward),
+    ("attention_cached", dist_attention_cached),
+    ("cross_entropy_forward", map_cross_entropy_forward),
+    ("cross_entropy_backward", map_cross_entropy_backward), ("adamw_step", map_adamw_step))
+
+
+def reference_engine(typecode: str = "f") -> Engine:
+    """Return an engine that runs every kernel exactly as it is written."""
+    return Engine("reference", {kernel.__name__: kernel for kernel in KERNELS}, typecode)
+
+
+def interpreted_engine(typecode: str = "f") -> Engine:
+    """Return the engine that needs nothing but Python: kernels, with their fast twins."""
+    table = {kernel.__name__: kernel for kernel in KERNELS}
+    table.update(TWINS)
+    return Engine("python", table, typecode, PackedMatrix)
+
+
+def choose_engine(wish: str) -> Engine:
+    """Return the engine that `MACROGPT_ENGINE` asks for: auto, native or python."""
+    if wish in ("auto", "python", ""):
+        return interpreted_engine()
+    if wish == "native":
+        raise EngineError("MACROGPT_ENGINE=native: there is no compiled engine in this version; "
+                          "use auto or python")
+    raise ConfigError(f"MACROGPT_ENGINE={wish!r} is not known; use auto, native or python")
+
+
+# ──────────────────────────────────────────────────────────────────────────────────────
+# 5 · AUTOGRAD — vectors, not scalar confetti   uses: 4
+# ──────────────────────────────────────────────────────────────────────────────────────
+#
+# A Value knows its parents and how to push its gradient to them. ScalarValue is one number;
+# VectorValue is a stack of vectors over one flat buffer. `backward` walks the graph once, without
+# recursion, and takes it apart behind itself: what has flowed back need not be remembered.
+
+
+class Value:
+    """A node of the graph: parents, a gradient, and a way to push that gradient on."""
+
+    __slots__ = ("grad", "parents", "push", "needs_grad", "__weakref__")
+
+    def __init__(self, needs_grad: bool = False) -> None:
+        self.grad: Any = None
+        self.parents: Tuple["Value", ...] = ()
+        self.push: Optional[Callable[[Any], None]] = None
+        self.needs_grad = needs_grad
+
+    def connect(self, parents: Sequence["Value"], push: Callable[[Any], None]) -> None:
+        """Record where this value came from; push(grad) must not hold the value itself."""
+        self.parents = tuple(p for p in parents if p.needs_grad)
+        self.needs_grad = bool(self.parents)
+        self.push = push if self.needs_grad else None
+
+    def release(self) -> None:
+        """Forget the parents, so that the graph can die."""
+        self.parents, self.push = (), None
+
+
+class ScalarValue(Value):
+    """One float that can be added, multiplied, raised, and differentiated."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: float, needs_grad: bool = True) -> None:
+        super().__init__(needs_grad)
+        self.data, self.grad = float(data), 0.0
+
+    def _join(self, data: float, *slopes: Tuple["ScalarValue", float]) -> "ScalarValue":
+        """Return a value whose gradient reaches each parent times its slope."""
+        def push(grad: float) -> None:
+            for parent, slope in slopes:
+                parent.grad += slope * grad
+        result = ScalarValue(data)
+        result.connect([parent for parent, _ in slopes], push)
+        return result
+
+    def __add__(self, other: Union["ScalarValue", float]) -> "ScalarValue":
+        other = _scalar(other)
+        return self._join(self.data + other.data, (self, 1.0), (other, 1.0))
+
+    def __mul__(self, other: Union["ScalarValue", float]) -> "ScalarValue":
+        other = _scalar(other)
+        return self._join(self.data * other.data, (self, other.data), (other, self.data))
+
+    def __pow__(self, power: float) -> "ScalarValue":
+        return self._join(self.data ** power, (self, power * self.data ** (power - 1.0)))
+
+    def exp(self) -> "ScalarValue":
+        """Return e to this value."""
+        result = exp(self.data)
+        return self._join(result, (self, result))
+
+    def log(self) -> "ScalarValue":
+        """Return the natural logarithm.  Raises ValueError at 0 and below."""
+        return self._join(log(self.data), (self, 1.0 / self.data))
+
+    def __neg__(self) -> "ScalarValue":
+        return self * -1.0
+
+    def __sub__(self, other: Union["ScalarValue", float]) -> "ScalarValue":
+        return self + _scalar(other) * -1.0
+
+    def __truediv__(self, other: Union["ScalarValue", float]) -> "ScalarValue":
+        return self * _scalar(other) ** -1.0
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __rsub__(self, other: float) -> "ScalarValue":
+        return _scalar(other) - self
+
+    def __rtruediv__(self, other: float) -> "ScalarValue":
+        return _scalar(other) / self
+
+    def __repr__(self) -> str:
+        return f"ScalarValue({self.data:g})"
+
+
+def _scalar(x: Union[ScalarValue, float]) -> ScalarValue:
+    return x if isinstance(x, ScalarValue) else ScalarValue(x, needs_grad=False)
+
+
+class VectorValue(Value):
+    """A stack of vectors, shape (rows, dim), over one flat row-major buffer of an engine."""
+
+    __slots__ = ("engine", "rows", "dim", "data")
+
+    def __init__(self, engine: Engine, rows: int, dim: int, data: Optional[array] = None,
+                 needs_grad: bool = False) -> None:
+        super().__init__(needs_grad)
+        if data is not None and len(data) != rows * dim:
+            raise ValueError(f"a buffer of {len(data)} numbers is not of shape ({rows}, {dim})")
+        self.engine, self.rows, self.dim = engine, rows, dim
+        self.data = engine.buffer(rows * dim) if data is None else data
+
+    def __repr__(self) -> str:
+        return f"VectorValue(rows={self.rows}, dim={self.dim})"
+
+    def row(self, i: int) -> array:
+        """Return a copy of row i."""
+        if not 0 <= i < self.rows:
+            raise ValueError(f"row {i} of {self.rows} rows")
+        return self.data[i * self.dim:(i + 1) * self.dim]
+
+    def connect(self, parents: Sequence[Value], push: Callable[[Any], None]) -> None:
+        """Record the parents, unless the engine is in a no_grad block."""
+        if self.engine.recording:
+            super().connect(parents, push)
+
+    def grad_buffer(self) -> array:
+        """Return the gradient, zeros at first; the caller adds to it."""
+        if self.grad is None:
+            self.grad = self.engine.buffer(self.rows * self.dim)
+        return self.grad
+
+    def release(self) -> None:
+        """Forget the parents and the gradient, which has been pushed on."""
+        super().release()
+        self.grad = None
+
+
+def backward(root: ScalarValue) -> None:
+    """Add d root/d leaf to the grad of every leaf below root, and take the graph apart."""
+    root.grad = 1.0
+    for node in _in_order(root):
+        if node.push is not None:
+            if node.grad is not None:
+                node.push(node.grad)
+            node.release()
+
+
+def _in_order(root: Value) -> List[Value]:
+    """Return the graph's nodes, each before its parents.  Iterative: depth costs no stack."""
+    order: List[Value] = []
+    seen: Set[int] = set()
+    stack: List[Tuple[Value, bool]] = [(root, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack.append((node, True))
+            stack.extend((parent, False) for parent in node.parents)
+    order.reverse()
+    return order
+
+
+# ──────────────────────────────────────────────────────────────────────────────────────
+# 6 · LAYERS — forward and backward, side by side   uses: 4 5
+# ──────────────────────────────────────────────────────────────────────────────────────
+#
+# Each operation computes its result through the engine and leaves behind a `push` that sends the
+# gradient to its inputs. Parameters are values too: leaves that carry their own optimizer state,
+# so that a matrix that grows by a row grows everywhere at once.
+
+
+class MatrixParam(VectorValue):
+    """A trainable matrix (rows, dim) with the AdamW moments m and v that belong to it.
+
+    Rows below `frozen_rows` are never changed by the optimizer. `decays` tells whether weight
+    decay applies. Rows only append, so a row means the same token for ever.
+    """
+
+    __slots__ = ("name", "m", "v", "steps", "frozen_rows", "decays", "_packed")
+
+    def __init__(self, engine: Engine, name: str, rows: int, dim: int,
+                 data: Optional[array] = None, decays: bool = True) -> None:
+        super().__init__(engine, rows, dim, data, needs_grad=True)
+        self.name, self.decays, self.frozen_rows = name, decays, 0
+        self.m, self.v, self.steps = engine.buffer(rows * dim), engine.buffer(rows * dim), 0
+        self._packed: Any = None
+
+    @classmethod
+    def normal(cls, engine: Engine, name: str, rows: int, dim: int, sigma: float,
+               rng: random.Random, decays: bool = True) -> "MatrixParam":
+        """Return a matrix of normal numbers with standard deviation sigma."""
+        data = engine.buffer_of([rng.gauss(0.0, sigma) for _ in range(rows * dim)])
+        return cls(engine, name, rows, dim, data, decays)
+
+    def packed(self) -> Any:
+        """Return the data as the engine's matmul_nt likes it, kept until the data changes."""
+        if self._packed is None:
+            self._packed = self.engine.pack(self.data, self.rows, self.dim)
+        return self._packed
+
+    def changed(self) -> None:
+        """Tell the matrix that its numbers were written to."""
+        self._packed = None
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Keep all present rows from training (or let them train again)."""
+        self.frozen_rows = self.rows if frozen else 0
+        self.needs_grad = not frozen
+
+    def load(self, data: array) -> None:
+        """Replace the numbers.  Raises ValueError when their count is another."""
+        if len(data) != self.rows * self.dim:
+            raise ValueError(f"{self.name} has shape ({self.rows}, {self.dim}); "
+                             f"found {len(data)} numbers")
+        self.data = data
+        self.changed()
+
+    def append_rows(self, numbers: Sequence[float]) -> None:
+        """Append rows; moments start at 0, and the new rows train even when the old are frozen."""
+        count, rest = divmod(len(numbers), self.dim)
+        if rest:
+            raise ValueError(f"{self.name} has rows of {self.dim} numbers; found {len(numbers)}")
+        blank = self.engine.buffer(len(numbers))
+        self.data = self.data + self.engine.buffer_of(numbers)
+        self.m, self.v, self.grad = self.m + blank, self.v + blank, None
+        self.rows += count
+        self.needs_grad = self.frozen_rows < self.rows
+        self.changed()
+
+    def release(self) -> None:
+        """Keep the gradient: a parameter is where it is needed."""
+
+
+def embed(ids: Sequence[int], table: MatrixParam) -> VectorValue:
+    """Return the rows of table (V, C) named by ids (T,): (T, C).  Raises ValueError."""
+    wanted = array("i", ids)
+    if wanted and not 0 <= min(wanted) <= max(wanted) < table.rows:
+        raise ValueError(f"ids from {min(wanted)} to {max(wanted)} for {table.rows} rows")
+    engine, rows, dim = table.engine, len(wanted), table.dim
+    out = VectorValue(engine, rows, dim)
+    engine.gather_rows(table.data, wanted, out.data, rows, dim)
+    out.connect([table], lambda g: engine.scatter_rows(
+        g, wanted, table.grad_buffer(), rows, dim))
+    return out
+
+
+def linear(x: VectorValue, w: MatrixParam) -> VectorValue:
+    """Return x (T, C_in) · wᵀ, w (C_out, C_in): (T, C_out).  Raises ValueError on a mismatch."""
+    if x.dim != w.dim:
+        raise ValueError(f"{w.name} takes vectors of {w.dim}; found {x.dim}")
+    engine, rows, inner, cols = x.engine, x.rows, x.dim, w.rows
+    out = VectorValue(engine, rows, cols)
+    engine.matmul_nt(x.data, w.packed(), out.data, rows, inner, cols)
+
+    def push(g: array) -> None:
+        if x.needs_grad:
+            engine.matmul_nn(g, w.data, x.grad_buffer(), rows, cols, inner)
+        if w.needs_grad:
+            engine.matmul_tn(g, x.data, w.grad_buffer(), cols, rows, inner)
+    out.connect([x, w], push)
+    return out
+
+
+def mixed(x: VectorValue, w: MatrixParam) -> VectorValue:
+    """Return x (T, R) · w, w (R, C): rows of w mixed in x's proportions (T, C)."""
+    if x.dim != w.rows:
+        raise ValueError(f"{w.name} mixes {w.rows} rows; found {x.dim} proportions")
+    engine, rows, inner, cols = x.engine, x.rows, x.dim, w.dim
+    out = VectorValue(engine, rows, cols)
+    engine.matmul_nn(x.data, w.data, out.data, rows, inner, cols)
+
+    def push(g: array) -> None:
+        if x.needs_grad:
+            back = engine.buffer(rows * inner)
+            engine.matmul_nt(g, w.packed(), back, rows, cols, inner)
+            engine.add_scaled(back, x.grad_buffer(), rows * inner, 1.0)
+        if w.needs_grad:
+            engine.matmul_tn(x.data, g, w.grad_buffer(), inner, rows, cols)
+    out.connect([x, w], push)
+    return out
+
+
+def added(x: VectorValue, y: VectorValue, scale: float = 1.0) -> VectorValue:
+    """Return x + scale·y, all of shape (T, C)."""
+    if (x.rows, x.dim) != (y.rows, y.dim):
+        raise ValueError(f"shapes ({x.rows}, {x.dim}) and ({y.rows}, {y.dim}) differ")
+    engine, n = x.engine, x.rows * x.dim
+    out = VectorValue(engine, x.rows, x.dim, x.data[:])
+    engine.add_scaled(y.data, out.data, n, scale)
+
+    def push(g: array) -> None:
+        if x.needs_grad:
+            engine.add_scaled(g, x.grad_buffer(), n, 1.0)
+        if y.needs_grad:
+            engine.add_scaled(g, y.grad_buffer(), n, scale)
+    out.connect([x, y], push)
+    return out
+
+
+def scaled(x: VectorValue, s: MatrixParam) -> VectorValue:
+    """Return x times the one number in s (1, 1)."""
+    engine, n, factor = x.engine, x.rows * x.dim, s.data[0]
+    out = VectorValue(engine, x.rows, x.dim)
+    engine.add_scaled(x.data, out.data, n, factor)
+
+    def push(g: array) -> None:
+        if x.needs_grad:
+            engine.add_scaled(g, x.grad_buffer(), n, factor)
+        if s.needs_grad:
+            s.grad_buffer()[0] += engine.dot(g, x.data, n)
+    out.connect([x, s], push)
+    return out
+
+
+def rmsnorm(x: VectorValue, eps: float = 1e-5) -> VectorValue:
+    """Return each row of x (T, C) divided by its root mean square.  Source: arXiv:1910.07467."""
+    engine, rows, dim = x.engine, x.rows, x.dim
+    out, inverse = VectorValue(engine, rows, dim), engine.buffer(rows)
+    engine.rmsnorm_forward(x.data, out.data, inverse, rows, dim, eps)
+    data = out.data
+    out.connect([x], lambda g: engine.rmsnorm_backward(
+        g, data, inverse, x.grad_buffer(), rows, dim))
+    return out
+
+
+def rope_table(first_pos: int, rows: int, head_dim: int, base: float) -> List[float]:
+    """Return cos and sin of (first_pos+t)·base**(−i/D) for each row t and pair i, interleaved."""
+    rates = [base ** (-i / head_dim) for i in range(0, head_dim, 2)]
+    return [turn(pos * rate) for pos in range(first_pos, first_pos + rows) for rate in rates
+            for turn in (math.cos, math.sin)]
+
+
+def rope_rotate(x: VectorValue, first_pos: int, head_dim: int, base: float = 10_000.0,
+                turned: Optional[int] = None) -> VectorValue:
+    """Return x (T, C) with each head's pair (i, i+1) of row t turned by (first_pos+t)·base**(−i/D).
+
+    Only the first `turned` channels turn (all by default), so that queries and keys turn while the
+    values beside them stay. Scores of turned queries and keys depend only on their distance.
+    Raises ValueError if head_dim is odd.  Source: RoFormer, arXiv:2104.09864, §3.2.
+    """
+    engine, rows, dim = x.engine, x.rows, x.dim
+    turned = dim if turned is None else turned
+    if head_dim % 2 or turned % head_dim:
+        raise ValueError(f"{turned} channels are no whole number of heads of even width {head_dim}")
+    table = engine.buffer_of(rope_table(first_pos, rows, head_dim, base))
+    out = VectorValue(engine, rows, dim)
+    engine.rope_turn(x.data, table, out.data, rows, dim, turned, head_dim, 1.0)
+    out.connect([x], lambda g: engine.rope_turn(
+        g, table, x.grad_buffer(), rows, dim, turned, head_dim, -1.0))
+    return out
+
+
+def causal_attention(qkv: VectorValue, starts: Sequence[int], n_head: int) -> VectorValue:
+    """Return (T, C): each row attends to itself and the earlier rows of its own segment.
+
+    qkv (T, 3C) holds queries, keys, values side by side; starts (S+1,) are the segments' first
+    rows and the end.  Source: arXiv:1706.03762, with the memory plan of arXiv:2205.14135.
+    """
+    engine, rows, dim = qkv.engine, qkv.rows, qkv.dim // 3
+    if qkv.dim != 3 * dim or dim % n_head:
+        raise ValueError(f"{qkv.dim} channels are not 3 times {n_head} heads")
+    bounds, width = array("i", starts), dim // n_head
+    if list(bounds) != sorted(bounds) or bounds[0] != 0 or bounds[-1] != rows:
+        raise ValueError(f"segments must rise from 0 to {rows}; found {list(starts)}")
+    out, lse = VectorValue(engine, rows, dim), engine.buffer(rows * n_head)
+    shape = (bounds, len(bounds) - 1, n_head, width)
+    engine.attention_forward(qkv.data, out.data, lse, *shape)
+    data = out.data
+    out.connect([qkv], lambda g: engine.attention_backward(
+        g, qkv.data, data, lse, qkv.grad_buffer(), *shape))
+    return out
+
+
+def swiglu(x: VectorValue) -> VectorValue:
+    """Return silu(gate)·up (T, F) for x (T, 2F) = gates beside ups.  Source: arXiv:2002.05202."""
+    engine, rows, dim = x.engine, x.rows, x.dim // 2
+    if x.dim % 2:
+        raise ValueError(f"{x.dim} channels cannot be halved into gates and ups")
+    out = VectorValue(engine, rows, dim)
+    engine.swiglu_forward(x.data, out.data, rows, dim)
+    out.connect([x], lambda g: engine.swiglu_backward(g, x.data, x.grad_buffer(), rows, dim))
+    return out
+
+
+def dropout(x: VectorValue, rate: float, seed: int) -> VectorValue:
+    """Return x with a share `rate` of its numbers zeroed, the rest scaled so the mean stays."""
+    if rate == 0.0:
+        return x
+    engine, n = x.engine, x.rows * x.dim
+    out = VectorValue(engine, x.rows, x.dim)
+    engine.dropout_apply(x.data, out.data, n, rate, seed)
+    out.connect([x], lambda g: engine.dropout_apply(g, x.grad_buffer(), n, rate, seed))
+    return out
+
+
+def cross_entropy(logits: VectorValue, targets: Sequence[int]) -> Tuple[ScalarValue, array]:
+    """Return the mean loss in nats over the rows with a target, and every row's own loss.
+
+    logits (T, V), targets (T,); a target of −1 has no loss.  Raises ValueError.
+    """
+    engine, rows, vocab, wanted = logits.engine, logits.rows, logits.dim, array("i", targets)
+    if len(wanted) != rows or (rows and not -1 <= min(wanted) <= max(wanted) < vocab):
+        raise ValueError(f"{rows} rows of {vocab} logits need as many targets from -1 to "
+                         f"{vocab - 1}; found {len(wanted)}")
+    lse, losses = engine.buffer(rows), engine.buffer(rows)
+    engine.cross_entropy_forward(logits.data, wanted, lse, losses, rows, vocab)
+    count = max(1, sum(1 for t in wanted if t >= 0))
+    loss = ScalarValue(sum(losses) / count, needs_grad=False)
+    if engine.recording:
+        loss.connect([logits], lambda g: engine.cross_entropy_backward(
+            logits.data, wanted, lse, logits.grad_buffer(), rows, vocab, g / count))
+    return loss, losses
+
+
+class DeltaAdapter:
+    """A low-rank change x·(scale·B·A)ᵀ beside a frozen matrix, of no effect when born.
+
+    A (R, C_in) starts normal, B (C_out, R) at zero.  Source: LoRA, arXiv:2106.09685.
+    """
+
+    def __init__(self, engine: Engine, name: str, base: MatrixParam, rank: int,
+                 rng: random.Random, scale: float = 1.0) -> None:
+        self.scale = scale
+        self.a = MatrixParam.normal(engine, name + ".a", rank, base.dim, base.dim ** -0.5, rng)
+        self.b = MatrixParam(engine, name + ".b", base.rows, rank)
+
+    def __call__(self, x: VectorValue, y: VectorValue) -> VectorValue:
+        """Return y (T, C_out), the frozen matrix's output for x (T, C_in), with the change."""
+        return added(y, linear(linear(x, self.a), self.b), self.scale)
+
+    def embed(self, ids: Sequence[int], x: VectorValue) -> VectorValue:
+        """Return x (T, C_in), rows `ids` of the frozen matrix, with the change of those rows."""
+        return added(x, mixed(embed(ids, self.b), self.a), self.scale)
+
+    def append_rows(self, count: int) -> None:
+        """Grow the output by rows without effect, as the base matrix grows."""
+        self.b.append_rows([0.0] * (count * self.b.dim))
+
+    def fold_into(self, base: MatrixParam) -> None:
+        """Add scale·B·A to base, which makes the delta itself superfluous."""
+        engine, change = base.engine, base.engine.buffer(base.rows * base.dim)
+        engine.matmul_nn(self.b.data, self.a.data, change, base.rows, self.a.rows, base.dim)
+        engine.add_scaled(change, base.data, len(change), self.scale)
+        base.changed()
+
+
+# ──────────────────────────────────────────────────────────────────────────────────────
+# 7 · MODEL — ids in, logits out; it knows no text   uses: 0 4 5 6
+# ──────────────────────────────────────────────────────────────────────────────────────
+#
+# The exact Llama form: RMSNorm before attention and before SwiGLU, RoPE on queries and keys, one
+# embedding for input and output, no biases. The base learns first; what comes later is appended as
+# low-rank deltas beside it, so that nothing once learned is written over.
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What makes two sets of weights interchangeable."""
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_ff: int
+    block_size: int
+    rope_base: float
+    norm_eps: float
+
+    @classmethod
+    def of(cls, config: Config) -> "Shape":
+        """Return the shape a Config asks for."""
+        return cls(config.n_layer, config.n_embd, config.n_head, config.ff_width,
+                   config.block_size, config.rope_base, config.norm_eps)
+
+
+class KVCache:
+    """Keys (already rotated) and values of the newest block_size tokens, for every layer.
+
+    Buffers are (H, block, D). Position p lives in slot p % block, so the newest token overwrites
+    the oldest and a token costs the same however long the text has become.
+    """
+
+    def __init__(self, engine: Engine, shape: Shape) -> None:
+        self.shape, self.position = shape, 0
+        size = shape.block_size * shape.n_embd
+        self.keys = [engine.buffer(size) for _ in range(shape.n_layer)]
+        self.values = [engine.buffer(size) for _ in range(shape.n_layer)]
+
+    def write(self, layer: int, qkv: VectorValue) -> None:
+        """Store the keys and values of qkv's rows from the present position on."""
+        shape, dim = self.shape, self.shape.n_embd
+        width = dim // shape.n_head
+        for row in range(qkv.rows):
+            slot = (self.position + row) % shape.block_size
+            for head in range(shape.n_head):
+                at = (head * shape.block_size + slot) * width
+                source = row * 3 * dim + dim + head * width
+                self.keys[layer][at:at + width] = qkv.data[source:source + width]
+                source += dim
+                self.values[layer][at:at + width] = qkv.data[source:source + width]
+
+    def attend(self, layer: int, qkv: VectorValue) -> VectorValue:
+        """Return the attention (1, C) of one new row over all that is cached, itself included."""
+        self.write(layer, qkv)
+        shape, engine = self.shape, qkv.engine
+        out = VectorValue(engine, 1, shape.n_embd)
+        length = min(self.position + 1, shape.block_size)
+        engine.attention_cached(qkv.data[:shape.n_embd], self.keys[layer], self.values[layer],
+                                out.data, length, shape.block_size, shape.n_head,
+                                shape.n_embd // shape.n_head)
+        return out
+
+
+Delta = Dict[str, DeltaAdapter]
+EMBEDDING_SIGMA = 0.05
+
+
+class GPT:
+    """A small Llama with appended deltas: ids to logits."""
+
+    def __init__(self, shape: Shape, vocab_size: int, engine: Engine,
+                 rng: Optional[random.Random]) -> None:
+        """Draw every matrix from rng, or leave them at zero, to be loaded, when there is none."""
+        self.shape, self.engine = shape, engine
+        self.params: Dict[str, MatrixParam] = {}
+        self.deltas: List[Delta] = []
+        dim, calm = shape.n_embd, (2 * shape.n_layer) ** -0.5
+        self._create("embedding", vocab_size, dim, EMBEDDING_SIGMA, rng, decays=False)
+        for i in range(shape.n_layer):
+            self._create(f"{i}.qkv", 3 * dim, dim, dim ** -0.5, rng)
+            self._create(f"{i}.out", dim, dim, calm * dim ** -0.5, rng)
+            self._create(f"{i}.gate_up", 2 * shape.n_ff, dim, dim ** -0.5, rng)
+            self._create(f"{i}.down", dim, shape.n_ff, calm * shape.n_ff ** -0.5, rng)
+        self._create("scale", 1, 1, 0.0, rng, decays=False)
+        self.params["scale"].data[0] = 1.0
+
+    def _create(self, name: str, rows: int, dim: int, sigma: float, rng: random.Random,
+                decays: bool = True) -> None:
+        self.params[name] = MatrixParam.normal(self.engine, name, rows, dim, sigma, rng, decays)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of rows of the embedding."""
+        return self.params["embedding"].rows
+
+    @property
+    def n_params(self) -> int:
+        """The count of numbers in the base and its deltas."""
+        matrices = [*self.params.values(), *self.delta_params()]
+        return sum(p.rows * p.dim for p in matrices)
+
+    def delta_params(self) -> Iterator[MatrixParam]:
+        """Yield every matrix of every delta."""
+        for delta in self.deltas:
+            for adapter in delta.values():
+                yield adapter.a
+                yield adapter.b
+
+    def trainable(self) -> List[MatrixParam]:
+        """Return the parameters that learn at present."""
+        return [p for p in (*self.params.values(), *self.delta_params()) if p.needs_grad]
+
+    def _project(self, name: str, x: VectorValue) -> VectorValue:
+        """Return x through the named matrix and what the deltas add to it."""
+        y = linear(x, self.params[name])
+        for delta in self.deltas:
+            y = delta[name](x, y)
+        return y
+
+    def _embed(self, ids: Sequence[int]) -> VectorValue:
+        """Return the embeddings (T, C) of ids; deltas of the tied matrix count here as well."""
+        x = embed(ids, self.params["embedding"])
+        for delta in self.deltas:
+            x = delta["embedding"].embed(ids, x)
+        return x
+
+    def _blocks(self, x: VectorValue, first_pos: int,
+                attend: Callable[[int, VectorValue], VectorValue],
+                drop: Callable[[VectorValue], VectorValue] = lambda x: x) -> VectorValue:
+        """Return x (T, C) after every block; attend(layer, qkv) mixes the rows."""
+        shape = self.shape
+        for i in range(shape.n_layer):
+            qkv = self._project(f"{i}.qkv", rmsnorm(x, shape.norm_eps))
+            qkv = rope_rotate(qkv, first_pos, shape.n_embd // shape.n_head, shape.rope_base,
+                              turned=2 * shape.n_embd)
+            x = added(x, drop(self._project(f"{i}.out", attend(i, qkv))))
+            gates = self._project(f"{i}.gate_up", rmsnorm(x, shape.norm_eps))
+            x = added(x, drop(self._project(f"{i}.down", swiglu(gates))))
+        return x
+
+    def _head(self, x: VectorValue) -> VectorValue:
+        """Return logits (T, V) for the last block's output (T, C)."""
+        x = scaled(rmsnorm(x, self.shape.norm_eps), self.params["scale"])
+        return self._project("embedding", x)
+
+    def logits(self, ids: Sequence[int], starts: Optional[Sequence[int]] = None,
+               drop_rate: float = 0.0, rng: Optional[random.Random] = None) -> VectorValue:
+        """Return logits (T, V) for ids (T,), whose segments begin at starts (S+1,).
+
+        Positions need not begin anew in each segment: RoPE sees only distances. Raises ValueError.
+        """
+        def drop(x: VectorValue) -> VectorValue:
+            return dropout(x, drop_rate, rng.getrandbits(32)) if drop_rate and rng else x
+        bounds = starts if starts is not None else (0, len(ids))
+        x = drop(self._embed(ids))
+        return self._head(self._blocks(
+            x, 0, lambda _, qkv: causal_attention(qkv, bounds, self.shape.n_head), drop))
+
+    def loss(self, windows: Sequence[Sequence[int]], drop_rate: float = 0.0,
+             rng: Optional[random.Random] = None) -> ScalarValue:
+        """Return the mean loss in nats of predicting each window's ids from those before them.
+
+        The windows, of any lengths from 2 up, stand in one graph one after the other: no padding.
+        """
+        inputs, targets, starts = _stacked(windows)
+        return cross_entropy(self.logits(inputs, starts, drop_rate, rng), targets)[0]
+
+    def new_cache(self) -> KVCache:
+        """Return an empty cache of this model's shape."""
+        return KVCache(self.engine, self.shape)
+
+    def feed(self, cache: KVCache, ids: Sequence[int]) -> array:
+        """Read new ids into the cache; return the logits (V,) for what comes next.
+
+        Of more than block_size ids only the newest are read.  Raises ValueError for none.
+        """
+        if not ids:
+            raise ValueError("a model must be fed at least one id")
+        with self.engine.no_grad():
+            newest = ids[-self.shape.block_size:]
+            runs = [newest] if cache.position == 0 else [[i] for i in newest]
+            for run in runs:
+                x = self._read(cache, run)
+            last = VectorValue(self.engine, 1, x.dim, x.row(x.rows - 1))
+            return self._head(last).data
+
+    def _read(self, cache: KVCache, ids: Sequence[int]) -> VectorValue:
+        """Return the last block's output for ids, which join the cache."""
+        def attend(layer: int, qkv: VectorValue) -> VectorValue:
+            if qkv.rows == 1:
+                return cache.attend(layer, qkv)
+            cache.write(layer, qkv)
+            return causal_attention(qkv, (0, qkv.rows), self.shape.n_head)
+        x = self._blocks(self._embed(ids), cache.position, attend)
+        cache.position += len(ids)
+        return x
+
+    def append_delta(self, rank: int, rng: random.Random) -> None:
+        """Freeze everything and append a new delta, of no effect yet, that trains."""
+        self.freeze()
+        index = len(self.deltas)
+        self.deltas.append({name: DeltaAdapter(self.engine, f"delta{index}.{name}", base, rank, rng)
+                            for name, base in self.params.items() if name != "scale"})
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Keep the base and every delta from training; freeze(False) lets the base train."""
+        for param in self.params.values():
+            param.freeze(frozen)
+        for param in self.delta_params():
+            param.freeze()
+
+    def fold_oldest_delta(self) -> None:
+        """Fold the oldest delta into the base; the function stays, but for rounding."""
+        for name, adapter in self.deltas.pop(0).items():
+            adapter.fold_into(self.params[name])
+
+    def draw_embedding(self, rng: random.Random) -> None:
+        """Draw every row of the embedding anew."""
+        table = self.params["embedding"]
+        table.load(self.engine.buffer_of(
+            [rng.gauss(0.0, EMBEDDING_SIGMA) for _ in range(table.rows * table.dim)]))
+
+    def grow_vocabulary(self, merges: Sequence[Tuple[int, int]]) -> None:
+        """Append a row for each merge of two ids: the mean of its parts.  Old logits stay."""
+        table = self.params["embedding"]
+        for left, right in merges:
+            table.append_rows([(a + b) / 2 for a, b in zip(table.row(left), table.row(right))])
+        for delta in self.deltas:
+            delta["embedding"].append_rows(len(merges))
+
+
+def _stacked(windows: Sequence[Sequence[int]]) -> Tuple[List[int], List[int], List[int]]:
+    """Return inputs, targets and segment starts of windows set one after the other."""
+    inputs: List[int] = []
+    targets: List[int] = []
+    starts = [0]
+    for window in windows:
+        if len(window) < 2:
+            raise ValueError(f"a window needs at least 2 ids; found {len(window)}")
+        inputs.extend(window[:-1])
+        targets.extend(window[1:])
+        starts.append(len(inputs))
+    return inputs, targets, starts
+
+
+# ──────────────────────────────────────────────────────────────────────────────────────
+# 8 · OPTIMIZER — every matrix keeps its own momentum   uses: 0 6
+# ──────────────────────────────────────────────────────────────────────────────────────
+#
+# AdamW with the gradient clipped by its global norm. Moments and step counts live in the
+# parameters, so a matrix that grows or arrives later is served like the others.
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """The optimizer's settings; its state is in the parameters.  Source: arXiv:1711.05101."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip: float
+
+    @classmethod
+    def of(cls, config: Config) -> "AdamW":
+        """Return the optimizer a Config asks for."""
+        return cls(config.beta1, config.beta2, config.eps_adam, config.weight_decay,
+                   config.grad_clip)
+
+    def step(self, params: Sequence[MatrixParam], rate: float) -> float:
+        """Move every param down its gradient and drop the gradients; return the global norm.
+
+        A norm that is not finite moves nothing: check it with math.isfinite.
+        """
+        norm = gradient_norm(params)
+        if math.isfinite(norm):
+            clip = min(1.0, self.clip / norm) if norm > 0.0 else 1.0
+            for param in params:
+                if param.grad is not None:
+                    self._move(param, rate, clip)
+        for param in params:
+            param.grad = None
+        return norm
+
+    def _move(self, param: MatrixParam, rate: float, clip: float) -> None:
+        param.steps += 1
+        decay = self.weight_decay if param.decays else 0.0
+        param.engine.adamw_step(
+            param.data, param.grad, param.m, param.v, param.frozen_rows * param.dim,
+            param.rows * param.dim, rate, self.beta1, self.beta2, self.eps, decay,
+            1.0 / (1.0 - self.beta1 ** param.steps), 1.0 / (1.0 - self.beta2 ** param.steps), clip)
+        param.changed()
+
+
+def gradient_norm(params: Sequence[MatrixParam]) -> float:
+    """Return the Euclidean norm of all gradients together."""
+    total = 0.0
+    for p in params:
+        if p.grad is not None:
+            total += p.engine.dot(p.grad, p.grad, p.rows * p.dim)
+    return sqrt(total) if math.isfinite(total) else math.inf
+
+
+def scheduled_rate(peak: float, done: float, warmup: float, shape: str = "linear") -> float:
+    """Return the learning rate when a share `done` (0 to 1) of the schedule is behind us.
+
+    It rises linearly over the first `warmup` share and then falls to 0 along a line or a cosine.
+    """
+    if done < warmup:
+        return peak * max(done / warmup, 0.01)
+    left = max(0.0, min(1.0, (1.0 - done) / max(1.0 - warmup, 1e-9)))
+    return peak * (left if shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+
+
+# ──────────────────────────────────────────────────────────────────────────────────────
+# 9 · SAMPLING — the model proposes, a seeded die decides   uses: 0
+# ──────────────────────────────────────────────────────────────────────────────────────
+# A model ends in one logit per token id; a reply needs one id. Between the two stands a chain of
+# small filters, each a pure function from candidates to candidates. Candidates are (logit, id)
+# pairs from the most to the least likely, equal logits by lower id: nearly every filter is then a
+# cut of a sorted list, and the first pair is always the best. No filter ever empties the list.
+# Penalties move only the pairs they touch, so the one full sort per token is the first one.
+# Measured with 64 repeated ids in the history (Python 3.11, one slow core), default chain and
+# draw: 0.19 ms for 512 logits, 0.42 ms for 1,300.
+
+Candidates = List[Tuple[float, int]]
+
+NO_IDS: FrozenSet[int] = frozenset()
+# Every known sampler, in the order llama.cpp runs them.
+DEFAULT_SAMPLERS = (
+    "penalties", "dry", "top_n_sigma", "top_k", "typical_p", "top_p", "min_p", "xtc", "temperature"
+)
+GREEDY_BELOW_TEMPERATURE = 1e-6  # a float32 logit divided by less could overflow to infinity
+MAX_DRY_LOG_PENALTY = 80.0  # e**80 bans as surely as infinity does, and stays a finite number
+
+
+def candidates_of(logits: Sequence[float], banned: Container[int] = NO_IDS) -> Candidates:
+    """Return the (logit, id) pairs of `logits`, most likely first, equal logits by lower id.
+
+    The ids in `banned` and those whose logit is NaN or -inf are dropped. A logit of +inf means
+    certainty: only ids at +inf then stay, as equals with logit 0. Raises ValueError if none stays.
+    """
+    floor = -math.inf  # a NaN is not above it either
+    pairs = [(x, token) for token, x in enumerate(logits) if x > floor and token not in banned]
+    if not pairs:
+        raise ValueError(f"no id can be drawn: all {len(logits)} logits are banned, NaN or -inf")
+    pairs.sort(key=itemgetter(0), reverse=True)  # stable: equal logits stay in order of id
+    if pairs[0][0] == math.inf:
+        return [(0.0, token) for logit, token in pairs if logit == math.inf]
+    return pairs
+
+
+def probabilities(c: Candidates) -> List[float]:
+    """Return the softmax of the candidates' logits, in their order."""
+    top = c[0][0]
+    weights = [math.exp(logit - top) for logit, _ in c]
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def temper(c: Candidates, temperature: float) -> Candidates:
+    """Return the logits divided by `temperature`; at 0 (below 1e-6) only the most likely stays."""
+    if temperature < GREEDY_BELOW_TEMPERATURE:
+        return c[:1]
+    return [(logit / temperature, token) for logit, token in c]
+
+
+def keep_top_k(c: Candidates, k: int) -> Candidates:
+    """Return the `k` most likely; k <= 0 is off. Source: Fan et al., arXiv:1805.04833."""
+    return c[:k] if k > 0 else c
+
+
+def keep_top_p(c: Candidates, p: float, min_keep: int = 1) -> Candidates:
+    """Return the nucleus: the fewest most likely candidates whose probability reaches `p`.
+
+    The one that crosses `p` stays, and so do the first `min_keep`; p >= 1 is off.
+    Source: Holtzman et al., arXiv:1904.09751.
+    """
+    if p >= 1.0:
+        return c
+    crossing = bisect_left(list(accumulate(probabilities(c))), p)
+    return c[:max(crossing + 1, min_keep)]
+
+
+def keep_min_p(c: Candidates, min_p: float) -> Candidates:
+    """Return the candidates at least `min_p` times as probable as the best; min_p <= 0 is off.
+
+    In logits: logit >= max + ln(min_p). Source: Nguyen et al., arXiv:2407.01082.
+    """
+    if min_p <= 0.0:
+        return c
+    floor = c[0][0] + math.log(min(min_p, 1.0))
+    return [pair for pair in c if pair[0] >= floor]
+
+
+def keep_typical(c: Candidates, typical_p: float) -> Candidates:
+    """Return the candidates whose surprise -ln p lies closest to the entropy H.
+
+    They are taken by rising |-ln p - H| until their mass reaches `typical_p`, the crossing one
+    included, and handed back in logit order; typical_p >= 1 is off.
+    Source: Meister et al., "Locally Typical Sampling", arXiv:2202.00666.
+    """
+    if typical_p >= 1.0:
+        return c
+    chances = probabilities(c)
+    # From the logits, not as ln(p): a probability may underflow to 0, its surprise stays finite.
+    zero = c[0][0] - math.log(chances[0])
+    surprises = [zero - logit for logit, _ in c]
+    entropy = sum(chance * surprise for chance, surprise in zip(chances, surprises))
+    distances = [abs(surprise - entropy) for surprise in surprises]
+    order = sorted(range(len(c)), key=distances.__getitem__)
+    crossing = bisect_left(list(accumulate(chances[rank] for rank in order)), typical_p)
+    return [c[rank] for rank in sorted(order[:crossing + 1])]
+
+
+def keep_top_n_sigma(c: Candidates, n: float) -> Candidates:
+    """Return the candidates within `n` standard deviations of the best logit; n <= 0 is off.
+
+    The deviation is that of the population of all logits given. Source: arXiv:2411.07641.
+    """
+    if n <= 0.0:
+        return c
+    mean = sum(logit for logit, _ in c) / len(c)
+    sigma = math.sqrt(sum((logit - mean) ** 2 for logit, _ in c) / len(c))
+    return [pair for pair in c if pair[0] >= c[0][0] - n * sigma]
+
+
+def exclude_top_choices(
+    c: Candidates, probability: float, threshold: float, rng: random.Random
+) -> Candidates:
+    """Return `c`, with chance `probability` without its top choices but the last of them (XTC).
+
+    Top choices have at least `threshold` probability. One rng.random() is used, unless
+    probability <= 0, which is off. Source: p-e-w's XTC sampler, as llama.cpp defines it.
+    """
+    if probability <= 0.0 or rng.random() >= probability:
+        return c
+    top_choices = sum(chance >= threshold for chance in probabilities(c))
+    return c[max(top_choices - 1, 0):]
+
+
+def _recent(history: Sequence[int], last_n: int) -> Sequence[int]:
+    """Return the last `last_n` ids of `history`: all of them if negative, none if 0."""
+    return history[-last_n:] if last_n > 0 else history[:0] if last_n == 0 else history
+
+
+def _relogit(c: Candidates, changed: Dict[int, float]) -> Candidates:
+    """Return `c` with the logit of every id in `changed` replaced, in order again."""
+    result = [pair for pair in c if pair[1] not in changed]
+    ranks = [(-logit, token) for logit, token in result]  # their rising order is the invariant
+    for rank in sorted((-logit, token) for token, logit in changed.items()):
+        at = bisect_left(ranks, rank)
+        ranks.insert(at, rank)
+        result.insert(at, (-rank[0], rank[1]))
+    return result
+
+
+def penalise_repetition(
+    c: Candidates, history: Sequence[int], penalty: float, last_n: int,
+    presence: float = 0.0, frequency: float = 0.0,
+) -> Candidates:
+    """Return `c` with the ids among the last `last_n` of `history` made less likely, each once.
+
+    A positive logit is divided by `penalty` (> 0), any other multiplied; then count * frequency +
+    presence is subtracted. Off: penalty 1 with both others 0, or last_n 0; a negative last_n means
+    the whole history. Source: CTRL, Keskar et al., arXiv:1909.05858, with llama.cpp's two signs.
+    """
+    counts = Counter(_recent(history, last_n))
+    if not counts or (penalty, presence, frequency) == (1.0, 0.0, 0.0):
+        return c
+    changed = {}
+    for logit, token in c:
+        if token in counts:
+            scaled = logit / penalty if logit > 0.0 else logit * penalty
+            changed[token] = scaled - (counts[token] * frequency + presence)
+    return _relogit(c, changed)
+
+
+def _prefix_matches(ids: Sequence[int]) -> List[int]:
+    """Return, for each place of `ids`, how many ids from there on equal its beginning, in O(n).
+
+    This is the Z-function. Place 0 gets 0. Source: Gusfield, Algorithms on Strings, 1997.
+    """
+    lengths = [0] * len(ids)
+    left = right = 0  # ids[left:right] is the match found so far that reaches furthest
+    for at in range(1, len(ids)):
+        length = min(lengths[at - left], right - at) if at < right else 0
+        while at + length < len(ids) and ids[length] == ids[at + length]:
+            length += 1
+        lengths[at] = length
+        if at + length > right:
+            left, right = at, at + length
+    return lengths
+
+
+def _repeat_lengths(ids: Sequence[int], breakers: FrozenSet[int]) -> Dict[int, int]:
+    """Return, for each id that once followed the ids' present ending, the longest such ending."""
+    backward = list(ids)[::-1]
+    unbroken = next((at for at, t in enumerate(backward) if t in breakers), len(backward))
+    longest: Dict[int, int] = {}
+    matches = _prefix_matches(backward)
+    for at in range(1, len(backward)):
+        follower, length = backward[at - 1], min(matches[at], unbroken)
+        if length > longest.get(follower, 0) and follower not in breakers:
+            longest[follower] = length
+    return longest
+
+
+def penalise_dry(
+    c: Candidates, history: Sequence[int], multiplier: float, base: float, allowed_length: int,
+    last_n: int, breakers: FrozenSet[int] = NO_IDS,
+) -> Candidates:
+    """Return `c` with every id that would prolong a verbatim repetition made less likely.
+
+    If the last m ids of `history` stood earlier in its last `last_n` (negative: in all of it) and
+    an id came next, the longest such m >= allowed_length costs that id multiplier *
+    base**(m - allowed_length). Matches never cross an id in `breakers`, and breakers go unpunished.
+    multiplier 0 is off. Source: p-e-w's DRY ("don't repeat yourself") sampler.
+    """
+    if multiplier == 0.0:
+        return c
+    most = MAX_DRY_LOG_PENALTY / math.log(base) if base > 1.0 else math.inf
+    penalties = {
+        token: multiplier * base ** min(length - allowed_length, most)
+        for token, length in _repeat_lengths(_recent(history, last_n), breakers).items()
+        if length >= allowed_length
+    }
+    return _relogit(c, {t: logit - penalties[t] for logit, t in c if t in penalties})
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """The parameters of the chain and its order; raises ValueError for what cannot be run."""
+
+    temperature: float = 0.85
+    top_k: int = 40
+    top_p: float = 0.92
+    min_p: float = 0.06
+    typical_p: float = 0.95
+    repeat_penalty: float = 1.1
+    repeat_last_n: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_last_n: int = -1
+    top_n_sigma: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    samplers: Tuple[str, ...] = DEFAULT_SAMPLERS
+
+    def __post_init__(self) -> None:
+        unknown = ", ".join(name for name in self.samplers if name not in DEFAULT_SAMPLERS)
+        if unknown:
+            known = ", ".join(DEFAULT_SAMPLERS)
+            raise ValueError(f"unknown sampler: {unknown}; the known ones are {known}")
+        if not (self.temperature >= 0.0 and self.repeat_penalty > 0.0 and self.dry_base > 0.0):
+            raise ValueError(
+                f"temperature {self.temperature} must be at least 0, repeat_penalty "
+                f"{self.repeat_penalty} and dry_base {self.dry_base} above 0"
+            )
+
+
+def apply_samplers(
+    c: Candidates, history: Sequence[int], settings: SamplerSettings, rng: random.Random,
+    breakers: FrozenSet[int] = NO_IDS,
+) -> Candidates:
+    """Return what the chain of `settings.samplers`, run in that order, leaves of `c`."""
+    s = settings
+    steps: Dict[str, Callable[[Candidates], Candidates]] = {
+        "penalties": lambda c: penalise_repetition(
+            c, history, s.repeat_penalty, s.repeat_last_n, s.presence_penalty, s.frequency_penalty
+        ),
+        "dry": lambda c: penalise_dry(
+            c, history, s.dry_multiplier, s.dry_base, s.dry_allowed_length, s.dry_last_n, breakers
+        ),
+        "top_n_sigma": lambda c: keep_top_n_sigma(c, s.top_n_sigma),
+        "top_k": lambda c: keep_top_k(c, s.top_k),
+        "typical_p": lambda c: keep_typical(c, s.typical_p),
+        "top_p": lambda c: keep_top_p(c, s.top_p),
+        "min_p": lambda c: keep_min_p(c, s.min_p),
+        "xtc": lambda c: exclude_top_choices(c, s.xtc_probability, s.xtc_threshold, rng),
+        "temperature": lambda c: temper(c, s.temperature),
+    }
+    for name in s.samplers:
+        c = steps[name](c)
+    return c
+
+
+def draw(c: Candidates, rng: random.Random) -> int:
+    """Return one id drawn by its probability, using exactly one rng.random().
+
+    A single candidate uses one too: the n-th token of a reply then always meets the n-th number of
+    the seed, whichever filters were on before it.
+    """
+    top = c[0][0]
+    heights = list(accumulate(math.exp(logit - top) for logit, _ in c))
+    # random() <= 1 - 2**-53, so even the rounded product stays below the total: always a hit.
+    return c[bisect_right(heights, rng.random() * heights[-1])][1]
+
+
+def generate_ids(
+    next_logits: Callable[[Sequence[int]], Sequence[float]], prompt_ids: Sequence[int],
+    settings: SamplerSettings, rng: random.Random, max_tokens: int,
+    end_ids: FrozenSet[int] = NO_IDS, min_tokens: int = 0,
+    banned: FrozenSet[int] = NO_IDS, breakers: FrozenSet[int] = NO_IDS,
+) -> Iterator[int]:
+    """Return an iterator over the reply's ids: at most `max_tokens`, stopping before an end id.
+
+    `next_logits(ids)` takes the ids that are new to it (first the whole prompt, then one at a time,
+    each id once; the last id of a reply is never fed) and returns the next position's logits.
+    No id of `banned` is drawn, none of `end_ids` before `min_tokens` ids were yielded. Penalties
+    look at prompt and reply together. Raises ValueError at once if the prompt is empty.
+    """
+    if not prompt_ids:
+        raise ValueError("the prompt has no ids; give at least one to start from")
+
+    def reply() -> Iterator[int]:
+        history = list(prompt_ids)
+        fresh = list(prompt_ids)
+        for yielded in range(max_tokens):
+            barred = banned | end_ids if yielded < min_tokens else banned
+            c = candidates_of(next_logits(fresh), barred)
+            token = draw(apply_samplers(c, history, settings, rng, breakers), rng)
+            if token in end_ids:
+                return
+            yield token
+            history.append(token)
+            fresh = [token]
+
+    return reply()
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that is a beginning of `stop`, not all."""
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((length for length in lengths if text.endswith(stop[:length])), 0)
+
+
+class StopText:
+    """A gate for streamed text that closes at the first stop string, wherever the pieces break.
+
+    The first stop is the one completed first (of several completed by the same character, the
+    longest). Raises ValueError for an empty stop string, which would stop everything.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if "" in stops:
+            raise ValueError("a stop text is empty; give at least one character")
+        self._stops = tuple(stops)
+        self._held = ""
+        self._stopped = False
+
+    def feed(self, piece: str) -> Tuple[str, bool]:
+        """Return the text that is safe to show now, and whether a stop was reached.
+
+        Only what could still become the beginning of a stop is held back; the stop itself and all
+        that follows is dropped.
+        """
+        if self._stopped:
+            return "", True
+        text = self._held + piece
+        starts = [(text.find(stop), stop) for stop in self._stops]
+        ends = [(start + len(stop), start) for start, stop in starts if start >= 0]
+        if ends:
+            self._held, self._stopped = "", True
+            return text[:min(ends)[1]], True
+        safe_chars = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[safe_chars:]
+        return text[:safe_chars], False
+
+    def flush(self) -> str:
+        """Return the text still held back, once no more pieces will come."""
+        text, self._held = self._held, ""
+        return text
+
+
+# ──────────────────────────────────────────────────────────────────────────────────────
+# 10 · TRAINING — one step, one window, one honest number   uses: 0 1 2 4 5 7 8
+# ──────────────────────────────────────────────────────────────────────────────────────
+#
+# Documents become one stream of ids, with an end-of-text where a blank line stood; windows are cut
+# from it anywhere. Progress has one currency, bits per character, which no tokenizer can inflate.
+
+
+def document_ids(tokenizer: EvolvingTokenizer, text: str, closed: bool = True) -> List[int]:
+    """Return a document's ids, with END_OF_TEXT for the blank line that closes it."""
+    return tokenizer.encode(text) + [END_OF_TEXT] * closed
+
+
+def text_ids(tokenizer: EvolvingTokenizer, text: str) -> List[int]:
+    """Return a whole file's text as the stream the model knows, without loss.
+
+    It begins with END_OF_TEXT as context; each later one but the last stands for the second line
+    end of a blank line, and the last for the end of the file.
+    """
+    ids = [END_OF_TEXT]
+    parts = text.split("\n\n")
+    for i, part in enumerate(parts):
+        ids += document_ids(tokenizer, part + "\n" if i + 1 < len(parts) else part)
+    return ids
+
+
+class TextPool:
+    """What the trainer may train on: a stream of everything, and a stream of what is new."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.stream = array("i", [END_OF_TEXT])
+        self.fresh = array("i", [END_OF_TEXT])
+
+    def add(self, ids: Sequence[int], fresh: bool = False) -> None:
+        """Append a document's ids; a fresh one is in both streams."""
+        self.stream.extend(ids)
+        if fresh:
+            self.fresh.extend(ids)
+
+    def windows(self, count: int, fresh_count: int, rng: random.Random) -> List[List[int]]:
+        """Return `count` windows of at most block_size+1 ids, `fresh_count` of them of new text."""
+        if len(self.fresh) < 2:
+            fresh_count = 0
+        streams = [self.fresh] * fresh_count + [self.stream] * (count - fresh_count)
+        return [self._window(stream, rng) for stream in streams]
+
+    def _window(self, stream: array, rng: random.Random) -> List[int]:
+        start = rng.randrange(max(1, len(stream) - self.block_size))
+        return list(stream[start:start + self.block_size + 1])
+
+
+class StepReport(NamedTuple):
+    """What one training step did."""
+
+    loss: float
+    tokens: int
+    norm: float
+    applied: bool
+
+
+def train_step(model: GPT, optimizer: AdamW, windows: Sequence[Sequence[int]], rate: float,
+               drop_rate: float, rng: random.Random,
+               guard: Optional[contextlib.AbstractContextManager] = None) -> StepReport:
+    """Run forward, backward and update on one batch; the update alone happens inside `guard`.
+
+    A loss or gradient that is not finite changes no weight and is reported as not applied.
+    """
+    params = model.trainable()
+    for param in params:
+        param.grad = None
+    loss = model.loss(windows, drop_rate, rng)
+    tokens = sum(len(window) - 1 for window in windows)
+    if not math.isfinite(loss.data):
+        return StepReport(loss.data, tokens, math.inf, False)
+    backward(loss)
+    with guard or contextlib.nullcontext():
+        norm = optimizer.step(params, rate)
+    return StepReport(loss.data, tokens, norm, math.isfinite(norm))
+
+
+def scored_nats(model: GPT, ids: Sequence[int], stride: int, batch: int = 4) -> Iterator[float]:
+    """Yield the nats of the ids after the first, some windows at a time; their sum is the loss.
+
+    Windows of block_size ids overlap so that every id but the first few is predicted from at least
+    block_size − stride ids before it; each id is scored once.
+    """
+    block = model.shape.block_size
+    starts = [0, *range(stride, max(stride, len(ids) - 1 - block + stride), stride)]
+    for first in range(0, len(starts), batch):
+        inputs: List[int] = []
+        targets: List[int] = []
+        bounds = [0]
+        for start in starts[first:first + batch]:
+            part = list(ids[start:start + block + 1])
+            context = block - stride if start else 0
+            inputs += part[:-1]
+            targets += [-1] * context + part[1 + context:]
+            bounds.append(len(inputs))
+        with model.engine.no_grad():
+            yield sum(cross_entropy(model.logits(inputs, bounds), targets)[1])
+
+
+def bits_per_character(model: GPT, ids: Sequence[int], characters: int, stride: int) -> float:
+    """Return total bits of ids[1:] over `characters`; NaN when there is nothing to score."""
+    if len(ids) < 2 or not characters:
+        return math.nan
+    return sum(scored_nats(model, ids, stride)) / math.log(2.0) / characters
+
+
+# ──────────────────────────────────────────────────────────────────────────────────────
+# 11 · MEMORY — one file; copy it and you copied the being   uses: 0 1
+# ──────────────────────────────────────────────────────────────────────────────────────
+#
+# Everything that must outlive the process is in one SQLite file with a rollback journal: what was
+# said, what was read, what was learned. A commit is one transaction, a blob carries its checksum,
+# and a sealed layer is a row that the database itself refuses to rewrite.
+
+MIGRATIONS: Tuple[str, ...] = (
+    # 1: the first life
+    """
+    CREATE TABLE sessions (
+        id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, started_at REAL NOT NULL);
+    CREATE TABLE messages (
+        id INTEGER PRIMARY KEY, session_id INTEGER NOT NULL REFERENCES sessions(id),
+        role TEXT NOT NULL CHECK (role IN ('owner', 'self')), text TEXT NOT NULL,
+        said_at REAL NOT NULL, verdict INTEGER NOT NULL DEFAULT 0);
+    CREATE INDEX messages_of_session ON messages(session_id, id);
+    CREATE TABLE entries (
+        id INTEGER PRIMARY KEY, source TEXT NOT NULL, key INTEGER NOT NULL, text TEXT NOT NULL,
+        session_id INTEGER REFERENCES sessions(id), told_at REAL NOT NULL,
+        closed INTEGER NOT NULL DEFAULT 1, recall INTEGER NOT NULL DEFAULT 1,
+        held_out INTEGER NOT NULL DEFAULT 0, learned INTEGER NOT NULL DEFAULT 0,
+        UNIQUE (source, key));
+    CREATE INDEX entries_unlearned ON entries(learned) WHERE learned = 0;
+    CREATE TABLE probes (key INTEGER PRIMARY KEY, epoch INTEGER NOT NULL);
+    CREATE TABLE layers (
+        name TEXT PRIMARY KEY, sealed INTEGER NOT NULL DEFAULT 0, manifest TEXT NOT NULL,
+        checksum INTEGER NOT NULL, data BLOB NOT NULL, saved_at REAL NOT NULL);
+    CREATE TRIGGER sealed_layers_stay BEFORE UPDATE ON layers WHEN old.sealed
+        BEGIN SELECT RAISE(ABORT, 'a sealed layer is never rewritten'); END;
+    CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+    CREATE TABLE progress (
+        id INTEGER PRIMARY KEY, at REAL NOT NULL, step INTEGER NOT NULL, tokens INTEGER NOT NULL,
+        loss REAL, held_out_bpc REAL);
+    CREATE TABLE life (
+        id INTEGER PRIMARY KEY, at REAL NOT NULL, event TEXT NOT NULL, detail TEXT NOT NULL);
+    """,
+)
+
+FULL_TEXT = """
+    CREATE VIRTUAL TABLE IF NOT EXISTS entries_fts USING fts5(
+        text, content='entries', content_rowid='id', tokenize='unicode61 remove_diacritics 2');
+    CREATE VIRTUAL TABLE IF NOT EXISTS entries_words USING fts5vocab('entries_fts', 'row');
+    CREATE TRIGGER IF NOT EXISTS entries_added AFTER INSERT ON entries BEGIN
+        INSERT INTO entries_fts(rowid, text) VALUES (new.id, new.text); END;
+    CREATE TRIGGER IF NOT EXISTS entries_removed AFTER DELETE ON entries BEGIN
+        INSERT INTO entries_fts(entries_fts, rowid, text) VALUES ('delete', old.id, old.text); END;
+    CREATE TRIGGER IF NOT EXISTS entries_changed AFTER UPDATE OF text ON entries BEGIN
+        INSERT INTO entries_fts(entries_fts, rowid, text) VALUES ('delete', old.id, old.text);
+        INSERT INTO entries_fts(rowid, text) VALUES (new.id, new.text); END;
+"""
+
+
+class Layer(NamedTuple):
+    """A named blob of weights or state, and a JSON-able description of its shape."""
+
+    manifest: Any
+    data: bytes
+    sealed: bool = False
+
+
+class Entry(NamedTuple):
+    """Something read or told: one document of the long-term memory."""
+
+    id: int
+    source: str
+    key: int
+    text: str
+    told_at: float
+    closed: bool
+    recall: bool
+    held_out: bool
+    learned: bool
+
+
+ENTRY_COLUMNS = "e.id, e.source, e.key, e.text, e.told_at, e.closed, e.recall, e.held_out, e.learned"
+
+
+class Memory:
+    """The organism's file.  Safe to use from several threads; every method raises StoreError."""
+
+    def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
+        self.path, self.clock = path, clock
+        self._lock = threading.RLock()
+        self._depth = 0
+        try:
+            _create_private(path)
+            self._db = sqlite3.connect(path, timeout=5.0, isolation_level=None,
+                                       check_same_thread=False)
+            self._db.execute("PRAGMA foreign_keys = ON")
+            self._db.execute("PRAGMA synchronous = FULL")
+            with self.transaction():
+                self._migrate()
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(_store_trouble(path, error)) from error
+
+    def _migrate(self) -> None:
+        """Bring the file to the newest schema; each migration runs once, in order."""
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(MIGRATIONS):
+            raise StoreError(f"{self.path} is of version {version}, this program knows versions up "
+                             f"to {len(MIGRATIONS)}; use a newer macrogpt.py or another --db")
+        for number in range(version, len(MIGRATIONS)):
+            for statement in _statements(MIGRATIONS[number]):
+                self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version = {number + 1}")
+        self.has_fts = self._prepare_full_text()
+
+    def _prepare_full_text(self) -> bool:
+        """Create or refill the full-text index; False where SQLite has no FTS5."""
+        try:
+            present = self._db.execute(
+                "SELECT 1 FROM sqlite_master WHERE name = 'entries_fts'").fetchone()
+            if not present:
+                for statement in _statements(FULL_TEXT):
+                    self._db.execute(statement)
+                self._db.execute("INSERT INTO entries_fts(entries_fts) VALUES ('rebuild')")
+            self._db.execute("SELECT 1 FROM entries_fts LIMIT 1").fetchone()
+            return True
+        except sqlite3.OperationalError as error:
+            if "fts5" not in str(error):
+                raise
+            return False
+
+    def close(self) -> None:
+        """Close the file; nothing is pending, for every change was its own transaction."""
+        with self._lock:
+            self._db.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Make everything inside one commit, or nothing of it.  May be nested."""
+        with self._lock:
+            outermost, self._depth = self._depth == 0, self._depth + 1
+            try:
+                if outermost:
+                    self._db.execute("BEGIN IMMEDIATE")
+                yield
+                if outermost:
+                    self._db.execute("COMMIT")
+            except BaseException as error:
+                if outermost and self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error):
+                    raise StoreError(_store_trouble(self.path, error)) from error
+                raise
+            finally:
+                self._depth -= 1
+
+    def _rows(self, sql: str, *values: Any) -> List[Any]:
+        """Run one statement and return its rows."""
+        with self._lock:
+            try:
+                return self._db.execute(sql, values).fetchall()
+            except sqlite3.Error as error:
+                raise StoreError(_store_trouble(self.path, error)) from error
+
+    def _one(self, sql: str, *values: Any) -> Any:
+        """Return the first column of the first row, or None."""
+        rows = self._rows(sql, *values)
+        return rows[0][0] if rows else None
+
+    # sessions and messages
+
+    def session_id(self, name: str) -> int:
+        """Return the id of the session of that name, which is made when it is new."""
+        with self.transaction():
+            self._rows("INSERT OR IGNORE INTO sessions(name, started_at) VALUES (?, ?)",
+                       name, self.clock())
+            return self._one("SELECT id FROM sessions WHERE name = ?", name)
+
+    def sessions(self) -> List[Dict[str, Any]]:
+        """Return every session with its name, start, last word and count of messages."""
+        rows = self._rows("""
+            SELECT s.name, s.started_at, max(m.said_at), count(m.id) FROM sessions s
+            LEFT JOIN messages m ON m.session_id = s.id GROUP BY s.id ORDER BY s.id""")
+        return [dict(zip(("name", "started_at", "last_at", "messages"), row)) for row in rows]
+
+    def add_message(self, session_id: int, role: str, text: str) -> int:
+        """Store one message and return its id."""
+        with self.transaction():
+            self._rows("INSERT INTO messages(session_id, role, text, said_at) VALUES (?, ?, ?, ?)",
+                       session_id, role, text, self.clock())
+            return self._one("SELECT last_insert_rowid()")
+
+    def newest_messages(self, session_id: int, count: int) -> List[Tuple[str, str]]:
+        """Return the newest (role, text) pairs of a session, oldest first."""
+        rows = self._rows("SELECT role, text FROM messages WHERE session_id = ? "
+                          "ORDER BY id DESC LIMIT ?", session_id, count)
+        return rows[::-1]
+
+    def message_texts(self, ids: Sequence[int]) -> List[str]:
+        """Return the texts of messages by id."""
+        return [self._one("SELECT text FROM messages WHERE id = ?", i) or "" for i in ids]
+
+    def judge(self, message_id: int, verdict: int) -> None:
+        """Approve (1) or reject (−1) a message."""
+        with self.transaction():
+            self._rows("UPDATE messages SET verdict = ? WHERE id = ?", verdict, message_id)
+
+    # entries
+
+    def add_entry(self, source: str, document: Document, session_id: Optional[int] = None,
+                  recall: bool = True, held_out: bool = False) -> None:
+        """Store a document; one told again from the same source only becomes recent."""
+        with self.transaction():
+            self._rows("""
+                INSERT INTO entries(source, key, text, session_id, told_at, closed, recall, held_out)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+                ON CONFLICT(source, key) DO UPDATE SET told_at = excluded.told_at""",
+                       source, document.key, document.text, session_id, self.clock(),
+                       int(document.closed), int(recall), int(held_out))
+
+    def remove_entries(self, source: str, keys: Iterable[int]) -> None:
+        """Remove documents of one source by key."""
+        with self.transaction():
+            for key in keys:
+                self._rows("DELETE FROM entries WHERE source = ? AND key = ?", source, key)
+
+    def forget_entry(self, entry_id: int) -> None:
+        """Remove one entry, and the message that it came from, for ever."""
+        with self.transaction():
+            for source, text in self._rows("SELECT source, text FROM entries WHERE id = ?", entry_id):
+                words = [line.partition(" ")[2] for line in text.splitlines()]
+                for word in words if source != "corpus" else ():
+                    self._rows("DELETE FROM messages WHERE role = 'owner' AND text = ?", word)
+            self._rows("DELETE FROM entries WHERE id = ?", entry_id)
+
+    def entry_keys(self, source: str) -> Set[int]:
+        """Return the keys of every document of one source."""
+        return {row[0] for row in self._rows("SELECT key FROM entries WHERE source = ?", source)}
+
+    def entries(self, where: str = "1", *values: Any, limit: int = -1) -> List[Entry]:
+        """Return entries in the order in which they came, filtered by an SQL condition on e."""
+        rows = self._rows(f"SELECT {ENTRY_COLUMNS} FROM entries e WHERE {where} "
+                          f"ORDER BY e.id LIMIT {int(limit)}", *values)
+        return [_entry(row) for row in rows]
+
+    def mark_learned(self, keys: Iterable[int]) -> None:
+        """Note that the documents of these keys have been trained on."""
+        with self.transaction():
+            for key in keys:
+                self._rows("UPDATE entries SET learned = 1 WHERE key = ?", key)
+
+    def unlearned_chars(self) -> Tuple[int, int]:
+        """Return how many characters wait to be learned: of the corpus, and of all else."""
+        rows = dict(self._rows("""
+            SELECT source = 'corpus', sum(length(text)) FROM entries
+            WHERE learned = 0 AND NOT held_out GROUP BY 1"""))
+        return rows.get(1, 0), rows.get(0, 0)
+
+    def hold_out(self, keys: Iterable[int], epoch: int) -> None:
+        """Keep documents from training for ever."""
+        with self.transaction():
+            for key in keys:
+                self._rows("INSERT OR IGNORE INTO probes(key, epoch) VALUES (?, ?)", key, epoch)
+
+    def probe_keys(self) -> Set[int]:
+        """Return the keys of every document that is held out."""
+        return {row[0] for row in self._rows("SELECT key FROM probes")}
+
+    def candidates(self, stems: Sequence[str], limit: int = 200) -> List[Entry]:
+        """Return entries that hold any word beginning with any of the stems, best first."""
+        if not stems:
+            return []
+        if self.has_fts:
+            query = " OR ".join('"' + s.replace('"', '""') + '"*' for s in stems)
+            rows = self._rows(f"""
+                SELECT {ENTRY_COLUMNS} FROM entries_fts f JOIN entries e ON e.id = f.rowid
+                WHERE entries_fts MATCH ? AND e.recall ORDER BY rank LIMIT ?""", query, limit)
+        else:
+            anyone = " OR ".join("e.text LIKE ? ESCAPE '\\'" for _ in stems)
+            rows = self._rows(f"""
+                SELECT {ENTRY_COLUMNS} FROM entries e WHERE ({anyone}) AND e.recall
+                ORDER BY e.id DESC LIMIT ?""", *(f"%{_like(s)}%" for s in stems), limit)
+        return [_entry(row) for row in rows]
+
+    def entry_count(self) -> int:
+        """Return how many entries there are."""
+        return self._one("SELECT count(*) FROM entries")
+
+    def stem_count(self, stem: str) -> int:
+        """Return in about how many entries a word begins with the stem."""
+        if self.has_fts:
+            return self._one("SELECT coalesce(sum(doc), 0) FROM entries_words "
+                             "WHERE term >= ? AND term < ?", stem, stem + "\U0010ffff")
+        return self._one("SELECT count(*) FROM entries WHERE text LIKE ? ESCAPE '\\'",
+                         f"%{_like(stem)}%")
+
+    # layers, settings, progress, life
+
+    def save_layers(self, layers: Dict[str, Layer]) -> None:
+        """Store layers under their names.  A sealed layer that is there already stays."""
+        with self.transaction():
+            for name, layer in layers.items():
+                if self._one("SELECT sealed FROM layers WHERE name = ?", name):
+                    continue
+                self._rows("""
+                    INSERT INTO layers(name, sealed, manifest, checksum, data, saved_at)
+                    VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(name) DO UPDATE SET
+                        sealed = excluded.sealed, manifest = excluded.manifest,
+                        checksum = excluded.checksum, data = excluded.data,
+                        saved_at = excluded.saved_at""",
+                           name, int(layer.sealed), json.dumps(layer.manifest),
+                           zlib.crc32(layer.data), layer.data, self.clock())
+
+    def manifests(self) -> Dict[str, Any]:
+        """Return the manifest of every stored layer, without its data."""
+        rows = self._rows("SELECT name, manifest FROM layers")
+        return {name: json.loads(manifest) for name, manifest in rows}
+
+    def layers(self) -> Dict[str, Layer]:
+        """Return every layer.  Raises StoreError when a checksum does not fit."""
+        found = {}
+        for name, sealed, manifest, checksum, data in self._rows(
+                "SELECT name, sealed, manifest, checksum, data FROM layers ORDER BY rowid"):
+            if zlib.crc32(data) != checksum:
+                raise StoreError(f"layer {name!r} in {self.path} is damaged: its checksum is "
+                                 f"{zlib.crc32(data)}, expected {checksum}; restore the file "
+                                 f"from a copy")
+            found[name] = Layer(json.loads(manifest), bytes(data), bool(sealed))
+        return found
+
+    def remove_layers(self, names: Iterable[str]) -> None:
+        """Remove layers that have been folded into others or are no longer needed."""
+        with self.transaction():
+            for name in names:
+                self._rows("DELETE FROM layers WHERE name = ?", name)
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """Return a stored value, or the default."""
+        text = self._one("SELECT value FROM settings WHERE name = ?", name)
+        return default if text is None else json.loads(text)
+
+    def set_setting(self, name: str, value: Any) -> None:
+        """Store a JSON-able value under a name."""
+        with self.transaction():
+            self._rows("INSERT OR REPLACE INTO settings(name, value) VALUES (?, ?)",
+                       name, json.dumps(value))
+
+    def settings(self, prefix: str) -> Dict[str, Any]:
+        """Return the stored values whose names begin with prefix, without it."""
+        rows = self._rows("SELECT name, value FROM settings WHERE substr(name, 1, ?) = ?",
+                          len(prefix), prefix)
+        return {name[len(prefix):]: json.loads(value) for name, value in rows}
+
+    def add_progress(self, step: int, tokens: int, loss: Optional[float],
+                     held_out_bpc: Optional[float]) -> None:
+        """Note how well it does at a step of its life."""
+        with self.transaction():
+            self._rows("INSERT INTO progress(at, step, tokens, loss, held_out_bpc) "
+                       "VALUES (?, ?, ?, ?, ?)", self.clock(), step, tokens, loss, held_out_bpc)
+
+    def progress(self, count: int = 1000) -> List[Dict[str, Any]]:
+        """Return the newest notes of add_progress, oldest first."""
+        rows = self._rows("SELECT at, step, tokens, loss, held_out_bpc FROM progress "
+                          "ORDER BY id DESC LIMIT ?", count)
+        return [dict(zip(("at", "step", "tokens", "loss", "held_out_bpc"), row))
+                for row in rows[::-1]]
+
+    def log(self, event: str, **detail: Any) -> None:
+        """Write one event into the life log."""
+        with self.transaction():
+            self._rows("INSERT INTO life(at, event, detail) VALUES (?, ?, ?)",
+                       self.clock(), event, json.dumps(detail))
+
+    def life(self, count: int = 100) -> List[Dict[str, Any]]:
+        """Return the newest events of the life log, oldest first."""
+        rows = self._rows("SELECT at, event, detail FROM life ORDER BY id DESC LIMIT ?", count)
+        return [{"at": at, "event": event, **json.loads(detail)} for at, event, detail in rows[::-1]]
+
+    def counts(self) -> Dict[str, int]:
+        """Return how many messages, sessions, entries and learned entries there are."""
+        return {"messages": self._one("SELECT count(*) FROM messages"),
+                "sessions": self._one("SELECT count(*) FROM sessions"),
+                "entries": self.entry_count(),
+                "told": self._one("SELECT count(*) FROM entries WHERE source != 'corpus'"),
+                "learned": self._one("SELECT count(*) FROM entries WHERE learned"),
+                "held_out": self._one("SELECT count(*) FROM entries WHERE held_out")}
+
+    def integrity(self) -> str:
+        """Return "ok", or what is wrong with the file."""
+        found = self._one("PRAGMA integrity_check")
+        if found == "ok":
+            self.layers()
+        return found
+
+    # the lease: one trainer for one file
+
+    def take_lease(self, owner: str, seconds: float, alive: Callable[[str], bool]) -> bool:
+        """Return True and hold the trainer's place when it is free, ours, expired or its holder dead."""
+        with self.transaction():
+            held = self.setting("lease", {"owner": owner, "until": 0})
+            if held["owner"] != owner and held["until"] > self.clock() and alive(held["owner"]):
+                return False
+            self.set_setting("lease", {"owner": owner, "until": self.clock() + seconds})
+            return True
+
+    def drop_lease(self, owner: str) -> None:
+        """Give the trainer's place back if it is ours."""
+        with self.transaction():
+            if self.setting("lease", {}).get("owner") == owner:
+                self._rows("DELETE FROM settings WHERE name = 'lease'")
+
+
+def _create_private(path: str) -> None:
+    """Create the file, readable by its owner alone, unless it is there."""
+    if path != ":memory:" and not os.path.exists(path):
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+
+
+def _statements(script: str) -> Iterator[str]:
+    """Yield the statements of a script; a trigger's body is one statement with its head."""
+    pending = ""
+    for line in script.splitlines(keepends=True):
+        pending += line
+        if sqlite3.complete_statement(pending):
+            yield pending
+            pending = ""
+
+
+def _like(text: str) -> str:
+    """Return text with LIKE's wildcards escaped."""
+    return re.sub(r"([\\%_])", r"\\\1", text)
+
+
+def _entry(row: Sequence[Any]) -> Entry:
+    return Entry(*row[:5], *map(bool, row[5:]))
+
+
+def _store_trouble(path: str, error: Exception) -> str:
+    """Return one line that says what is wrong with the file and what to do."""
+    remedies = (("not a database", "it is some other file: choose another --db"),
+                ("malformed", "it is damaged: restore it from a copy, or choose another --db"),
+                ("unable to open", "check that its folder exists and may be written, or use --db"),
+                ("readonly", "make it and its folder writable, or use --db"),
+                ("read-only", "make it and its folder writable, or use --db"),
+                ("Is a directory", "that is a folder: name a file with --db"),
+                ("disk is full", "free some space and try again"),
+                ("disk I/O", "check the disk and its free space"),
+                ("locked", "another program holds it: close that and try again"))
+    found = str(error)
+    for sign, remedy in remedies:
+        if sign.lower() in found.lower():
+            return f"the memory file {path} cannot be used ({found}); {remedy}"
+    return f"the memory file {path} cannot be used ({found}); run `doctor`, or choose another --db"
+
+
+# ──────────────────────────────────────────────────────────────────────────────────────
+# 12 · VOICE — it says what it knows, or that it does not know   uses: 0 1 2 7 9 11
+# ──────────────────────────────────────────────────────────────────────────────────────
+#
+# A reply comes from one of three places, and says from which: an entry of the memory that fits the
+# question closely; the model, once it has learned enough to be trusted; or, before that, whatever
+# entry fits best. Words are compared by stems and weighed by how rare they are in the memory, so
+# that no list of words of any language is needed.
+
+UNKNOWN_REPLY = "I do not know that yet. Tell me, and I will keep it."
+STEM_CHARS = 5
+WEAK_SCORE = 0.3
+WORDS = re.compile(r"\w+")
+
+
+class Reply(NamedTuple):
+    """What was said and where it came from: "memory", "model" or "nothing"."""
+
+    text: str
+    source: str
+    entry: Optional[Entry] = None
+    score: float = 0.0
+
+
+class Recall(NamedTuple):
+    """An entry that fits, what would be said from it, and how well it fits (0 to 1)."""
+
+    score: float
+    entry: Entry
+    answer: str
+
+
+def stems_of(text: str) -> List[str]:
+    """Return the first five letters of each word, folded; a word is any run of letters or digits."""
+    folded = unicodedata.normalize("NFKD", text.casefold())
+    bare = "".join(c for c in folded if not unicodedata.combining(c))
+    return [word[:STEM_CHARS] for word in WORDS.findall(bare)]
+
+
+def is_question(text: str) -> bool:
+    """Return whether the text asks rather than tells, as far as its mark shows."""
+    return text.rstrip(" \"')").endswith(("?", "？", "؟"))
+
+
+def stem_weights(memory: Memory, stems: Iterable[str]) -> Dict[str, float]:
+    """Return how telling each stem is: the logarithm of how rare it is in the memory."""
+    total = memory.entry_count()
+    return {s: log(1.0 + (total + 1.0) / (memory.stem_count(s) + 0.5)) for s in set(stems)}
+
+
+def recall(memory: Memory, text: str, rng: random.Random) -> List[Recall]:
+    """Return what fits the text, best first; equal ones in an order that rng decides."""
+    asked = set(stems_of(text))
+    found = memory.candidates(sorted(asked))
+    others = {s for entry in found for s in stems_of(entry.text)}
+    weights = stem_weights(memory, asked)
+    common = weights.values()
+    default = sum(common) / len(common) if common else 1.0
+    weights.update((s, default) for s in others - asked)
+    fits = [fit for entry in found for fit in _fits(entry, text, asked, weights)]
+    return sorted(fits, key=lambda fit: (-round(fit.score, 2), rng.random()))
+
+
+def _fits(entry: Entry, text: str, asked: Set[str],
+          weights: Dict[str, float]) -> Iterator[Recall]:
+    """Yield how well each turn of an exchange, or a plain or told sentence, answers the text."""
+    document = Document(tuple(entry.text.splitlines()), entry.closed)
+    if entry.source == "chat":
+        if is_question(text):
+            words = document.turns()[0][1]
+            yield Recall(0.9 * _coverage(asked, set(stems_of(words)), weights), entry,
+                         f'You said: "{words}"')
+    elif document.is_exchange:
+        turns = document.turns()
+        for (speaker, words), (_, answer) in zip(turns, turns[1:]):
+            if speaker == "H":
+                yield Recall(_likeness(asked, set(stems_of(words)), weights), entry, answer)
+    else:
+        for line in document.lines:
+            yield Recall(0.8 * _likeness(asked, set(stems_of(line)), weights), entry, line)
+
+
+def _mass(stems: Iterable[str], weights: Dict[str, float]) -> float:
+    return sum(weights[s] for s in stems)
+
+
+def _likeness(a: Set[str], b: Set[str], weights: Dict[str, float]) -> float:
+    """Return the weighted Dice coefficient of two sets of stems, 0 to 1."""
+    whole = _mass(a, weights) + _mass(b, weights)
+    return 2.0 * _mass(a & b, weights) / whole if whole else 0.0
+
+
+def _coverage(asked: Set[str], told: Set[str], weights: Dict[str, float]) -> float:
+    """Return the share of the question's weight that a statement holds, 0 to 1."""
+    whole = _mass(asked, weights)
+    return _mass(asked & told, weights) / whole if whole else 0.0
+
+
+def prompt_ids(tokenizer: EvolvingTokenizer, turns: Sequence[Tuple[str, str]], text: str,
+               budget: int) -> List[int]:
+    """Return the ids of the newest turns and the text, ready for the answer; at most `budget`.
+
+    The newest turns are the first in; of a text that is too long by itself its end is kept.
+    """
+    ids = tokenizer.encode(f"H: {text}\nA:")
+    for role, words in reversed(turns):
+        marker = "H" if role == "owner" else "A"
+        earlier = tokenizer.encode(f"{marker}: {words}\n")
+        if 1 + len(earlier) + len(ids) > budget:
+            break
+        ids = earlier + ids
+    return [END_OF_TEXT] + ids[-(budget - 1):]
+
+
+def sampler_settings(config: Config) -> SamplerSettings:
+    """Return the sampling part of a Config.  Raises ConfigError for an unknown sampler."""
+    own = {f.name for f in dataclasses.fields(SamplerSettings)} - {"samplers"}
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in own}
+    names = tuple(name.strip() for name in config.samplers.split(",") if name.strip())
+    try:
+        return SamplerSettings(samplers=names, **values)
+    except ValueError as error:
+        raise ConfigError(f"samplers={config.samplers!r}: {error}") from None
+
+
+def spoken(model: GPT, tokenizer: EvolvingTokenizer, ids: Sequence[int], config: Config,
+           rng: random.Random, stops: Sequence[str] = ("\n",)) -> Iterator[str]:
+    """Yield the model's continuation of ids, piece by piece, up to a stop or the end of text."""
+    cache, decoder, gate = model.new_cache(), StreamDecoder(tokenizer), StopText(stops)
+    stream = generate_ids(lambda new: model.feed(cache, new), ids, sampler_settings(config), rng,
+                          config.max_gen_tokens, frozenset([END_OF_TEXT]), min_tokens=1)
+    for token in stream:
+        piece, stopped = gate.feed(decoder.feed(token))
+        if piece:
+            yield piece
+        if stopped:
+            return
+    yield from filter(None, (gate.feed(decoder.flush())[0], gate.flush()))
+
+
+# ──────────────────────────────────────────────────────────────────────────────────────
+# 13 · ORGANISM — the one thing here that changes by itself   uses: 0 1 2 4 7 8 10 11 12
+# ──────────────────────────────────────────────────────────────────────────────────────
+#
+# Two processes. The parent talks, watches the corpus file, and is the one writer of the memory.
+# The child computes: it is given state and text through a pipe, trains, and sends back weights.
+# If the child dies the parent starts it again from the last commit; if the parent dies, the child
+# sees its pipe close and goes. Learned weights are swapped in between two replies.
+
+FRAME_HEAD = struct.Struct("<II")
+MAX_FRAME_BYTES = 1 << 30
+
+
+def pack_frame(message: Dict[str, Any], blobs: Dict[str, bytes]) -> bytes:
+    """Return one message and its blobs as bytes: lengths, JSON, blobs."""
+    head = json.dumps({**message, "blobs": [[name, len(b)] for name, b in blobs.items()]}).encode()
+    return FRAME_HEAD.pack(len(head), sum(map(len, blobs.values()))) + head + b"".join(blobs.values())
+
+
+def unpack_frame(head: bytes, body: bytes) -> Tuple[Dict[str, Any], Dict[str, bytes]]:
+    """Return the message and the blobs of a frame's two parts."""
+    message = json.loads(head)
+    blobs, at = {}, 0
+    for name, size in message.pop("blobs"):
+        blobs[name], at = body[at:at + size], at + size
+    return message, blobs
+
+
+def read_frame(stream: BinaryIO) -> Optional[Tuple[Dict[str, Any], Dict[str, bytes]]]:
+    """Return the next frame of a blocking stream, or None at its end."""
+    lengths = stream.read(FRAME_HEAD.size)
+    if len(lengths) < FRAME_HEAD.size:
+        return None
+    head, body = FRAME_HEAD.unpack(lengths)
+    parts = stream.read(head), stream.read(body)
+    return unpack_frame(*parts) if len(parts[1]) == body else None
+
+
+@dataclass
+class Growth:
+    """How far the organism has come; kept beside its weights."""
+
+    phase: str = "newborn"            # newborn, warmup, grown
+    step: int = 0                     # steps of its whole life
+    tokens: int = 0                   # tokens trained on in its whole life
+    warmup_step: int = 0              # steps of the present warm-up
+    warmup_chars: int = 0             # size of the text it warmed up on
+    delta_serial: int = 0             # deltas ever begun
+    delta_chars: int = 0              # new characters the active delta has taken
+    bpc: Optional[float] = None       # held-out bits per character, last seen
+    best_bpc: Optional[float] = None  # and the best of this warm-up
+    stale: int = 0                    # evaluations since the best
+
+
+def float_bytes(data: array) -> bytes:
+    """Return a float buffer as little-endian bytes."""
+    if sys.byteorder == "little":
+        return data.tobytes()
+    turned = data[:]
+    turned.byteswap()
+    return turned.tobytes()
+
+
+def floats_of(blob: bytes) -> array:
+    """Return little-endian float32 bytes as a buffer."""
+    data = array("f")
+    data.frombytes(blob)
+    if sys.byteorder == "big":
+        data.byteswap()
+    return data
+
+
+def pack_params(params: Sequence[MatrixParam]) -> Layer:
+    """Return matrices as one layer whose manifest names their shapes, in order."""
+    manifest = [[p.name, p.rows, p.dim] for p in params]
+    return Layer(manifest, b"".join(float_bytes(p.data) for p in params))
+
+
+def load_params(params: Sequence[MatrixParam], layer: Layer) -> None:
+    """Load the matrices of a layer.  Raises StoreError when it was made for another shape."""
+    numbers, at = floats_of(layer.data), 0
+    if [[p.rows, p.dim] for p in params] != [[rows, dim] for _, rows, dim in layer.manifest]:
+        raise StoreError(f"stored weights have the shapes {layer.manifest}, this model has "
+                         f"{[[p.name, p.rows, p.dim] for p in params]}; use the settings it was "
+                         f"made with, or another --db")
+    for param in params:
+        size = param.rows * param.dim
+        param.load(numbers[at:at + size])
+        at += size
+
+
+def pack_moments(params: Sequence[MatrixParam]) -> Layer:
+    """Return the optimizer's state of the matrices as one layer."""
+    manifest = [[p.name, p.rows, p.dim, p.steps] for p in params]
+    return Layer(manifest, b"".join(float_bytes(p.m) + float_bytes(p.v) for p in params))
+
+
+def load_moments(params: Sequence[MatrixParam], layer: Layer) -> None:
+    """Load what fits of the optimizer's state; a matrix that it does not know starts at zero."""
+    numbers, at = floats_of(layer.data), 0
+    by_name = {p.name: p for p in params}
+    for name, rows, dim, steps in layer.manifest:
+        size, param = rows * dim, by_name.get(name)
+        if param is not None and (param.rows, param.dim) == (rows, dim):
+            param.m, param.v = numbers[at:at + size], numbers[at + size:at + 2 * size]
+            param.steps = steps
+        at += 2 * size
+
+
+def delta_names(layers: Iterable[str]) -> List[str]:
+    """Return the names of the deltas among layers, oldest first."""
+    return sorted((n for n in layers if n.startswith("delta")), key=lambda n: int(n[5:]))
+
+
+def build_model(config: Config, layers: Dict[str, Layer], engine: Engine,
+                prefer_best: bool = False) -> Tuple[EvolvingTokenizer, GPT]:
+    """Return the tokenizer and the model that the layers describe, or newborn ones.
+
+    Raises StoreError when the layers were made for another shape of model.
+    """
+    tokenizer = EvolvingTokenizer()
+    if "tokenizer" in layers:
+        tokenizer = EvolvingTokenizer.unpack(layers["tokenizer"].data)
+    rng = random.Random(config.seed)
+    base = layers.get("best" if prefer_best and "best" in layers else "base")
+    model = GPT(Shape.of(config), tokenizer.vocab_size, engine, None if base else rng)
+    if base is not None:
+        load_params(list(model.params.values()), base)
+    for name in delta_names(layers):
+        rank = layers[name].manifest[0][1]
+        model.append_delta(rank, rng)
+        load_params(_matrices(model.deltas[-1]), layers[name])
+    return tokenizer, model
+
+
+def _matrices(delta: Delta) -> List[MatrixParam]:
+    return [matrix for adapter in delta.values() for matrix in (adapter.a, adapter.b)]
+
+
+class Student:
+    """The child's side of learning: a model, the text, and the job at hand.  Talks to no one.
+
+    `guard` is held while weights move, so that another thread may take a snapshot at any time.
+    """
+
+    def __init__(self, config: Config, growth: Growth, layers: Dict[str, Layer],
+                 engine: Engine) -> None:
+        self.config, self.growth, self.engine = config, growth, engine
+        self.optimizer, self.rng = AdamW.of(config), random.Random(f"{config.seed}:{growth.step}")
+        self.tokenizer, self.model = build_model(config, layers, engine)
+        self.delta_names = delta_names(layers)
+        self.best = layers.get("best")
+        self.guard = threading.RLock()
+        self.pool = TextPool(config.block_size)
+        self.held_out: List[int] = []
+        self.held_out_chars = 0
+        self.fresh_chars = 0
+        self._ids: Dict[int, List[int]] = {}
+        self._documents: List[List[Any]] = []
+        self.dirty: Set[str] = set()
+        self._held_text = ""
+        if "optimizer" in layers:
+            load_moments(self._all_params(), layers["optimizer"])
+
+    def _all_params(self) -> List[MatrixParam]:
+        return [*self.model.params.values(), *self.model.delta_params()]
+
+    def take_text(self, documents: List[List[Any]], held_out: str) -> None:
+        """Replace what may be trained on: [key, text, closed, fresh] each; and the held-out text.
+
+        In a warm-up, fresh is what was not there a moment ago; after it, what the caller says.
+        """
+        known = self._ids.keys()
+        if self.growth.phase == "warmup":
+            documents = [[key, text, closed, bool(known) and key not in known]
+                         for key, text, closed, _ in documents]
+        self._documents, self._held_text = documents, held_out[:self.config.eval_chars]
+        self.fresh_chars = sum(len(text) for _, text, _, fresh in documents if fresh)
+        if self._begins_warmup(sum(len(text) for _, text, _, _ in documents)):
+            self._begin_warmup()
+        self._encode()
+
+    def _begins_warmup(self, chars: int) -> bool:
+        """Return whether there is so much more text now that the base should learn again."""
+        outgrown = 2 * self.growth.warmup_chars + self.config.min_merge_chars
+        return self.growth.phase == "newborn" or (
+            self.growth.phase == "grown" and chars >= outgrown)
+
+    def _begin_warmup(self) -> None:
+        """Unfreeze the base, deltas folded into it, and let the tokenizer grow first."""
+        while self.delta_names:
+            self._fold_oldest()
+        texts = [text for _, text, _, _ in self._documents]
+        self._learn_merges(texts, newborn=self.growth.phase == "newborn")
+        self.model.freeze(False)
+        self._ids, self.best = {}, None
+        self.growth = dataclasses.replace(
+            self.growth, phase="warmup", warmup_step=0, warmup_chars=sum(map(len, texts)),
+            best_bpc=None, stale=0)
+
+    def _learn_merges(self, texts: List[str], newborn: bool) -> None:
+        """Let the tokenizer learn from the texts, when they are enough to tell words."""
+        tokenizer, room = self.tokenizer, self.config.max_merges - self.tokenizer.version
+        if sum(map(len, texts)) < self.config.min_merge_chars or room <= 0:
+            return
+        count = tokenizer.learn_merges(texts, room, self.config.min_pair_count)
+        self.model.grow_vocabulary(tokenizer.merges[len(tokenizer.merges) - count:])
+        if newborn:  # rows without a past need no inheritance: they start as all others did
+            self.model.draw_embedding(self.rng)
+        self.dirty.add("base")
+
+    def _encode(self) -> None:
+        """Lay out the streams; documents that were here before are not encoded again."""
+        known, self._ids = self._ids, {}
+        self.pool = TextPool(self.config.block_size)
+        for key, text, closed, fresh in self._documents:
+            ids = known.get(key) or document_ids(self.tokenizer, text, closed)
+            self._ids[key] = ids
+            self.pool.add(ids, fresh)
+        self.held_out_chars = len(self._held_text)
+        self.held_out = text_ids(self.tokenizer, self._held_text) if self._held_text else []
+
+    def keys(self, fresh_only: bool) -> List[int]:
+        """Return the keys of the documents at hand, or of the fresh ones among them."""
+        return [key for key, _, _, fresh in self._documents if fresh or not fresh_only]
+
+    def batch(self) -> int:
+        """Return how many windows a step takes at this age."""
+        full = self.config.batch_size
+        return max(1, full // 2) if self.growth.tokens < self.config.small_batch_tokens else full
+
+    def begin_burst(self) -> None:
+        """Make sure that an unsealed delta is there to learn what is new."""
+        config, growth, model = self.config, self.growth, self.model
+        full = growth.delta_chars >= config.delta_seal_chars
+        if not self.delta_names or full:
+            if len(self.delta_names) >= config.max_delta_modules:
+                self._fold_oldest()
+            model.append_delta(config.delta_rank, self.rng)
+            self.dirty.update(self.delta_names[-1:])
+            self.delta_names.append(f"delta{growth.delta_serial}")
+            growth.delta_serial, growth.delta_chars = growth.delta_serial + 1, 0
+        else:
+            model.freeze()
+            for matrix in _matrices(model.deltas[-1]):
+                matrix.freeze(False)
+
+    def _fold_oldest(self) -> None:
+        with self.guard:
+            self.model.fold_oldest_delta()
+            self.delta_names.pop(0)
+            self.dirty.add("base")
+
+    def step(self, rate: float, fresh_count: int) -> StepReport:
+        """Train on one batch and count it."""
+        windows = self.pool.windows(self.batch(), fresh_count, self.rng)
+        windows = [window for window in windows if len(window) > 1]
+        report = train_step(self.model, self.optimizer, windows, rate, self.config.dropout,
+                            self.rng, self.guard)
+        self.growth.step += 1
+        self.growth.tokens += report.tokens
+        self.dirty.add(self.delta_names[-1] if self.growth.phase == "grown" else "base")
+        return report
+
+    def evaluate(self) -> Optional[float]:
+        """Return held-out bits per character, or None where nothing is held out."""
+        bpc = bits_per_character(self.model, self.held_out, self.held_out_chars,
+                                 self.config.block_size)
+        self.growth.bpc = None if math.isnan(bpc) else bpc
+        return self.growth.bpc
+
+    def note_warmup(self) -> bool:
+        """Evaluate; remember the best weights; return whether the warm-up has stopped paying."""
+        growth, bpc = self.growth, self.evaluate()
+        if bpc is None:
+            return False
+        if growth.best_bpc is None or bpc < growth.best_bpc - 0.002:
+            growth.best_bpc, growth.stale = bpc, 0
+            self.best = pack_params(list(self.model.params.values()))
+        else:
+            growth.stale += 1
+        return growth.stale >= self.config.patience
+
+    def end_warmup(self) -> None:
+        """Settle on the best weights seen, and freeze the base."""
+        growth = self.growth
+        if self.best is not None and growth.best_bpc is not None and (
+                growth.bpc is None or growth.best_bpc < growth.bpc):
+            with self.guard:
+                load_params(list(self.model.params.values()), self.best)
+            growth.bpc = growth.best_bpc
+        growth.phase, self.best = "grown", None
+        self.dirty.add("base")
+        self.model.freeze()
+
+    def snapshot(self) -> Tuple[Growth, Dict[str, Layer]]:
+        """Return all that changed since the last snapshot and must be committed."""
+        with self.guard:
+            layers = {"optimizer": pack_moments(self.model.trainable())}
+            if "base" in self.dirty:
+                layers["tokenizer"] = Layer(None, self.tokenizer.pack())
+                layers["base"] = pack_params(list(self.model.params.values()))
+            if self.best is not None:
+                layers["best"] = self.best
+            for name, delta in zip(self.delta_names, self.model.deltas):
+                if name in self.dirty:
+                    sealed = name != self.delta_names[-1]
+                    layers[name] = pack_params(_matrices(delta))._replace(sealed=sealed)
+            self.dirty.clear()
+            return dataclasses.replace(self.growth), layers
+
+    def layer_names(self) -> List[str]:
+        """Return the names of the layers that are part of it now."""
+        return ["tokenizer", "base", "optimizer", *self.delta_names] + ["best"] * bool(self.best)
+
+
+class Job:
+    """One stretch of learning: what is left of the warm-up, or a burst; with its own schedule."""
+
+    def __init__(self, student: Student, steps: Optional[int], seconds: Optional[float],
+                 clock: Callable[[], float]) -> None:
+        self.student, self.seconds, self.clock, self.began = student, seconds, clock, clock()
+        self.explicit, self.done_steps = bool(steps or seconds), 0
+        self.warming = student.growth.phase == "warmup"
+        config, growth = student.config, student.growth
+        left = max(1, config.warmup_steps - growth.warmup_step)
+        self.steps = steps or (10 ** 9 if seconds else left if self.warming else self._burst_steps())
+        self.behind = min(1.0, growth.warmup_step / config.warmup_steps) if self.warming else 0.0
+        if not self.warming:
+            student.begin_burst()
+
+    def _burst_steps(self) -> int:
+        """Return enough steps to read what is new three times, and at least micro_steps."""
+        student, config = self.student, self.student.config
+        per_step = self.fresh_count() * config.block_size
+        passes = math.ceil(3 * len(student.pool.fresh) / per_step)
+        return max(config.micro_steps, min(passes, 32 * config.micro_steps))
+
+    def fresh_count(self) -> int:
+        """Return how many windows of a batch are of new text."""
+        return max(1, round(self.student.batch() * (1.0 - self.student.config.replay_share)))
+
+    def share(self) -> float:
+        """Return how much of the whole schedule is behind, 0 to 1."""
+        spent = self.done_steps / self.steps
+        if self.seconds:
+            spent = max(spent, (self.clock() - self.began) / self.seconds)
+        return min(1.0, self.behind + (1.0 - self.behind) * spent)
+
+    def rate(self) -> float:
+        """Return the learning rate of the next step."""
+        config = self.student.config
+        peak = config.learning_rate if self.warming else config.delta_rate
+        return scheduled_rate(peak, self.share(), config.rate_warmup)
+
+    def advance(self) -> StepReport:
+        """Do one step."""
+        report = self.student.step(self.rate(), self.fresh_count())
+        self.done_steps += 1
+        self.student.growth.warmup_step += self.warming
+        return report
+
+    def finished(self) -> bool:
+        """Return whether the job is through; the held-out loss may end a warm-up early."""
+        due = self.done_steps % self.student.config.eval_steps == 0
+        tired = self.warming and due and self.student.note_warmup() and not self.explicit
+        return tired or self.done_steps >= self.steps or self.share() >= 1.0
+
+    def close(self) -> List[int]:
+        """Settle what was learned; return the keys of the documents that count as learned."""
+        student, growth = self.student, self.student.growth
+        if not self.warming:
+            student.evaluate()
+            growth.delta_chars += student.fresh_chars
+            return student.keys(fresh_only=True)
+        tired = student.note_warmup()
+        if not self.explicit or tired or growth.warmup_step >= student.config.warmup_steps:
+            student.end_warmup()
+            return student.keys(fresh_only=False)
+        return []
+
+
+class TrainerChild:
+    """The child process: reads frames, works on one job at a time, writes frames.
+
+    A thread reads the pipe, so that a request to stop is served while a step is being computed,
+    and so that the process goes the moment its parent is gone.
+    """
+
+    def __init__(self, source: BinaryIO, sink: BinaryIO, engine: Engine,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.source, self.sink, self.engine, self.clock = source, sink, engine, clock
+        self.inbox: "queue.Queue[Tuple[Dict[str, Any], Dict[str, bytes]]]" = queue.Queue()
+        self.writing = threading.Lock()
+        self.student: Optional[Student] = None
+        self.job: Optional[Job] = None
+        self.saved_at = self.told_at = clock()
+        self.job_tokens = 0
+
+    def run(self) -> None:
+        """Serve until the parent says stop or goes away."""
+        threading.Thread(target=self._read, daemon=True).start()
+        while True:
+            try:
+                message, blobs = self.inbox.get(block=self.job is None)
+                getattr(self, "on_" + message.pop("do"))(blobs=blobs, **message)
+            except queue.Empty:
+                self._advance()
+
+    def _read(self) -> None:
+        while True:
+            frame = read_frame(self.source)
+            if frame is None:
+                os._exit(0)
+            if frame[0]["do"] == "stop":
+                self._leave()
+            self.inbox.put(frame)
+
+    def _leave(self) -> None:
+        """Send what is not yet saved and go, in the middle of whatever is being computed."""
+        if self.student is not None:
+            with self.student.guard:
+                if self.student.dirty:
+                    self._snapshot([])
+        os._exit(0)
+
+    def _send(self, kind: str, blobs: Optional[Dict[str, bytes]] = None, **message: Any) -> None:
+        with self.writing:
+            self.sink.write(pack_frame({"kind": kind, **message}, blobs or {}))
+            self.sink.flush()
+
+    def on_start(self, config: Dict[str, Any], growth: Dict[str, Any],
+                 layers: Dict[str, List[Any]], blobs: Dict[str, bytes]) -> None:
+        """Come to life with the state that the parent stored."""
+        given = {name: Layer(manifest, blobs[name], sealed)
+                 for name, (manifest, sealed) in layers.items()}
+        self.student = Student(Config(**config), Growth(**growth), given, self.engine)
+
+    def on_text(self, documents: List[List[Any]], held_out: str, blobs: Dict[str, bytes]) -> None:
+        """Take the text as it is now."""
+        assert self.student is not None
+        self.student.take_text(documents, held_out)
+        fresh = [key for key, _, _, is_fresh in documents if is_fresh]
+        self._send("reading", documents=len(documents), fresh=len(fresh),
+                   phase=self.student.growth.phase, vocab=self.student.tokenizer.vocab_size)
+
+    def on_learn(self, steps: Optional[int], seconds: Optional[float],
+                 blobs: Dict[str, bytes]) -> None:
+        """Begin a job, unless a warm-up is under way, which takes new text in its stride."""
+        assert self.student is not None
+        if self.job is None or not self.job.warming:
+            self.job = Job(self.student, steps, seconds, self.clock)
+            self.began, self.job_tokens = self.clock(), 0
+
+    def _advance(self) -> None:
+        """Do one step of the job, and say and save what is due."""
+        job = self.job
+        assert job is not None
+        report = job.advance()
+        self.job_tokens += report.tokens
+        if not report.applied:
+            self._send("trouble", step=job.student.growth.step, loss=str(report.loss))
+        if job.finished():
+            self.job = None
+            learned = job.close()
+            self._report(job, report)
+            self._snapshot(learned)
+            self._send("done")
+        elif self.clock() - self.saved_at > job.student.config.commit_seconds:
+            self._snapshot([])
+        if self.clock() - self.told_at > 0.2:
+            self._report(job, report)
+
+    def _report(self, job: Job, report: StepReport) -> None:
+        growth = job.student.growth
+        self.told_at = self.clock()
+        self._send("progress", phase=growth.phase, step=growth.step, tokens=growth.tokens,
+                   share=job.share(), loss=report.loss if report.applied else None,
+                   bpc=growth.bpc, job_step=job.done_steps,
+                   tokens_per_s=self.job_tokens / max(1e-9, self.clock() - self.began))
+
+    def _snapshot(self, learned: List[int]) -> None:
+        student = self.student
+        assert student is not None
+        growth, layers = student.snapshot()
+        self.saved_at = self.clock()
+        self._send("snapshot", {name: layer.data for name, layer in layers.items()},
+                   growth=dataclasses.asdict(growth), learned=learned, names=student.layer_names(),
+                   layers={n: [layer.manifest, layer.sealed] for n, layer in layers.items()})
+
+
+def trainer_main() -> int:
+    """Be the trainer: frames on stdin and stdout, until the parent goes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(AttributeError, OSError):
+        os.nice(10)
+    sink = sys.stdout.buffer
+    child = TrainerChild(sys.stdin.buffer, sink, choose_engine(os.environ.get("MACROGPT_ENGINE", "")))
+    try:
+        child.run()
+    except BrokenPipeError:
+        pass
+    except Exception as error:
+        if os.environ.get("MACROGPT_DEBUG"):
+            traceback.print_exc()
+        with contextlib.suppress(OSError):
+            child._send("failed", error=f"{type(error).__name__}: {error}")
+    os._exit(1)
+
+
+FIRST_CORPUS = """\
+H: Hello.
+A: Hello. I am new here. Tell me something.
+
+H: Who are you?
+A: I am a small program on your own machine. I learn from what you say.
+
+H: How do you learn?
+A: I read your file, and I listen to you. Then I train a little.
+
+H: What do you know?
+A: Not much yet. I know what is in your file, and what you told me.
+
+H: Are you alive?
+A: I am a program. I change when you talk to me, and I keep what I learn.
+
+H: Thank you.
+A: I thank you. Good words help me grow.
+
+H: Good night.
+A: Good night. I will keep your words.
+
+This file is yours. Write in it, one sentence a line.
+What you write here, I learn.
+"""
+BIG_ADDITION = 50
+NO_ORDER = (("force", False), ("steps", None), ("seconds", None))
+LEASE_SECONDS = 120.0
+
+
+class Organism:
+    """Memory, voice and trainer together; the only owner of state that changes.
+
+    The caller's thread speaks with `reply`; `awake` starts a second thread in which an event loop
+    watches the corpus and supervises the trainer.
+    """
+
+    def __init__(self, config: Config, memory: Memory, engine: Engine, session: str = "main",
+                 seeded: bool = False) -> None:
+        self.config, self.memory, self.engine = config, memory, engine
+        self.session, self.seeded, self.replies = session, seeded, 0
+        self.last: Optional[Reply] = None
+        self.last_ids: Tuple[int, int] = (0, 0)
+        self.changed = threading.Condition()
+        self.growth = Growth(**memory.setting("growth", {}))
+        self.progress: Dict[str, Any] = {}
+        self.notices: Deque[str] = deque(maxlen=20)
+        self.stopping = self.at_work = self.failed = False
+        self.read_once = threading.Event()
+        self._order = dict(NO_ORDER)
+        self.only_orders = False
+        self._voice: Optional[Tuple[EvolvingTokenizer, GPT]] = None
+        self._voice_old = True
+        self._stamp: Optional[FileStamp] = None
+        self._thread: Optional[threading.Thread] = None
+        self._loop: Optional[asyncio.AbstractEventLoop] = None
+        self._text_version, self._child_text_version = 1, 0
+        self._owner = f"{socket.gethostname()}:{os.getpid()}"
+
+    # the corpus
+
+    def prepare_corpus(self) -> None:
+        """Write a small first corpus where the default one is missing.  Raises CorpusError."""
+        path = self.config.corpus_path
+        if os.path.lexists(path):
+            return
+        if path != Config.corpus_path:
+            raise CorpusError(f"the corpus {path} does not exist; name a text file with --corpus")
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(FIRST_CORPUS)
+        except OSError as error:
+            raise CorpusError(f"the corpus {path} is missing and cannot be written "
+                              f"({error.strerror}); make the folder writable or use --corpus") from None
+        self.notices.append(f"{path} was missing: a small first one is there now")
+
+    def take_in_corpus(self) -> bool:
+        """Read the corpus and remember what is new and what is gone; return whether anything was."""
+        config, memory = self.config, self.memory
+        self._stamp = file_stamp(config.corpus_path)
+        corpus = read_corpus(config.corpus_path, config.max_corpus_lines, config.max_line_chars)
+        added, gone = changes(memory.entry_keys("corpus"), corpus)
+        self.notices.extend(corpus.notices if added else ())
+        if not added and not gone:
+            return False
+        with memory.transaction():
+            held = self._hold_out(added)
+            memory.remove_entries("corpus", gone)
+            for document in added:
+                memory.add_entry("corpus", document, held_out=document.key in held)
+            memory.log("corpus", added=len(added), removed=len(gone))
+        self._text_version += 1
+        return True
+
+    def _hold_out(self, added: List[Document]) -> Set[int]:
+        """Return the keys among the added that are never trained on.
+
+        Only a birth or a big addition gives up a share of its documents: a few lines that the
+        owner writes are all meant to be learned.
+        """
+        known = self.memory.probe_keys()
+        if not known or len(added) >= BIG_ADDITION:
+            fresh = {d.key for d in added if is_held_out(d, self.config.held_out_share)}
+            if len(fresh) < len(added):
+                self.memory.hold_out(fresh, self.growth.step)
+                known |= fresh
+        return known
+
+    # speaking
+
+    def voice(self) -> Tuple[EvolvingTokenizer, GPT]:
+        """Return tokenizer and model as last committed; between two replies they may change."""
+        if self._voice is None or self._voice_old:
+            self._voice_old = False
+            self._voice = build_model(self.config, self.memory.layers(), self.engine,
+                                      prefer_best=self.growth.phase == "warmup")
+        return self._voice
+
+    def trusts_model(self) -> bool:
+        """Return whether the model has learned enough to speak for itself."""
+        growth = self.growth
+        if growth.phase == "grown":
+            return True
+        best = growth.bpc if growth.best_bpc is None else growth.best_bpc
+        return growth.phase == "warmup" and best is not None and best <= self.config.trust_bpc
+
+    def _rng(self) -> random.Random:
+        count = self.replies if self.seeded else self.memory.counts()["messages"]
+        self.replies += 1
+        return random.Random(f"{self.config.seed}:{count}")
+
+    def reply(self, text: str) -> Iterator[str]:
+        """Yield the reply to what the owner said, piece by piece; both are remembered.
+
+        What was said is stored before the first piece; a reply that is broken off is stored as far
+        as it came.
+        """
+        memory, rng = self.memory, self._rng()
+        session = memory.session_id(self.session)
+        turns = memory.newest_messages(session, 20)
+        said = memory.add_message(session, "owner", text)
+        pieces: List[str] = []
+        try:
+            for piece in self._answer(text, turns, rng):
+                pieces.append(piece)
+                yield piece
+        finally:
+            answer = "".join(pieces).strip()
+            self.last_ids = (said, memory.add_message(session, "self", answer))
+            self.last = (self.last or Reply("", "nothing"))._replace(text=answer)
+            self._remember(text, "chat", session, recall=not is_question(text))
+
+    def _answer(self, text: str, turns: Sequence[Tuple[str, str]],
+                rng: random.Random) -> Iterator[str]:
+        """Yield the answer's pieces and note in self.last where they come from."""
+        fits = recall(self.memory, text, rng)
+        best = fits[0] if fits else None
+        if best and best.score >= self.config.recall_score:
+            yield from self._recalled(best)
+            return
+        spoken_any = False
+        if self.trusts_model():
+            self.last = Reply("", "model")
+            for piece in self._model_pieces(text, turns, rng):
+                spoken_any = spoken_any or bool(piece.strip())
+                yield piece if spoken_any else piece.lstrip()
+        if not spoken_any and best and best.score >= WEAK_SCORE:
+            yield from self._recalled(best)
+        elif not spoken_any:
+            self.last = Reply("", "nothing")
+            yield UNKNOWN_REPLY
+
+    def _recalled(self, fit: Recall) -> Iterator[str]:
+        self.last = Reply("", "memory", fit.entry, fit.score)
+        yield from re.findall(r"\S+\s*", fit.answer)
+
+    def _model_pieces(self, text: str, turns: Sequence[Tuple[str, str]],
+                      rng: random.Random) -> Iterator[str]:
+        tokenizer, model = self.voice()
+        budget = max(8, self.config.block_size * 3 // 4)
+        ids = prompt_ids(tokenizer, turns, text, budget)
+        first = True
+        for piece in spoken(model, tokenizer, ids, self.config, rng):
+            piece = piece.lstrip() if first else piece
+            first = first and not piece
+            if piece:
+                yield piece
+
+    def _remember(self, text: str, source: str, session: Optional[int], recall: bool = True) -> None:
+        lines = [piece for line in text.splitlines()
+                 for piece in split_long_line(line, self.config.max_line_chars)]
+        if lines:
+            self.memory.add_entry(source, Document(tuple(lines), True), session, recall)
+            self._text_version += 1
+            self._rouse()
+
+    def teach(self, text: str) -> None:
+        """Remember a sentence as a fact, and learn it soon."""
+        self._remember(text, "taught", self.memory.session_id(self.session))
+
+    def judge(self, good: bool) -> bool:
+        """Approve or reject the last reply; an approved one becomes text to learn from."""
+        said, answered = self.last_ids
+        if not answered or self.last is None:
+            return False
+        self.memory.judge(answered, 1 if good else -1)
+        if good:
+            rows = self.memory.message_texts((said, answered))
+            self._remember_exchange(rows[0], rows[1])
+        return True
+
+    def _remember_exchange(self, asked: str, answer: str) -> None:
+        limit = self.config.max_line_chars
+        lines = (clean_line(f"H: {' '.join(asked.split())}", limit), clean_line(f"A: {answer}", limit))
+        self.memory.add_entry("approved", Document(lines, True))
+        self._text_version += 1
+        self._rouse()
+
+    # learning
+
+    def awake(self) -> None:
+        """Start the thread that watches and learns."""
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._live()), daemon=True)
+        self._thread.start()
+
+    def sleep(self) -> None:
+        """Commit what the trainer has and end the thread."""
+        self.stopping = True
+        self._rouse()
+        if self._thread is not None:
+            self._thread.join(15.0)
+            self._thread = None
+
+    def learn_now(self, steps: Optional[int] = None, seconds: Optional[float] = None) -> None:
+        """Learn everything there is, now, however little; or train for so many steps or seconds."""
+        self._order = {"force": True, "steps": steps, "seconds": seconds}
+        self._rouse()
+
+    def wait_trained(self, on_tick: Callable[[], None] = lambda: None) -> None:
+        """Return when nothing is left to learn.  Raises TrainerError when that cannot be."""
+        self.learn_now()
+        self.wait_order(on_tick)
+
+    def wait_order(self, on_tick: Callable[[], None] = lambda: None) -> None:
+        """Return when the order of learn_now is done.  Raises TrainerError when it cannot be."""
+        while True:
+            with self.changed:
+                if self.failed:
+                    raise TrainerError("the trainer failed again and again; see `stats` for its "
+                                       "life log, or run with --debug")
+                if self.read_once.is_set() and not self.at_work and not self._order["force"]:
+                    return
+                self.changed.wait(0.1)
+            on_tick()
+
+    def _rouse(self) -> None:
+        """Wake the background thread, from any thread."""
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._bell.set)
+
+    async def _live(self) -> None:
+        """Run the watcher and the trainer's supervisor until told to stop."""
+        self._loop, self._bell = asyncio.get_running_loop(), asyncio.Event()
+        watcher = asyncio.ensure_future(self._watch_corpus())
+        try:
+            await self.background_trainer()
+        finally:
+            watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watcher
+            self._loop = None
+
+    async def _watch_corpus(self) -> None:
+        """Take in the corpus whenever its file has changed and has come to rest."""
+        before: Optional[FileStamp] = None
+        while not self.stopping:
+            stamp = file_stamp(self.config.corpus_path)
+            at_rest = stamp == before or not self.read_once.is_set()
+            if stamp is not None and stamp != self._stamp and at_rest:
+                try:
+                    await asyncio.to_thread(self.take_in_corpus)
+                except MacroGPTError as error:
+                    self._tell(str(error))
+                self._bell.set()
+            before = stamp
+            self.read_once.set()
+            await asyncio.sleep(self.config.tick_seconds)
+
+    def _tell(self, notice: str) -> None:
+        """Keep a notice for the owner's next prompt, once."""
+        if notice not in self.notices:
+            self.notices.append(notice)
+
+    def _plan(self) -> Optional[Dict[str, Any]]:
+        """Return the job that is due: None, or the steps and seconds to learn for."""
+        order, memory = self._order, self.memory
+        job = {"steps": order["steps"], "seconds": order["seconds"]}
+        if self.only_orders and not order["force"]:
+            return None
+        if not memory.entries("NOT held_out", limit=1):
+            return None
+        if self.growth.phase != "grown" or order["steps"] or order["seconds"]:
+            return job
+        corpus, said = memory.unlearned_chars()
+        if corpus or said >= self.config.min_new_chars_to_train or (said and order["force"]):
+            return job
+        return None
+
+    async def background_trainer(self) -> None:
+        """Supervise the trainer: start it when there is something to learn, restart it when it dies."""
+        failures = 0
+        while not self.stopping:
+            await self._rest(None if self.read_once.is_set() else 0.05)
+            if not self.read_once.is_set() or self._plan() is None:
+                self._settle()
+                continue
+            if not self.memory.take_lease(self._owner, LEASE_SECONDS, holder_alive):
+                self._tell("another macrogpt trains this memory; here it only listens")
+                self._settle()
+                await asyncio.sleep(1.0)
+                continue
+            try:
+                await self._raise_child()
+                failures = 0
+            except (TrainerError, StoreError, OSError, asyncio.IncompleteReadError) as error:
+                failures += 1
+                self._mourn(error, failures)
+                await self._rest(min(60.0, 0.5 * 2 ** failures))
+        with contextlib.suppress(StoreError):
+            self.memory.drop_lease(self._owner)
+
+    async def _rest(self, seconds: Optional[float]) -> None:
+        """Sleep until the bell rings, and at most so many seconds."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._bell.wait(), seconds)
+        self._bell.clear()
+
+    def _settle(self) -> None:
+        """Note that nothing is left to do."""
+        with self.changed:
+            self.at_work = False
+            self._order = dict(NO_ORDER)
+            self.changed.notify_all()
+
+    def _mourn(self, error: Exception, failures: int) -> None:
+        """Tell and log that the trainer died; after five deaths in a row, say that it is hopeless."""
+        self._tell(f"the trainer stopped ({error}); it starts again from the last commit")
+        with contextlib.suppress(StoreError):
+            self.memory.log("trainer died", error=str(error))
+        with self.changed:
+            self.failed = failures >= 5
+            self.changed.notify_all()
+
+    async def _raise_child(self) -> None:
+        """Start a trainer and work with it until it is told to stop.  Raises when it dies."""
+        debug = None if os.environ.get("MACROGPT_DEBUG") else asyncio.subprocess.DEVNULL
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, os.path.abspath(__file__), "trainer", stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE, stderr=debug, limit=1 << 20,
+            start_new_session=os.name == "posix")
+        listener = asyncio.ensure_future(self._listen(child))
+        self._child_text_version = 0
+        layers = self.memory.layers()
+        try:
+            self._send(child, {"do": "start", "config": dataclasses.asdict(self.config),
+                               "growth": dataclasses.asdict(self.growth),
+                               "layers": {n: [l.manifest, l.sealed] for n, l in layers.items()}},
+                       {name: layer.data for name, layer in layers.items()})
+            while not self.stopping:
+                self._instruct(child)
+                bell = asyncio.ensure_future(self._bell.wait())
+                await asyncio.wait({bell, listener}, timeout=LEASE_SECONDS / 2,
+                                   return_when=asyncio.FIRST_COMPLETED)
+                bell.cancel()
+                self._bell.clear()
+                self.memory.take_lease(self._owner, LEASE_SECONDS, holder_alive)
+                if listener.done():
+                    listener.result()
+                    raise TrainerError(f"its process ended with code {await child.wait()}")
+        finally:
+            await self._dismiss(child, listener)
+
+    def _send(self, child: Any, message: Dict[str, Any], blobs: Dict[str, bytes]) -> None:
+        child.stdin.write(pack_frame(message, blobs))
+
+    def _instruct(self, child: Any) -> None:
+        """Give the child the newest text and the job that is due, when either is new."""
+        job = self._plan()
+        ordered = self._order["steps"] or self._order["seconds"]
+        if job is None:
+            self._settle()
+        elif self._child_text_version != self._text_version or (ordered and not self.at_work):
+            self._child_text_version = self._text_version
+            entries = self.memory.entries("1")
+            documents = [[e.key, e.text, e.closed, not e.learned] for e in entries if not e.held_out]
+            held_out = "\n".join(e.text for e in entries if e.held_out)
+            self._send(child, {"do": "text", "documents": documents, "held_out": held_out}, {})
+            self._send(child, {"do": "learn", **job}, {})
+            self.at_work = True
+
+    async def _listen(self, child: Any) -> None:
+        """Take in every frame of the child until its pipe closes."""
+        while True:
+            try:
+                lengths = await child.stdout.readexactly(FRAME_HEAD.size)
+            except asyncio.IncompleteReadError:
+                return
+            head, body = FRAME_HEAD.unpack(lengths)
+            message, blobs = unpack_frame(await child.stdout.readexactly(head),
+                                          await child.stdout.readexactly(body))
+            getattr(self, "_on_" + message.pop("kind"))(blobs, **message)
+
+    def _on_reading(self, blobs: Dict[str, bytes], **message: Any) -> None:
+        self.memory.log("learning", **message)
+
+    def _on_progress(self, blobs: Dict[str, bytes], **message: Any) -> None:
+        with self.changed:
+            self.progress = message
+            self.changed.notify_all()
+
+    def _on_trouble(self, blobs: Dict[str, bytes], **message: Any) -> None:
+        self._tell(f"step {message['step']} gave a loss of {message['loss']} and was skipped; "
+                   f"a lower learning_rate may help")
+        self.memory.log("step skipped", **message)
+
+    def _on_failed(self, blobs: Dict[str, bytes], error: str) -> None:
+        raise TrainerError(error)
+
+    def _on_snapshot(self, blobs: Dict[str, bytes], growth: Dict[str, Any], learned: List[int],
+                     names: List[str], layers: Dict[str, List[Any]]) -> None:
+        """Commit a generation of weights, with all that belongs to it, in one transaction."""
+        memory = self.memory
+        given = {n: Layer(manifest, blobs[n], sealed) for n, (manifest, sealed) in layers.items()}
+        with memory.transaction():
+            memory.save_layers(given)
+            memory.remove_layers(set(memory.manifests()) - set(names))
+            memory.set_setting("growth", growth)
+            memory.mark_learned(learned)
+            memory.add_progress(growth["step"], growth["tokens"], self.progress.get("loss"),
+                                growth["bpc"])
+            if growth["phase"] != self.growth.phase:
+                memory.log("phase", phase=growth["phase"], step=growth["step"], bpc=growth["bpc"])
+        with self.changed:
+            self.growth, self._voice_old = Growth(**growth), True
+            self.changed.notify_all()
+
+    def _on_done(self, blobs: Dict[str, bytes]) -> None:
+        self.memory.log("learned", step=self.growth.step, bpc=self.growth.bpc)
+        if self._order["steps"] or self._order["seconds"]:
+            self._order = dict(NO_ORDER)
+        with self.changed:
+            self.at_work = False
+            self.changed.notify_all()
+        self._child_text_version = 0
+        self._bell.set()
+
+    async def _dismiss(self, child: Any, listener: "asyncio.Future[None]") -> None:
+        """Ask the child for what it has not yet sent, take it in, and see it go."""
+        with contextlib.suppress(OSError, RuntimeError):
+            self._send(child, {"do": "stop"}, {})
+            child.stdin.close()
+        try:
+            await asyncio.wait_for(asyncio.shield(listener), 10.0)
+        except (asyncio.TimeoutError, MacroGPTError):
+            pass
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        await child.wait()
+        with self.changed:
+            self.at_work = False
+            self.changed.notify_all()
+
+
+def holder_alive(owner: str) -> bool:
+    """Return whether the process "host:pid" may still be alive."""
+    host, _, pid = owner.rpartition(":")
+    if host != socket.gethostname() or os.name != "posix":
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+# ──────────────────────────────────────────────────────────────────────────────────────
+# 14 · INTERFACE — the only section that speaks to a terminal   uses: 0 1 2 3 4 7 8 9 10 11 12 13
+# ──────────────────────────────────────────────────────────────────────────────────────
+#
+# Replies and reports go to stdout; everything else goes to stderr. A table of commands, each a
+# function of an App; an owner's mistake is one line and an exit code.
+
+BANNER = "macrogpt {version} — {engine} engine, {params} parameters, {phase}. /help lists commands."
+HINT_LEAVE = "Ctrl+C again, Ctrl+D or /exit leaves."
+REPL_HELP: Tuple[Tuple[str, str], ...] = (
+    ("/help", "this list"), ("/stats", "how large, how old, how good it is"),
+    ("/memory TEXT", "search the memory"), ("/why", "where the last reply came from"),
+    ("/good, /bad", "approve or reject the last reply"), ("/teach TEXT", "remember a sentence"),
+    ("/forget TEXT", "forget what was told, by id or words"),
+    ("/session [NAME]", "show or change the session"), ("/sessions", "list the sessions"),
+    ("/new", "begin a new session"), ("/compact", "shorten the session's memory (not there yet)"),
+    ("/set FIELD VALUE", "change a setting"), ("/show [FIELD]", "show the settings"),
+    ("/train", "learn now what is still to be learned"), ("/sleep", "stop learning until /train"),
+    ("/save", "say that everything is saved"), ("/exit", "leave"))
+
+
+class Terminal:
+    """The two streams, and what the terminal behind them can do."""
+
+    def __init__(self, out: TextIO, err: TextIO, color: str = "auto", quiet: bool = False) -> None:
+        self.out, self.err, self.quiet = out, err, quiet
+        lively = err.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self.colored = color == "always" or (color == "auto" and lively)
+
+    def say(self, text: str, end: str = "\n") -> None:
+        """Write to stdout at once."""
+        self.out.write(text.encode(self.out.encoding or "utf-8", "replace").decode(
+            self.out.encoding or "utf-8", "replace") + end)
+        self.out.flush()
+
+    def note(self, text: str) -> None:
+        """Write a notice to stderr, unless quiet."""
+        if not self.quiet:
+            self.err.write(self.dim(text) + "\n")
+            self.err.flush()
+
+    def dim(self, text: str) -> str:
+        """Return the text, dimmed where colors are shown."""
+        return f"\033[2m{text}\033[0m" if self.colored else text
+
+    def status(self, text: str) -> None:
+        """Show a line that the next one replaces; only where a terminal can."""
+        if not self.quiet and self.err.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            self.err.write("\r" + text[:width].ljust(width))
+            self.err.flush()
+
+    def end_status(self) -> None:
+        """End a line of status."""
+        if not self.quiet and self.err.isatty():
+            self.err.write("\n")
+            self.err.flush()
+
+
+class Terminated(BaseException):
+    """The process was asked to end by a signal."""
+
+
+def _raise_terminated(number: int, frame: Any) -> None:
+    raise Terminated(number)
+
+
+class App:
+    """One run of the program: its options, its terminal, and the organism once it is needed."""
+
+    def __init__(self, options: argparse.Namespace, config: Config, terminal: Terminal) -> None:
+        self.options, self.config, self.terminal = options, config, terminal
+        self._organism: Optional[Organism] = None
+        self._memory: Optional[Memory] = None
+
+    def memory(self) -> Memory:
+        """Return the store, opened at its first use."""
+        if self._memory is None:
+            self._memory = Memory(self.config.db_path)
+        return self._memory
+
+    def organism(self) -> Organism:
+        """Return the organism, brought to life at its first use."""
+        if self._organism is None:
+            memory = self.memory()
+            self.config = stored_config(memory, self.options.assignments)
+            engine = choose_engine(os.environ.get("MACROGPT_ENGINE", ""))
+            self._organism = Organism(self.config, memory, engine, self.options.session,
+                                      self.options.seed is not None)
+            check_shape(self.config, memory)
+        return self._organism
+
+    def close(self) -> None:
+        """Put everything to rest; what was learned and said is committed."""
+        if self._organism is not None:
+            self._organism.sleep()
+        if self._memory is not None:
+            self._memory.close()
+
+    def report(self, facts: Dict[str, Any], lines: Iterable[str]) -> None:
+        """Say the facts as one JSON object, or the lines for people."""
+        if self.options.json:
+            self.terminal.say(json.dumps(facts, ensure_ascii=False))
+        else:
+            for line in lines:
+                self.terminal.say(line)
+
+    def notices(self) -> None:
+        """Show what the background wanted to tell."""
+        organism = self._organism
+        while organism is not None and organism.notices:
+            self.terminal.note(organism.notices.popleft())
+
+
+def stored_config(memory: Memory, assignments: Sequence[str]) -> Config:
+    """Return the defaults, changed by what /set stored and then by this run's assignments."""
+    kept = [f"{name}={value}" for name, value in memory.settings("config.").items()]
+    return Config().replace([*kept, *assignments])
+
+
+def check_shape(config: Config, memory: Memory) -> None:
+    """Raise ConfigError when the stored model has another shape than the settings ask for."""
+    stored, wanted = memory.setting("shape"), dataclasses.asdict(Shape.of(config))
+    if stored is None:
+        memory.set_setting("shape", wanted)
+    elif stored != wanted:
+        name = next(n for n in wanted if stored.get(n) != wanted[n])
+        raise ConfigError(f"{name}={wanted[name]}, but the organism in {config.db_path} was born "
+                          f"with {name}={stored.get(name)}; leave it so, or begin another with --db")
+
+
+def wake(app: App) -> Organism:
+    """Return the organism with its corpus read and, unless forbidden, its trainer started."""
+    organism = app.organism()
+    organism.prepare_corpus()
+    if app.options.no_train:
+        organism.take_in_corpus()
+        organism.read_once.set()
+    else:
+        organism.awake()
+        organism.read_once.wait(10.0)
+    if app.options.wait_trained and not app.options.no_train:
+        organism.wait_trained(lambda: show_progress(app, organism))
+        app.terminal.end_status()
+    return organism
+
+
+def show_progress(app: App, organism: Organism) -> None:
+    """Show a bar with step, loss, held-out bits per character, tokens/s and time left."""
+    p = organism.progress
+    if not p:
+        return
+    share, cells = p["share"], 20
+    bar = "█" * int(share * cells) + "·" * (cells - int(share * cells))
+    bpc = f"{p['bpc']:.3f}" if p["bpc"] is not None else "–"
+    loss = f"{p['loss']:.3f}" if p["loss"] is not None else "–"
+    begun = app.__dict__.setdefault("_begun", (time.monotonic(), share))
+    spent, gained = time.monotonic() - begun[0], share - begun[1]
+    left = f"{duration(spent / gained * (1 - share))} left" if gained > 0.01 else ""
+    app.terminal.status(f"{p['phase']} {bar} {share:4.0%}  step {p['step']}  loss {loss}  "
+                        f"held-out {bpc} bpc  {p['tokens_per_s']:.0f} tokens/s  {left}")
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people say them: 42 s, 5 min 03 s, 2 h 05 min."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole // 60 % 60:02} min"
+
+
+# commands
+
+def command_chat(app: App, words: List[str]) -> int:
+    """Talk: a prompt in a terminal, one line for one line in a pipe."""
+    if words:
+        raise UsageError(f"chat takes no words, found {words[0]!r}; use: ask {' '.join(words)}")
+    if sys.stdin is None or not sys.stdin.isatty():
+        return _chat_piped(app)
+    return _chat_terminal(app)
+
+
+def _chat_piped(app: App) -> int:
+    """Answer each line of stdin with exactly one line; a command gives one line or none."""
+    wake(app)
+    code = 0
+    for raw in iter(sys.stdin.buffer.readline, b"") if sys.stdin else ():
+        line = clean_line(decode_line(raw), 10 ** 6)
+        try:
+            if line.startswith("/"):
+                said = " ".join(" ".join(repl_command(app, line)).split())
+                if said:
+                    app.terminal.say(said)
+            else:
+                app.terminal.say(" ".join("".join(app.organism().reply(line)).split()))
+            app.notices()
+        except EOFError:
+            break
+        except MacroGPTError as error:
+            code = _tell_error(app.terminal, error)
+            app.terminal.say("")
+    return code
+
+
+def _chat_terminal(app: App) -> int:
+    """Read, reply, and stream, until the owner leaves."""
+    prepare_readline(app)
+    organism = wake(app)
+    phase = {"grown": "grown up", "warmup": "still in its warm-up"}.get(
+        organism.growth.phase, "newborn")
+    app.terminal.note(BANNER.format(version=__version__, engine=organism.engine.name,
+                                    params=f"{model_size(organism)[0]:,}", phase=phase))
+    interrupted = False
+    while True:
+        app.notices()
+        try:
+            line = read_block("you> ")
+            interrupted = False
+        except EOFError:
+            app.terminal.err.write("\n")
+            return 0
+        except KeyboardInterrupt:
+            app.terminal.err.write("\n")
+            if interrupted:
+                return 130
+            interrupted = True
+            app.terminal.note(HINT_LEAVE)
+            continue
+        try:
+            if line.startswith("/"):
+                for text in repl_command(app, line):
+                    app.terminal.say(text)
+            elif line:
+                _stream_reply(app, line)
+        except EOFError:
+            return 0
+        except MacroGPTError as error:
+            _tell_error(app.terminal, error)
+
+
+def _stream_reply(app: App, line: str) -> None:
+    """Show the reply as it comes; Ctrl+C stops it, and what was said so far is kept."""
+    pieces = app.organism().reply(line)
+    try:
+        app.terminal.say(app.terminal.dim("  »") + " ", end="")
+        for piece in pieces:
+            app.terminal.say(piece, end="")
+    except KeyboardInterrupt:
+        app.terminal.say(" …", end="")
+    finally:
+        pieces.close()  # type: ignore[attr-defined]
+        app.terminal.say("")
+
+
+def read_block(prompt: str) -> str:
+    """Return one line from the terminal, or the several between two lines of three quotes."""
+    line = input(prompt)
+    if line.strip() != '"""':
+        return line.strip()
+    lines = []
+    while True:
+        line = input("...> ")
+        if line.strip() == '"""':
+            return "\n".join(lines).strip()
+        lines.append(line)
+
+
+def prepare_readline(app: App) -> None:
+    """Give the prompt arrow keys and a private history, where the library is there."""
+    try:
+        import atexit
+        import readline
+    except ImportError:
+        return
+    path = os.path.expanduser("~/.macrogpt_history")
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        os.chmod(path, 0o600)
+        readline.read_history_file(path)
+    except OSError:
+        app.terminal.note(f"the history file {path} cannot be used; this chat keeps none")
+        return
+    readline.set_history_length(1000)
+    atexit.register(_write_history, readline, path)
+
+
+def _write_history(readline: Any, path: str) -> None:
+    with contextlib.suppress(OSError):
+        readline.write_history_file(path)
+
+
+def model_size(organism: Organism) -> Tuple[int, int]:
+    """Return the counts of parameters and of vocabulary, of the model to be born if need be."""
+    manifests, shape = organism.memory.manifests(), Shape.of(organism.config)
+    if "base" in manifests:
+        parts = [manifests[name] for name in manifests if name == "base" or name.startswith("delta")]
+        return (sum(rows * dim for part in parts for _, rows, dim in part),
+                next(rows for name, rows, _ in manifests["base"] if name == "embedding"))
+    dim, hidden = shape.n_embd, shape.n_ff
+    return FIRST_MERGE * dim + shape.n_layer * (4 * dim * dim + 3 * dim * hidden) + 1, FIRST_MERGE
+
+
+def repl_command(app: App, line: str) -> List[str]:
+    """Return the lines that a slash command says.  Raises EOFError to leave."""
+    name, _, rest = line[1:].partition(" ")
+    rest = rest.strip()
+    action = REPL_COMMANDS.get(name)
+    if action is None:
+        hint = _nearest_hint(name, list(REPL_COMMANDS))
+        return [f"there is no command /{name}; {hint}".replace("known are", "there are")]
+    return action(app, rest)
+
+
+def _repl_help(app: App, rest: str) -> List[str]:
+    return [f"{name:18} {text}" for name, text in REPL_HELP]
+
+
+def _repl_exit(app: App, rest: str) -> List[str]:
+    raise EOFError
+
+
+def _repl_stats(app: App, rest: str) -> List[str]:
+    return stats_lines(stats_facts(app))
+
+
+def _repl_memory(app: App, rest: str) -> List[str]:
+    if not rest:
+        return ["what shall I look for? /memory TEXT"]
+    return [_entry_line(fit.entry) for fit in recall(app.memory(), rest, random.Random(0))[:10]] or [
+        f"the memory holds nothing about {rest!r}"]
+
+
+def _entry_line(entry: Entry) -> str:
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.told_at))
+    return f"{entry.id:6}  {entry.source:8} {when}  {' / '.join(entry.text.splitlines())}"
+
+
+def _repl_why(app: App, rest: str) -> List[str]:
+    last = app.organism().last
+    if last is None:
+        return ["nothing has been said yet"]
+    if last.source == "memory" and last.entry is not None:
+        return [f"it came from memory, match {last.score:.2f}:", _entry_line(last.entry)]
+    if last.source == "model":
+        growth = app.organism().growth
+        return [f"the model said it by itself, at step {growth.step}"]
+    return ["nothing in the memory fitted, and the model has not learned enough to try"]
+
+
+def _repl_judge(good: bool) -> Callable[[App, str], List[str]]:
+    def act(app: App, rest: str) -> List[str]:
+        if not app.organism().judge(good):
+            return ["there is no reply yet to judge"]
+        return ["kept as a good reply; it will be learned" if good else "noted as a bad reply"]
+    return act
+
+
+def _repl_teach(app: App, rest: str) -> List[str]:
+    if not rest:
+        return ["what shall I learn? /teach TEXT"]
+    app.organism().teach(rest)
+    return ["I will remember that."]
+
+
+def _repl_forget(app: App, rest: str) -> List[str]:
+    return [forget(app.memory(), rest)]
+
+
+def forget(memory: Memory, wish: str) -> str:
+    """Forget one entry by its id or its exact words; return a sentence about what was done."""
+    if not wish:
+        raise UsageError("what shall be forgotten? name an id from `memory search`, or the words")
+    told = "e.source != 'corpus' AND "
+    found = memory.entries(told + "e.id = ?", int(wish)) if wish.isdigit() else []
+    found = found or memory.entries(told + "rtrim(e.text, char(10)) = ? COLLATE NOCASE", wish)
+    if not found:
+        if wish.isdigit() and memory.entries("e.id = ?", int(wish)):
+            return f"entry {wish} stands in the corpus; take its lines out of that file"
+        return f"nothing that was told is {wish!r}; look for its id with memory search"
+    for entry in found:
+        memory.forget_entry(entry.id)
+    return f"forgotten: {' / '.join(found[0].text.splitlines())}"
+
+
+def _repl_session(app: App, rest: str) -> List[str]:
+    organism = app.organism()
+    if rest:
+        organism.session = check_session(rest)
+        organism.memory.session_id(rest)
+    return [f"session {organism.session}"]
+
+
+def check_session(name: str) -> str:
+    """Return a session's name.  Raises UsageError for one that cannot be shown in a line."""
+    if not name.strip() or len(name) > 80 or not name.isprintable():
+        raise UsageError(f"{name[:80]!r} cannot name a session; use 1 to 80 printable characters")
+    return name
+
+
+def _repl_sessions(app: App, rest: str) -> List[str]:
+    return session_lines(app.memory().sessions())
+
+
+def session_lines(sessions: List[Dict[str, Any]]) -> List[str]:
+    """Return a line for each session."""
+    return [f"{s['name']:20} {s['messages']:6} messages, since "
+            f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(s['started_at']))}"
+            for s in sessions] or ["there is no session yet"]
+
+
+def _repl_new(app: App, rest: str) -> List[str]:
+    known = {s["name"] for s in app.memory().sessions()}
+    name = next(f"talk {n}" for n in range(1, len(known) + 2) if f"talk {n}" not in known)
+    return _repl_session(app, name)
+
+
+def _repl_compact(app: App, rest: str) -> List[str]:
+    return ["compaction is not there yet; the prompt holds the newest turns by itself"]
+
+
+def _repl_set(app: App, rest: str) -> List[str]:
+    name, _, value = rest.replace("=", " ", 1).partition(" ")
+    if not value.strip():
+        return ["use /set FIELD VALUE, for example /set temperature 0.7"]
+    organism = app.organism()
+    config = organism.config.replace([f"{name}={value.strip()}"])
+    sampler_settings(config)
+    if Shape.of(config) != Shape.of(organism.config) or name.endswith("_path"):
+        return [f"{name} cannot change in a living organism; begin another with --db"]
+    organism.config = app.config = config
+    organism.memory.set_setting(f"config.{name}", getattr(config, name))
+    return [f"{name} = {getattr(config, name)!r}, kept"]
+
+
+def _repl_show(app: App, rest: str) -> List[str]:
+    config = app.organism().config
+    chosen = [f for f in dataclasses.fields(Config) if rest in ("", f.name)]
+    if not chosen:
+        raise ConfigError(f"there is no setting {rest!r}; "
+                          f"{_nearest_hint(rest, [f.name for f in dataclasses.fields(Config)])}")
+    return [f"{f.name:24} {getattr(config, f.name)!r:24} {f.metadata['doc']}" for f in chosen]
+
+
+def _repl_train(app: App, rest: str) -> List[str]:
+    organism = app.organism()
+    if app.options.no_train:
+        return ["this chat was started with --no-train"]
+    if organism._thread is None:
+        organism.stopping = False
+        organism.awake()
+    organism.learn_now()
+    return ["learning what is there; go on talking"]
+
+
+def _repl_sleep(app: App, rest: str) -> List[str]:
+    app.organism().sleep()
+    return ["the trainer sleeps, everything is committed; /train wakes it"]
+
+
+def _repl_save(app: App, rest: str) -> List[str]:
+    return ["every word is saved as it is said; learned weights are saved every "
+            f"{app.config.commit_seconds:g} s and when you leave"]
+
+
+REPL_COMMANDS: Dict[str, Callable[[App, str], List[str]]] = {
+    "help": _repl_help, "stats": _repl_stats, "memory": _repl_memory, "why": _repl_why,
+    "good": _repl_judge(True), "bad": _repl_judge(False), "teach": _repl_teach,
+    "forget": _repl_forget, "session": _repl_session, "sessions": _repl_sessions,
+    "new": _repl_new, "compact": _repl_compact, "set": _repl_set, "show": _repl_show,
+    "train": _repl_train, "sleep": _repl_sleep, "save": _repl_save, "exit": _repl_exit,
+    "quit": _repl_exit}
+
+
+def command_ask(app: App, words: List[str]) -> int:
+    """Say one reply and leave."""
+    text = " ".join(words).strip()
+    if not text:
+        raise UsageError('ask needs something to answer; for example: ask "Who are you?"')
+    organism = app.organism()
+    if app.options.wait_trained:
+        wake(app)
+    else:
+        organism.prepare_corpus()
+        organism.take_in_corpus()
+    for piece in organism.reply(text):
+        app.terminal.say(piece.replace("\n", " "), end="")
+    app.terminal.say("")
+    app.notices()
+    return 0
+
+
+def command_train(app: App, words: List[str]) -> int:
+    """Train in the foreground until all is learned, or for so many steps or seconds."""
+    if words:
+        raise UsageError(f"train takes no words, found {words[0]!r}; use --steps N or --seconds S")
+    if app.options.no_train:
+        raise UsageError("train and --no-train contradict each other; leave one out")
+    organism = app.organism()
+    organism.prepare_corpus()
+    before = dataclasses.replace(organism.growth)
+    organism.only_orders = True
+    organism.learn_now(app.options.steps, app.options.seconds)
+    organism.awake()
+    try:
+        organism.wait_order(lambda: (show_progress(app, organism), app.notices()))
+    finally:
+        app.terminal.end_status()
+        organism.sleep()
+    return _report_training(app, organism, before)
+
+
+def _report_training(app: App, organism: Organism, before: Growth) -> int:
+    growth = organism.growth
+    facts = {**dataclasses.asdict(growth), "steps_now": growth.step - before.step,
+             "tokens_now": growth.tokens - before.tokens}
+    bpc = "" if growth.bpc is None else f", held-out {growth.bpc:.3f} bits per character"
+    app.report(facts, [f"{facts['steps_now']} steps, {facts['tokens_now']} tokens; now at step "
+                       f"{growth.step}, {growth.phase}{bpc}"])
+    app.notices()
+    return 0
+
+
+def command_generate(app: App, words: List[str]) -> int:
+    """Stream free text after a prompt."""
+    organism = app.organism()
+    tokenizer, model = organism.voice()
+    if organism.growth.phase == "newborn":
+        app.terminal.note("nothing has been learned yet, so this is noise; run `train` first")
+    ids = [END_OF_TEXT] + tokenizer.encode(" ".join(words))
+    app.terminal.say(" ".join(words), end="")
+    cache, decoder = model.new_cache(), StreamDecoder(tokenizer)
+    stream = generate_ids(lambda new: model.feed(cache, new), ids, sampler_settings(app.config),
+                          random.Random(app.config.seed),
+                          app.options.tokens or app.config.max_gen_tokens)
+    for token in stream:
+        app.terminal.say("\n" if token == END_OF_TEXT else decoder.feed(token), end="")
+    app.terminal.say(decoder.flush())
+    return 0
+
+
+def command_memory(app: App, words: List[str]) -> int:
+    """Search, list or forget in the long-term memory."""
+    action, rest = (words[0], " ".join(words[1:])) if words else ("", "")
+    memory = app.memory()
+    if action == "search" and rest:
+        entries = [fit.entry for fit in recall(memory, rest, random.Random(0))]
+        entries = list(dict.fromkeys(entries))[:20]
+    elif action == "list" and not rest:
+        entries = memory.entries("e.source != 'corpus'")
+    elif action == "forget" and rest:
+        done = forget(memory, rest)
+        app.report({"said": done}, [done])
+        return 0 if done.startswith("forgotten") else 1
+    else:
+        raise UsageError("memory takes one of: search TEXT, list, forget TEXT-or-ID")
+    app.report({"entries": [entry._asdict() for entry in entries]},
+               [_entry_line(entry) for entry in entries] or ["nothing found"])
+    return 0
+
+
+def command_sessions(app: App, words: List[str]) -> int:
+    """List the sessions."""
+    sessions = app.memory().sessions()
+    app.report({"sessions": sessions}, session_lines(sessions))
+    return 0
+
+
+def stats_facts(app: App) -> Dict[str, Any]:
+    """Return everything that can be counted about the organism."""
+    organism, memory = app.organism(), app.memory()
+    growth, names = organism.growth, memory.manifests()
+    parameters, vocabulary = model_size(organism)
+    return {
+        "version": __version__, "engine": organism.engine.name, "parameters": parameters,
+        "vocabulary": vocabulary,
+        "shape": dataclasses.asdict(Shape.of(app.config)),
+        "layers": {"base": "base" in names, "deltas": len(delta_names(names)),
+                   "max_deltas": app.config.max_delta_modules},
+        **dataclasses.asdict(growth), "memory": memory.counts(),
+        "file_bytes": os.path.getsize(app.config.db_path) if os.path.exists(app.config.db_path) else 0,
+        "waiting_chars": dict(zip(("corpus", "said"), memory.unlearned_chars())),
+        "progress": memory.progress(), "life": memory.life(20)}
+
+
+def stats_lines(facts: Dict[str, Any]) -> List[str]:
+    """Return the facts as lines for people, with the held-out loss over its life as a small plot."""
+    memory, shape = facts["memory"], facts["shape"]
+    bpc = "not measured yet" if facts["bpc"] is None else f"{facts['bpc']:.3f} bits per character"
+    lines = [
+        f"model      {facts['parameters']:,} parameters, {shape['n_layer']} layers of "
+        f"{shape['n_embd']} channels, vocabulary {facts['vocabulary']}, "
+        f"{facts['layers']['deltas']} deltas",
+        f"learning   {facts['phase']}, step {facts['step']}, {facts['tokens']:,} tokens, "
+        f"held-out {bpc}",
+        f"memory     {memory['messages']} messages in {memory['sessions']} sessions, "
+        f"{memory['entries']} entries ({memory['told']} told, {memory['learned']} learned, "
+        f"{memory['held_out']} held out), {facts['file_bytes']:,} bytes",
+        f"waiting    {facts['waiting_chars']['corpus']} characters of the corpus, "
+        f"{facts['waiting_chars']['said']} of what was said",
+        f"engine     {facts['engine']}, macrogpt {facts['version']}, "
+        f"Python {sys.version.split()[0]}"]
+    curve = [p["held_out_bpc"] for p in facts["progress"] if p["held_out_bpc"] is not None]
+    if len(curve) > 1:
+        lines.append(f"held-out   {sparkline(curve)}  {curve[0]:.2f} → {curve[-1]:.2f}")
+    return lines
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """Return the values as a row of small bars, thinned to width."""
+    thinned = [values[i * len(values) // width] for i in range(width)] if len(values) > width else values
+    low, high = min(thinned), max(thinned)
+    return "".join("▁▂▃▄▅▆▇█"[int((v - low) / (high - low or 1) * 7.999)] for v in thinned)
+
+
+def command_stats(app: App, words: List[str]) -> int:
+    """Say how large, how old and how good it is."""
+    facts = stats_facts(app)
+    app.report(facts, stats_lines(facts))
+    return 0
+
+
+def command_eval(app: App, words: List[str]) -> int:
+    """Measure the model on a text file, in bits per character; learn nothing."""
+    if len(words) != 1:
+        raise UsageError(f"eval takes one file, found {len(words)} words; for example: eval held.txt")
+    text = read_text(words[0])
+    if not text:
+        raise CorpusError(f"{words[0]} is empty: there is nothing to predict; name a text file")
+    tokenizer, model = app.organism().voice()
+    ids = text_ids(tokenizer, text)
+    nats, total = 0.0, max(1, len(ids) // (model.shape.block_size // 2 * 4))
+    for i, part in enumerate(scored_nats(model, ids, model.shape.block_size // 2), 1):
+        nats += part
+        app.terminal.status(f"{min(1.0, i / total):4.0%} of {len(ids)} tokens")
+    app.terminal.end_status()
+    bpc = nats / math.log(2.0) / len(text)
+    # the voice predicts with the GPT alone as yet, and does not learn while it reads
+    facts = {"characters": len(text), "tokens": len(ids) - 1, "gpt_bpc": bpc, "voice_bpc": bpc,
+             "voice_adaptive_bpc": None}
+    app.report(facts, [f"{len(text)} characters, {len(ids) - 1} tokens: {bpc:.4f} bits per character"])
+    return 0
+
+
+def command_doctor(app: App, words: List[str]) -> int:
+    """Examine engine, compiler, SQLite, files and store; exit 1 when something is wrong."""
+    checks = list(doctor_checks(app))
+    healthy = all(ok for _, ok, _ in checks)
+    app.report({"healthy": healthy, "checks": [
+        {"name": name, "ok": ok, "found": found} for name, ok, found in checks]},
+        [f"{'ok ' if ok else 'BAD'} {name:14} {found}" for name, ok, found in checks])
+    return 0 if healthy else 1
+
+
+def doctor_checks(app: App) -> Iterator[Tuple[str, bool, str]]:
+    """Yield (name, whether it is well, what was found)."""
+    yield "python", sys.version_info >= (3, 9), sys.version.split()[0]
+    try:
+        yield "engine", True, choose_engine(os.environ.get("MACROGPT_ENGINE", "")).name
+    except MacroGPTError as error:
+        yield "engine", False, str(error)
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    yield "compiler", True, f"{compiler or 'none'} (this version does not use one)"
+    for module, use in (("readline", "arrow keys and history"), ("ctypes", "compiled kernels")):
+        found = importlib.util.find_spec(module) is not None
+        yield module, True, "there" if found else f"missing: no {use}"
+    corpus = app.config.corpus_path
+    try:
+        facts = read_corpus(corpus, app.config.max_corpus_lines, app.config.max_line_chars)
+        yield "corpus", True, f"{corpus}: {facts.total_lines} lines, {len(facts.documents)} documents"
+    except CorpusError as error:
+        yield "corpus", not os.path.lexists(corpus) and corpus == Config.corpus_path, str(error)
+    yield from _store_checks(app)
+
+
+def _store_checks(app: App) -> Iterator[Tuple[str, bool, str]]:
+    path = app.config.db_path
+    if not os.path.exists(path):
+        yield "store", True, f"{path} is not there yet; the first chat makes it"
+        return
+    try:
+        memory = app.memory()
+        found = memory.integrity()
+        yield "store", found == "ok", f"{path}: integrity {found}"
+        yield "full text", True, f"SQLite {sqlite3.sqlite_version}, " + (
+            "FTS5" if memory.has_fts else "no FTS5: searches are slower")
+    except StoreError as error:
+        yield "store", False, str(error)
+        return
+    mode = stat.S_IMODE(os.stat(path).st_mode)
+    private = os.name != "posix" or not mode & 0o077
+    yield "privacy", private, f"mode {mode:04o}" + (
+        "" if private else f": others can read it; run chmod 600 {path}")
+
+
+def command_bench(app: App, words: List[str]) -> int:
+    """Measure this machine: training, generation, start-up, first reply, memory search."""
+    if words:
+        raise UsageError(f"bench takes no words, found {words[0]!r}; set sizes with --set FIELD=VALUE")
+    config, engine = app.config, choose_engine(os.environ.get("MACROGPT_ENGINE", ""))
+    app.terminal.note("measuring; leave the machine alone for a while")
+    facts = {"config": dataclasses.asdict(config), "peak_gflops": None,
+             "engines": {engine.name: bench_engine(config, engine)},
+             "multiply_add_ns": {"sum_map_mul": bench_sum_map_mul()},
+             **bench_process(config), **bench_search(config)}
+    app.report(facts, bench_lines(facts))
+    return 0
+
+
+def _timed(work: Callable[[], Any], seconds: float, least: int = 3) -> List[float]:
+    """Return the times of repeated calls, for about so many seconds, after one unmeasured call."""
+    work()
+    times: List[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < least:
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def bench_engine(config: Config, engine: Engine) -> Dict[str, Any]:
+    """Return the speeds of one engine; floating-point operations are 6 a weight and token."""
+    rng = random.Random(config.seed)
+    model = GPT(Shape.of(config), config.bench_vocab, engine, rng)
+    block, batch, optimizer = config.block_size, config.batch_size, AdamW.of(config)
+    windows = [[rng.randrange(config.bench_vocab) for _ in range(block + 1)] for _ in range(batch)]
+    train = _timed(lambda: train_step(model, optimizer, windows, 0.001, 0.0, rng),
+                   config.bench_seconds)
+    made = _timed(lambda: _bench_generate(model, config, block), config.bench_seconds)
+    half = _timed(lambda: _bench_generate(model, config, block // 2), config.bench_seconds / 2)
+    exchange = [window[:71] for window in windows]
+    talk = _timed(lambda: train_step(model, optimizer, exchange, 0.001, 0.0, rng),
+                  config.bench_seconds / 2)
+    tokens, weights = batch * block, sum(p.rows * p.dim for p in model.params.values())
+    return {"train_tokens_per_s": tokens / min(train),
+            "train_tokens_per_s_median": tokens / statistics.median(train),
+            "train_exchanges_tokens_per_s": len(exchange) * 70 / min(talk) if block >= 70 else None,
+            "generate_tokens_per_s": block / min(made),
+            "generate_tokens_per_s_median": block / statistics.median(made),
+            "generate_half_window_tokens_per_s": (block // 2) / min(half),
+            "gflops": 6e-9 * weights * tokens / min(train), "share_of_peak": None, "threads": 1}
+
+
+def _bench_generate(model: GPT, config: Config, count: int) -> None:
+    """Generate count tokens from an empty cache with the default chain of samplers."""
+    cache = model.new_cache()
+    for _ in generate_ids(lambda new: model.feed(cache, new), [1], sampler_settings(config),
+                          random.Random(0), count):
+        pass
+
+
+def bench_sum_map_mul() -> float:
+    """Return nanoseconds of a multiply-add by sum(map(mul, a, b)): the measure of this Python."""
+    a, b = [random.Random(i).random() for i in range(2000)], [0.5] * 2000
+    return min(_timed(lambda: sum(map(mul, a, b)), 0.2)) / 2000 * 1e9
+
+
+def bench_process(config: Config) -> Dict[str, Any]:
+    """Return seconds from start to the first reply of a newborn, and to the end of an empty chat."""
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = os.path.abspath(config.corpus_path)
+        if not os.path.exists(corpus):
+            corpus = os.path.join(folder, "first.txt")
+            with open(corpus, "w", encoding="utf-8") as file:
+                file.write(FIRST_CORPUS)
+        firsts, starts = [], []
+        for i in range(3):
+            command = [sys.executable, os.path.abspath(__file__), "--corpus", corpus, "--db",
+                       os.path.join(folder, f"{i}.sqlite3")]
+            begun = time.perf_counter()
+            subprocess.run(command + ["--no-train"], stdin=subprocess.DEVNULL, check=True,
+                           capture_output=True)
+            starts.append(time.perf_counter() - begun)
+            os.unlink(command[-1])
+            begun = time.perf_counter()
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL) as chat:
+                assert chat.stdin is not None and chat.stdout is not None
+                chat.stdin.write(b"Hello.\n")
+                chat.stdin.flush()
+                chat.stdout.readline()
+                firsts.append(time.perf_counter() - begun)
+                chat.stdin.close()
+    return {"startup_s": min(starts), "first_reply_s": min(firsts)}
+
+
+def bench_search(config: Config) -> Dict[str, Any]:
+    """Return milliseconds of a search among 10,000 made-up entries."""
+    rng, words = random.Random(0), ["w" + str(i) for i in range(3000)]
+    memory = Memory(":memory:")
+    with memory.transaction():
+        for _ in range(10_000):
+            line = " ".join(rng.choices(words, k=8))
+            memory.add_entry("corpus", Document((line,), True))
+    asked = " ".join(words[:6])
+    times = _timed(lambda: recall(memory, asked, rng), 0.5)
+    memory.close()
+    return {"search_10000_ms": statistics.median(times) * 1e3}
+
+
+def bench_lines(facts: Dict[str, Any]) -> List[str]:
+    """Return the measurements as a table."""
+    rows = [("engine", "training tokens/s", "(median)", "generated tokens/s", "(median)", "GFLOP/s")]
+    for name, e in facts["engines"].items():
+        rows.append((name, f"{e['train_tokens_per_s']:.0f}", f"{e['train_tokens_per_s_median']:.0f}",
+                     f"{e['generate_tokens_per_s']:.0f}", f"{e['generate_tokens_per_s_median']:.0f}",
+                     f"{e['gflops']:.2f}"))
+    lines = ["  ".join(f"{cell:>18}" for cell in row) for row in rows]
+    for name, e in facts["engines"].items():
+        if e["train_exchanges_tokens_per_s"]:
+            lines.append(f"{name}: exchanges of 70 tokens {e['train_exchanges_tokens_per_s']:.0f} "
+                         f"tokens/s; generation over half a window "
+                         f"{e['generate_half_window_tokens_per_s']:.0f} tokens/s")
+    lines.append(f"sum(map(mul, a, b)) {facts['multiply_add_ns']['sum_map_mul']:.1f} ns a multiply-add")
+    lines.append(f"an empty chat {facts['startup_s']:.2f} s, first reply of a newborn "
+                 f"{facts['first_reply_s']:.2f} s, search among 10,000 entries "
+                 f"{facts['search_10000_ms']:.1f} ms")
+    return lines
+
+
+def command_later(app: App, words: List[str]) -> int:
+    """Say that a command is not there yet."""
+    raise MacroGPTError(f"{app.options.command} is not there yet; see the README for what is")
+
+
+COMMANDS: Dict[str, Tuple[Callable[[App, List[str]], int], FrozenSet[str], str]] = {
+    "chat": (command_chat, frozenset(), "talk (the default)"),
+    "ask": (command_ask, frozenset(), "TEXT: one reply on stdout"),
+    "train": (command_train, frozenset({"steps", "seconds"}),
+              "[--steps N] [--seconds S]: train in the foreground"),
+    "generate": (command_generate, frozenset({"tokens"}), "[PROMPT] [--tokens N]: free text"),
+    "memory": (command_memory, frozenset(), "search TEXT | list | forget TEXT-or-ID"),
+    "sessions": (command_sessions, frozenset(), "list the sessions"),
+    "stats": (command_stats, frozenset(), "how large, how old, how good it is"),
+    "eval": (command_eval, frozenset(), "FILE: bits per character on a text"),
+    "bench": (command_bench, frozenset(), "the speed of this machine"),
+    "doctor": (command_doctor, frozenset(), "what is well and what is not"),
+    "export": (command_later, frozenset({"format"}), "DIR --format FORMAT: not there yet"),
+    "import": (command_later, frozenset(), "DIR: not there yet")}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose complaint is one line."""
+
+    def error(self, message: str) -> Any:
+        """Raise UsageError with the message."""
+        raise UsageError(f"{message}; see --help")
+
+
+def option_parser() -> argparse.ArgumentParser:
+    """Return the parser of everything that may stand on the command line."""
+    width = max(map(len, COMMANDS)) + 2
+    table = "\n".join(f"  {name:{width}}{text}" for name, (_, _, text) in COMMANDS.items())
+    parser = OneLineParser(
+        prog="macrogpt", description="a small living mind in one file",
+        epilog="commands:\n" + table, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("command", nargs="?", default="chat", help="see below; chat by default")
+    add("words", nargs="*", help=argparse.SUPPRESS)
+    add("--db", metavar="PATH", help="the memory file (default memory.sqlite3)")
+    add("--corpus", metavar="PATH", help="the text file to learn from (default nonames.txt)")
+    add("--session", metavar="NAME", default="main", help="pick or make a session")
+    add("--set", metavar="FIELD=VALUE", action="append", default=[], help="change a setting")
+    add("--seed", metavar="N", help="make what is random repeatable")
+    add("--no-train", action="store_true", help="never start the trainer")
+    add("--wait-trained", action="store_true", help="learn everything before the first reply")
+    add("--json", action="store_true", help="machine-readable reports")
+    add("--quiet", action="store_true", help="no banner, no notices")
+    add("--debug", action="store_true", help="show tracebacks")
+    add("--color", choices=("auto", "always", "never"), default="auto")
+    add("--steps", type=int, metavar="N", help="train: so many steps")
+    add("--seconds", type=float, metavar="S", help="train: so many seconds")
+    add("--tokens", type=int, metavar="N", help="generate: so many tokens")
+    add("--format", metavar="FORMAT", help="export: the format to write")
+    add("--version", action="version", version=f"macrogpt {__version__}")
+    return parser
+
+
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options, checked against the command.  Raises UsageError or ConfigError."""
+    options = option_parser().parse_intermixed_args(argv)
+    if options.command not in COMMANDS:
+        raise UsageError(f"there is no command {options.command!r}; "
+                         f"{_nearest_hint(options.command, list(COMMANDS))}")
+    taken = COMMANDS[options.command][1]
+    for name in ("steps", "seconds", "tokens", "format"):
+        value = getattr(options, name)
+        if value is not None and name not in taken:
+            raise UsageError(f"{options.command} takes no --{name}; see --help")
+        if isinstance(value, (int, float)) and not 0 < value < math.inf:
+            raise UsageError(f"--{name} {value} is not above 0; give a positive number")
+    check_session(options.session)
+    assignments = list(options.set)
+    for name, value in (("db_path", options.db), ("corpus_path", options.corpus),
+                        ("seed", options.seed)):
+        if value is not None:
+            assignments.append(f"{name}={value}")
+    options.assignments = assignments
+    return options
+
+
+def _tell_error(terminal: Terminal, error: BaseException) -> int:
+    """Write one line about an error to stderr; return its exit code."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    terminal.err.write(f"macrogpt: {line}\n")
+    terminal.err.flush()
+    return getattr(error, "exit_code", 1)
+
+
+def run(argv: Sequence[str], terminal: Terminal) -> int:
+    """Run one command and return its exit code."""
+    options = parse_options(argv)
+    terminal = Terminal(terminal.out, terminal.err, options.color, options.quiet)
+    if options.debug:
+        os.environ["MACROGPT_DEBUG"] = "1"
+    app = App(options, Config().replace(options.assignments), terminal)
+    sampler_settings(app.config)
+    try:
+        return COMMANDS[options.command][0](app, options.words)
+    finally:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the commit is not to be interrupted
+        app.close()
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run macrogpt with the words of a command line; return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if list(argv) == ["trainer"]:
+        return trainer_main()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    terminal = Terminal(sys.stdout, sys.stderr)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _raise_terminated)
+    try:
+        return run(argv, terminal)
+    except KeyboardInterrupt:
+        return 130
+    except Terminated as error:
+        return 128 + int(error.args[0])
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if "--debug" in argv:
+            raise
+        if not isinstance(error, MacroGPTError):
+            error = MacroGPTError(f"something unexpected happened ({type(error).__name__}: {error}); "
+                                  f"run again with --debug and report what it shows")
+        return _tell_error(terminal, error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
