@@ -142,25 +142,29 @@ class Config:
     block_size: int = _setting(96, "window T in tokens", 8, 8192)
     rope_base: float = _setting(10_000.0, "RoPE's base", 2.0)
     norm_eps: float = _setting(1e-5, "RMSNorm's epsilon", 1e-12, 1e-1)
+    # 0 and 0.1 measured alike at 80,000 tokens of our corpus, 0.2 worse; longer runs want more
     dropout: float = _setting(0.1, "share of channels dropped while training", 0.0, 0.9)
     # tokenizer
-    max_merges: int = _setting(512, "merges the tokenizer may learn", 0, 100_000)
-    min_pair_count: int = _setting(8, "a pair seen less often is not merged", 2)
+    # of 0 to 1,536, 768 measured best on our corpus, 384 to 768 on a larger one, at equal compute
+    max_merges: int = _setting(768, "merges the tokenizer may learn", 0, 100_000)
+    min_pair_count: int = _setting(4, "a pair seen less often is not merged", 2)
     min_merge_chars: int = _setting(2000, "smaller corpora stay bytes", 0)
     # training
-    warmup_steps: int = _setting(1200, "steps of the first training of the base", 1)
+    warmup_steps: int = _setting(1200, "most steps of the first training of the base", 1)
+    # 80,000 tokens of our corpus measured better than 40,000 or 160,000
+    warmup_epochs: float = _setting(5.0, "most times the first training reads its text", 0.1)
     micro_steps: int = _setting(32, "steps of the smallest burst after that", 1)
     batch_size: int = _setting(4, "windows in a full batch B", 1, 4096)
     small_batch_tokens: int = _setting(100_000, "tokens trained with half batches first", 0)
-    # 0.01 was planned; 0.005 with these betas measured 0.17 bits per character better
+    # planned was 0.01; 0.005 measured better, and 0.7, 0.99 than the betas 0.8, 0.95 or 0.9, 0.99
     learning_rate: float = _setting(0.005, "AdamW's peak rate", 1e-7, 1.0)
     delta_rate: float = _setting(0.003, "peak rate of a burst into a delta", 1e-7, 1.0)
-    beta1: float = _setting(0.8, "AdamW's first decay", 0.0, 0.9999)
-    beta2: float = _setting(0.95, "AdamW's second decay", 0.0, 0.99999)
+    beta1: float = _setting(0.7, "AdamW's first decay", 0.0, 0.9999)
+    beta2: float = _setting(0.99, "AdamW's second decay", 0.0, 0.99999)
     eps_adam: float = _setting(1e-8, "AdamW's epsilon", 1e-16, 1.0)
     weight_decay: float = _setting(0.0, "decoupled decay of matrices", 0.0, 1.0)
     grad_clip: float = _setting(1.0, "largest global norm of a gradient", 1e-6)
-    rate_warmup: float = _setting(0.02, "share of a schedule spent rising", 0.0, 1.0)
+    rate_warmup: float = _setting(0.05, "share of a schedule spent rising", 0.0, 1.0)
     replay_share: float = _setting(0.5, "share of a burst's windows that repeat old text", 0.0, 1.0)
     patience: int = _setting(4, "evaluations without a gain before a warm-up ends", 1)
     eval_steps: int = _setting(50, "steps between held-out evaluations", 1)
@@ -1329,8 +1333,10 @@ class Engine:
     """
 
     def __init__(self, name: str, kernels: Dict[str, Callable[..., Any]], typecode: str = "f",
-                 pack: Callable[..., Any] = lambda data, rows, dim: data) -> None:
-        self.name, self.typecode, self.pack, self.recording = name, typecode, pack, True
+                 pack: Callable[..., Any] = lambda data, rows, dim: data,
+                 cache: Optional[Callable[..., Any]] = None) -> None:
+        self.name, self.typecode, self.recording = name, typecode, True
+        self.pack, self.cache = pack, cache or FlatCache
         self._kernels = dict(kernels)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -1373,8 +1379,6 @@ class PackedMatrix:
     costs 5 ns a multiply-add where tuples of a whole model, too large for the cache, cost 11.
     """
 
-    BIAS = 1 << 62  # keeps every lane positive while the sum is taken apart
-
     def __init__(self, data: array, rows: int, dim: int) -> None:
         self.data, self.shape = data, (rows, dim)
 
@@ -1384,25 +1388,93 @@ class PackedMatrix:
         return pack_tuples(rows_of(self.data, self.shape[1]))
 
     @functools.cached_property
-    def lanes(self) -> Tuple[List[int], float, int]:
-        """The columns as big ints, the weight of one unit, and the sum of all biases."""
-        rows, dim = self.shape
-        bits = 31 - dim.bit_length()  # 30 more are the vector's; the sum must stay below BIAS
+    def lanes(self) -> Tuple[List[int], float]:
+        """The columns as big ints, and the weight of one unit."""
+        bits = 32 - self.shape[1].bit_length()  # 30 more are the vector's, and one is the sign
         unit = max(map(abs, self.data), default=0.0) / (1 << bits) or 1.0
-        offset = 1 << bits
-        zero = int.from_bytes(array("q", [offset]) * rows, sys.byteorder)
-        columns = [int.from_bytes(array("q", [int(w / unit) + offset for w in self.data[c::dim]]),
-                                  sys.byteorder) - zero for c in range(dim)]
-        return columns, unit, int.from_bytes(array("q", [self.BIAS]) * rows, sys.byteorder)
+        return [_lanes_of([int(w / unit) for w in self.data[c::self.shape[1]]])
+                for c in range(self.shape[1])], unit
 
-    def times(self, x: Sequence[float]) -> List[float]:
-        """Return the product with one vector (dim,): a list (rows,)."""
-        columns, unit, bias = self.lanes
+    def times(self, x: Sequence[float]) -> Iterator[float]:
+        """Return the product with one vector (dim,): numbers (rows,)."""
+        columns, unit = self.lanes
         top = max(map(abs, x), default=0.0) / (1 << 29) or 1.0
-        total = sum(map(mul, columns, [int(v / top) for v in x]), bias)
-        scale, bias = unit * top, self.BIAS
-        lanes = array("q", total.to_bytes(8 * self.shape[0], sys.byteorder))
-        return [(lane - bias) * scale for lane in lanes]
+        total = sum(map(mul, columns, [int(v / top) for v in x]))
+        # a negative lane borrows one unit from the next: far below float32's rounding
+        lanes = array("q", total.to_bytes(8 * self.shape[0], sys.byteorder, signed=True))
+        if sys.byteorder == "big":
+            lanes.reverse()
+        return map(mul, lanes, repeat(unit * top))
+
+
+def _lanes_of(numbers: Sequence[int]) -> int:
+    """Return Σ numbers[i]·2**(64·i) for numbers of either sign."""
+    packed = struct.pack(f"<{len(numbers)}q", *numbers)
+    borrowed = struct.pack(f"<{len(numbers)}q", 0, *[n < 0 for n in numbers[:-1]])
+    lowest = int.from_bytes(packed, "little", signed=True)
+    return lowest - int.from_bytes(borrowed, "little", signed=True)
+
+
+class FlatCache:
+    """Keys and values of one layer in flat buffers (H, block, D), slot by slot."""
+
+    def __init__(self, engine: Engine, block: int, heads: int, width: int) -> None:
+        self.engine, self.shape = engine, (block, heads, width)
+        self.keys, self.values = (engine.buffer(block * heads * width) for _ in range(2))
+
+    def write(self, slot: int, keys: array, values: array) -> None:
+        """Store one token's keys and values, H·D numbers each, in place of what was in the slot."""
+        block, heads, width = self.shape
+        for h in range(heads):
+            at = (h * block + slot) * width
+            self.keys[at:at + width] = keys[h * width:(h + 1) * width]
+            self.values[at:at + width] = values[h * width:(h + 1) * width]
+
+    def attend(self, q: array, length: int, out: array) -> None:
+        """Set out (H·D) to the attention of the query over the first `length` slots."""
+        self.engine.attention_cached(q, self.keys, self.values, out, length, *self.shape)
+
+
+class TupleCache:
+    """What FlatCache is, in the form that math.dist likes: keys as tuples, values as columns.
+
+    Beside them stand half their squared norms, kept up to date with every write.
+    """
+
+    def __init__(self, engine: Engine, block: int, heads: int, width: int) -> None:
+        self.block, self.heads, self.width, self.origin = block, heads, width, (0.0,) * width
+        self.keys: List[List[Tuple[float, ...]]] = [[] for _ in range(heads)]
+        self.halves: List[List[float]] = [[] for _ in range(heads)]
+        self.columns: List[List[float]] = [[] for _ in range(heads * width)]
+        self.column_halves = [0.0] * (heads * width)
+
+    def write(self, slot: int, keys: array, values: array) -> None:
+        """Store one token's keys and values, H·D numbers each, in place of what was in the slot."""
+        for h in range(self.heads):
+            key = tuple(keys[h * self.width:(h + 1) * self.width])
+            length = dist(key, self.origin)
+            self.keys[h][slot:slot + 1] = [key]
+            self.halves[h][slot:slot + 1] = [0.5 * length * length]
+        for c, (column, value) in enumerate(zip(self.columns, values)):
+            old = column[slot] if slot < len(column) else 0.0
+            column[slot:slot + 1] = [value]
+            self.column_halves[c] += 0.5 * (value * value - old * old)
+            if slot + 1 == self.block:  # summed anew once a round, so that no rounding piles up
+                self.column_halves[c] = 0.5 * sum(map(mul, column, column))
+
+    def attend(self, q: array, length: int, out: array) -> None:
+        """Set out (H·D) to the attention of the query over every slot written."""
+        width, scale = self.width, 1.0 / sqrt(self.width)
+        for h in range(self.heads):
+            query, part = tuple(q[h * width:(h + 1) * width]), slice(h * width, (h + 1) * width)
+            near = zip(self.halves[h], map(dist, repeat(query), self.keys[h]))
+            half = 0.5 * dist(query, self.origin) ** 2
+            scores = [(half + k - 0.5 * d * d) * scale for k, d in near]
+            top = max(scores)
+            weights = tuple([exp(s - top) for s in scores])
+            total, half = sum(weights), 0.5 * sum(map(mul, weights, weights))
+            moved = zip(self.column_halves[part], map(dist, repeat(weights), self.columns[part]))
+            out[part] = array(out.typecode, [(half + v - 0.5 * d * d) / total for v, d in moved])
 
 
 def rows_of(data: Sequence[float], dim: int) -> List[Tuple[float, ...]]:
@@ -1579,21 +1651,6 @@ def dist_attention_backward(g: array, qkv: array, out: array, lse: array, dqkv: 
                 _add_head_rows(dqkv, moved, first, 3 * dim, part * dim + at, width)
 
 
-def dist_attention_cached(q: array, keys: array, values: array, out: array, length: int,
-                          block: int, heads: int, width: int) -> None:
-    """Do what attention_cached does."""
-    scale = 1.0 / sqrt(width)
-    for h in range(heads):
-        first = h * block * width
-        known = pack_tuples(rows_of(keys[first:first + length * width], width))
-        query = pack_tuples([tuple(q[h * width:(h + 1) * width])])
-        scores = [s * scale for s in next(dots(query, known))]
-        total = _log_sum_exp(scores)
-        weights = pack_tuples([tuple([exp(s - total) for s in scores])])
-        columns = pack_tuples(columns_of(values[first:first + length * width], width))
-        out[h * width:(h + 1) * width] = array(out.typecode, next(dots(weights, columns)))
-
-
 def _head_rows(data: array, first: int, last: int, stride: int, at: int,
                width: int) -> List[Tuple[float, ...]]:
     """Return rows first to last of one head, which begins `at` numbers into each row."""
@@ -1673,7 +1730,6 @@ TWINS: Tuple[Tuple[str, Callable[..., Any]], ...] = (
     ("rope_turn", map_rope_turn), ("swiglu_forward", map_swiglu_forward),
     ("swiglu_backward", map_swiglu_backward), ("attention_forward", dist_attention_forward),
     ("attention_backward", dist_attention_backward),
-    ("attention_cached", dist_attention_cached),
     ("cross_entropy_forward", map_cross_entropy_forward),
     ("cross_entropy_backward", map_cross_entropy_backward), ("adamw_step", map_adamw_step))
 
@@ -1687,7 +1743,7 @@ def interpreted_engine(typecode: str = "f") -> Engine:
     """Return the engine that needs nothing but Python: kernels, with their fast twins."""
     table = {kernel.__name__: kernel for kernel in KERNELS}
     table.update(TWINS)
-    return Engine("python", table, typecode, PackedMatrix)
+    return Engine("python", table, typecode, PackedMatrix, TupleCache)
 
 
 def choose_engine(wish: str) -> Engine:
@@ -2023,30 +2079,41 @@ def rmsnorm(x: VectorValue, eps: float = 1e-5) -> VectorValue:
     return out
 
 
-def rope_table(first_pos: int, rows: int, head_dim: int, base: float) -> List[float]:
-    """Return cos and sin of (first_pos+t)·base**(−i/D) for each row t and pair i, interleaved."""
+def rope_angles(first_pos: int, rows: int, head_dim: int, base: float = 10_000.0) -> List[float]:
+    """Return cos and sin of (first_pos+t)·base**(−i/D) for each row t and pair i, interleaved.
+
+    Source: RoFormer, arXiv:2104.09864, §3.2.  Raises ValueError if head_dim is odd.
+    """
+    if head_dim % 2:
+        raise ValueError(f"RoPE turns pairs; found heads of odd width {head_dim}")
     rates = [base ** (-i / head_dim) for i in range(0, head_dim, 2)]
     return [turn(pos * rate) for pos in range(first_pos, first_pos + rows) for rate in rates
             for turn in (math.cos, math.sin)]
 
 
-def rope_rotate(x: VectorValue, first_pos: int, head_dim: int, base: float = 10_000.0,
-                turned: Optional[int] = None) -> VectorValue:
+def rope_rotate(x: VectorValue, first_pos: int, head_dim: int, base: float = 10_000.0) -> VectorValue:
     """Return x (T, C) with each head's pair (i, i+1) of row t turned by (first_pos+t)·base**(−i/D).
 
-    Only the first `turned` channels turn (all by default), so that queries and keys turn while the
-    values beside them stay. Scores of turned queries and keys depend only on their distance.
+    Scores of turned queries and keys depend only on their distance.
     Raises ValueError if head_dim is odd.  Source: RoFormer, arXiv:2104.09864, §3.2.
     """
+    angles = x.engine.buffer_of(rope_angles(first_pos, x.rows, head_dim, base))
+    return rope_turned(x, angles, head_dim, x.dim)
+
+
+def rope_turned(x: VectorValue, angles: array, head_dim: int, turned: int) -> VectorValue:
+    """Return x (T, C) with its first `turned` channels turned by angles (T, D) of rope_angles.
+
+    So queries and keys turn while the values beside them stay.  Raises ValueError.
+    """
     engine, rows, dim = x.engine, x.rows, x.dim
-    turned = dim if turned is None else turned
-    if head_dim % 2 or turned % head_dim:
-        raise ValueError(f"{turned} channels are no whole number of heads of even width {head_dim}")
-    table = engine.buffer_of(rope_table(first_pos, rows, head_dim, base))
+    if turned % head_dim or len(angles) != rows * head_dim:
+        raise ValueError(f"{turned} channels and {len(angles)} angles do not fit {rows} rows of "
+                         f"heads of width {head_dim}")
     out = VectorValue(engine, rows, dim)
-    engine.rope_turn(x.data, table, out.data, rows, dim, turned, head_dim, 1.0)
+    engine.rope_turn(x.data, angles, out.data, rows, dim, turned, head_dim, 1.0)
     out.connect([x], lambda g: engine.rope_turn(
-        g, table, x.grad_buffer(), rows, dim, turned, head_dim, -1.0))
+        g, angles, x.grad_buffer(), rows, dim, turned, head_dim, -1.0))
     return out
 
 
@@ -2175,43 +2242,36 @@ class Shape:
 class KVCache:
     """Keys (already rotated) and values of the newest block_size tokens, for every layer.
 
-    Buffers are (H, block, D). Position p lives in slot p % block, so the newest token overwrites
-    the oldest and a token costs the same however long the text has become.
+    Position p lives in slot p % block, so the newest token overwrites the oldest and a token costs
+    the same however long the text has become.
     """
 
     def __init__(self, engine: Engine, shape: Shape) -> None:
         self.shape, self.position = shape, 0
-        size = shape.block_size * shape.n_embd
-        self.keys = [engine.buffer(size) for _ in range(shape.n_layer)]
-        self.values = [engine.buffer(size) for _ in range(shape.n_layer)]
+        width = shape.n_embd // shape.n_head
+        self.layers = [engine.cache(engine, shape.block_size, shape.n_head, width)
+                       for _ in range(shape.n_layer)]
 
     def write(self, layer: int, qkv: VectorValue) -> None:
         """Store the keys and values of qkv's rows from the present position on."""
-        shape, dim = self.shape, self.shape.n_embd
-        width = dim // shape.n_head
+        dim = self.shape.n_embd
         for row in range(qkv.rows):
-            slot = (self.position + row) % shape.block_size
-            for head in range(shape.n_head):
-                at = (head * shape.block_size + slot) * width
-                source = row * 3 * dim + dim + head * width
-                self.keys[layer][at:at + width] = qkv.data[source:source + width]
-                source += dim
-                self.values[layer][at:at + width] = qkv.data[source:source + width]
+            at = row * 3 * dim + dim
+            self.layers[layer].write((self.position + row) % self.shape.block_size,
+                                     qkv.data[at:at + dim], qkv.data[at + dim:at + 2 * dim])
 
     def attend(self, layer: int, qkv: VectorValue) -> VectorValue:
         """Return the attention (1, C) of one new row over all that is cached, itself included."""
         self.write(layer, qkv)
-        shape, engine = self.shape, qkv.engine
-        out = VectorValue(engine, 1, shape.n_embd)
-        length = min(self.position + 1, shape.block_size)
-        engine.attention_cached(qkv.data[:shape.n_embd], self.keys[layer], self.values[layer],
-                                out.data, length, shape.block_size, shape.n_head,
-                                shape.n_embd // shape.n_head)
+        out = VectorValue(qkv.engine, 1, self.shape.n_embd)
+        length = min(self.position + 1, self.shape.block_size)
+        self.layers[layer].attend(qkv.data[:self.shape.n_embd], length, out.data)
         return out
 
 
 Delta = Dict[str, DeltaAdapter]
 EMBEDDING_SIGMA = 0.05
+MATRIX_GAIN = 0.2  # of 1/√fan_in; 0.2 measured 0.1 bits per character better than 1 in short runs
 
 
 class GPT:
@@ -2224,12 +2284,13 @@ class GPT:
         self.params: Dict[str, MatrixParam] = {}
         self.deltas: List[Delta] = []
         dim, calm = shape.n_embd, (2 * shape.n_layer) ** -0.5
+        wide, narrow = MATRIX_GAIN * dim ** -0.5, MATRIX_GAIN * shape.n_ff ** -0.5
         self._create("embedding", vocab_size, dim, EMBEDDING_SIGMA, rng, decays=False)
         for i in range(shape.n_layer):
-            self._create(f"{i}.qkv", 3 * dim, dim, dim ** -0.5, rng)
-            self._create(f"{i}.out", dim, dim, calm * dim ** -0.5, rng)
-            self._create(f"{i}.gate_up", 2 * shape.n_ff, dim, dim ** -0.5, rng)
-            self._create(f"{i}.down", dim, shape.n_ff, calm * shape.n_ff ** -0.5, rng)
+            self._create(f"{i}.qkv", 3 * dim, dim, wide, rng)
+            self._create(f"{i}.out", dim, dim, calm * wide, rng)
+            self._create(f"{i}.gate_up", 2 * shape.n_ff, dim, wide, rng)
+            self._create(f"{i}.down", dim, shape.n_ff, calm * narrow, rng)
         self._create("scale", 1, 1, 0.0, rng, decays=False)
         self.params["scale"].data[0] = 1.0
 
@@ -2277,11 +2338,11 @@ class GPT:
                 attend: Callable[[int, VectorValue], VectorValue],
                 drop: Callable[[VectorValue], VectorValue] = lambda x: x) -> VectorValue:
         """Return x (T, C) after every block; attend(layer, qkv) mixes the rows."""
-        shape = self.shape
+        shape, width = self.shape, self.shape.n_embd // self.shape.n_head
+        angles = self.engine.buffer_of(rope_angles(first_pos, x.rows, width, shape.rope_base))
         for i in range(shape.n_layer):
             qkv = self._project(f"{i}.qkv", rmsnorm(x, shape.norm_eps))
-            qkv = rope_rotate(qkv, first_pos, shape.n_embd // shape.n_head, shape.rope_base,
-                              turned=2 * shape.n_embd)
+            qkv = rope_turned(qkv, angles, width, turned=2 * shape.n_embd)
             x = added(x, drop(self._project(f"{i}.out", attend(i, qkv))))
             gates = self._project(f"{i}.gate_up", rmsnorm(x, shape.norm_eps))
             x = added(x, drop(self._project(f"{i}.down", swiglu(gates))))
@@ -2489,6 +2550,8 @@ def candidates_of(logits: Sequence[float], banned: Container[int] = NO_IDS) -> C
     The ids in `banned` and those whose logit is NaN or -inf are dropped. A logit of +inf means
     certainty: only ids at +inf then stay, as equals with logit 0. Raises ValueError if none stays.
     """
+    if len(logits) and not banned and math.isfinite(sum(logits)):
+        return sorted(zip(logits, range(len(logits))), key=itemgetter(0), reverse=True)
     floor = -math.inf  # a NaN is not above it either
     pairs = [(x, token) for token, x in enumerate(logits) if x > floor and token not in banned]
     if not pairs:
@@ -2595,12 +2658,16 @@ def _recent(history: Sequence[int], last_n: int) -> Sequence[int]:
 
 def _relogit(c: Candidates, changed: Dict[int, float]) -> Candidates:
     """Return `c` with the logit of every id in `changed` replaced, in order again."""
+    if not changed:
+        return c
     result = [pair for pair in c if pair[1] not in changed]
-    ranks = [(-logit, token) for logit, token in result]  # their rising order is the invariant
-    for rank in sorted((-logit, token) for token, logit in changed.items()):
-        at = bisect_left(ranks, rank)
-        ranks.insert(at, rank)
-        result.insert(at, (-rank[0], rank[1]))
+    falls = [-logit for logit, _ in result]  # rising, as bisect wants it
+    for token, logit in changed.items():
+        at = bisect_left(falls, -logit)
+        while at < len(falls) and falls[at] == -logit and result[at][1] < token:
+            at += 1
+        falls.insert(at, -logit)
+        result.insert(at, (logit, token))
     return result
 
 
@@ -2852,12 +2919,17 @@ def text_ids(tokenizer: EvolvingTokenizer, text: str) -> List[int]:
 
 
 class TextPool:
-    """What the trainer may train on: a stream of everything, and a stream of what is new."""
+    """What the trainer may train on: a stream of everything, and a stream of what is new.
+
+    Each epoch cuts a stream into windows side by side, at a random shift, and deals them in random
+    order: measured 0.04 bits per character better than windows at random places.
+    """
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.stream = array("i", [END_OF_TEXT])
         self.fresh = array("i", [END_OF_TEXT])
+        self._deals: Dict[bool, List[int]] = {True: [], False: []}
 
     def add(self, ids: Sequence[int], fresh: bool = False) -> None:
         """Append a document's ids; a fresh one is in both streams."""
@@ -2866,14 +2938,23 @@ class TextPool:
             self.fresh.extend(ids)
 
     def windows(self, count: int, fresh_count: int, rng: random.Random) -> List[List[int]]:
-        """Return `count` windows of at most block_size+1 ids, `fresh_count` of them of new text."""
+        """Return `count` windows of 2 to block_size+1 ids, `fresh_count` of them of new text.
+
+        There are none where there is no text, and no fresh ones where nothing is new.
+        """
         if len(self.fresh) < 2:
             fresh_count = 0
-        streams = [self.fresh] * fresh_count + [self.stream] * (count - fresh_count)
-        return [self._window(stream, rng) for stream in streams]
+        kinds = [True] * fresh_count + [False] * (count - fresh_count)
+        return [self._window(fresh, rng) for fresh in kinds] if len(self.stream) > 1 else []
 
-    def _window(self, stream: array, rng: random.Random) -> List[int]:
-        start = rng.randrange(max(1, len(stream) - self.block_size))
+    def _window(self, fresh: bool, rng: random.Random) -> List[int]:
+        stream, deal = self.fresh if fresh else self.stream, self._deals[fresh]
+        if not deal:
+            last = max(1, len(stream) - self.block_size)
+            first = rng.randrange(min(self.block_size, last))
+            deal.extend(range(first, last, self.block_size))
+            rng.shuffle(deal)
+        start = deal.pop()
         return list(stream[start:start + self.block_size + 1])
 
 
@@ -3755,6 +3836,14 @@ class Student:
         full = self.config.batch_size
         return max(1, full // 2) if self.growth.tokens < self.config.small_batch_tokens else full
 
+    def warmup_steps(self) -> int:
+        """Return the length of a warm-up on the present text: some epochs, within warmup_steps."""
+        tokens = self.config.warmup_epochs * len(self.pool.stream)
+        first = min(tokens, self.config.small_batch_tokens)
+        full = self.config.batch_size * self.config.block_size
+        steps = first / (full / 2) + (tokens - first) / full
+        return max(1, min(self.config.warmup_steps, round(steps)))
+
     def begin_burst(self) -> None:
         """Make sure that an unsealed delta is there to learn what is new."""
         config, growth, model = self.config, self.growth, self.model
@@ -3849,9 +3938,10 @@ class Job:
         self.explicit, self.done_steps = bool(steps or seconds), 0
         self.warming = student.growth.phase == "warmup"
         config, growth = student.config, student.growth
-        left = max(1, config.warmup_steps - growth.warmup_step)
+        whole = student.warmup_steps()
+        left = max(1, whole - growth.warmup_step)
         self.steps = steps or (10 ** 9 if seconds else left if self.warming else self._burst_steps())
-        self.behind = min(1.0, growth.warmup_step / config.warmup_steps) if self.warming else 0.0
+        self.behind = min(1.0, growth.warmup_step / whole) if self.warming else 0.0
         if not self.warming:
             student.begin_burst()
 
@@ -3900,7 +3990,7 @@ class Job:
             growth.delta_chars += student.fresh_chars
             return student.keys(fresh_only=True)
         tired = student.note_warmup()
-        if not self.explicit or tired or growth.warmup_step >= student.config.warmup_steps:
+        if not self.explicit or tired or growth.warmup_step >= student.warmup_steps():
             student.end_warmup()
             return student.keys(fresh_only=False)
         return []
