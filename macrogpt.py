@@ -165,6 +165,7 @@ class Config:
     weight_decay: float = _setting(0.0, "decoupled decay of matrices", 0.0, 1.0)
     grad_clip: float = _setting(1.0, "largest global norm of a gradient", 1e-6)
     rate_warmup: float = _setting(0.05, "share of a schedule spent rising", 0.0, 1.0)
+    schedule: str = _setting("linear", "how the rate falls after that: linear or cosine")
     replay_share: float = _setting(0.5, "share of a burst's windows that repeat old text", 0.0, 1.0)
     patience: int = _setting(4, "evaluations without a gain before a warm-up ends", 1)
     eval_steps: int = _setting(50, "steps between held-out evaluations", 1)
@@ -212,6 +213,8 @@ class Config:
         if self.n_embd % self.n_head:
             raise ConfigError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}; "
                               f"try {self.n_embd + self.n_head - self.n_embd % self.n_head}")
+        if self.schedule not in ("linear", "cosine"):
+            raise ConfigError(f"schedule={self.schedule!r} is not known; use linear or cosine")
         if self.n_embd // self.n_head % 2:
             raise ConfigError(f"n_embd/n_head is {self.n_embd // self.n_head} and must be even for "
                               f"RoPE's pairs; try n_embd={self.n_embd + self.n_head}")
@@ -2294,9 +2297,11 @@ class GPT:
         self._create("scale", 1, 1, 0.0, rng, decays=False)
         self.params["scale"].data[0] = 1.0
 
-    def _create(self, name: str, rows: int, dim: int, sigma: float, rng: random.Random,
-                decays: bool = True) -> None:
-        self.params[name] = MatrixParam.normal(self.engine, name, rows, dim, sigma, rng, decays)
+    def _create(self, name: str, rows: int, dim: int, sigma: float,
+                rng: Optional[random.Random], decays: bool = True) -> None:
+        self.params[name] = (
+            MatrixParam.normal(self.engine, name, rows, dim, sigma, rng, decays) if rng
+            else MatrixParam(self.engine, name, rows, dim, decays=decays))
 
     @property
     def vocab_size(self) -> int:
@@ -3269,13 +3274,13 @@ class Memory:
         return rows.get(1, 0), rows.get(0, 0)
 
     def hold_out(self, keys: Iterable[int], epoch: int) -> None:
-        """Keep documents from training for ever."""
+        """Keep documents from training for ever; they are known by the keys of their first lines."""
         with self.transaction():
             for key in keys:
                 self._rows("INSERT OR IGNORE INTO probes(key, epoch) VALUES (?, ?)", key, epoch)
 
     def probe_keys(self) -> Set[int]:
-        """Return the keys of every document that is held out."""
+        """Return the keys of the first lines of all that is held out."""
         return {row[0] for row in self._rows("SELECT key FROM probes")}
 
     def candidates(self, stems: Sequence[str], limit: int = 200) -> List[Entry]:
@@ -3475,8 +3480,10 @@ def _store_trouble(path: str, error: Exception) -> str:
 # that no list of words of any language is needed.
 
 UNKNOWN_REPLY = "I do not know that yet. Tell me, and I will keep it."
+KEPT_REPLY = "I will keep that."
+TOLD = ("chat", "taught")
 STEM_CHARS = 5
-WEAK_SCORE = 0.3
+WEAK_SCORE = 0.45
 WORDS = re.compile(r"\w+")
 
 
@@ -3532,9 +3539,9 @@ def _fits(entry: Entry, text: str, asked: Set[str],
           weights: Dict[str, float]) -> Iterator[Recall]:
     """Yield how well each turn of an exchange, or a plain or told sentence, answers the text."""
     document = Document(tuple(entry.text.splitlines()), entry.closed)
-    if entry.source == "chat":
+    if entry.source in TOLD:
         if is_question(text):
-            words = document.turns()[0][1]
+            words = " ".join(document.lines)
             yield Recall(0.9 * _coverage(asked, set(stems_of(words)), weights), entry,
                          f'You said: "{words}"')
     elif document.is_exchange:
@@ -3545,6 +3552,15 @@ def _fits(entry: Entry, text: str, asked: Set[str],
     else:
         for line in document.lines:
             yield Recall(0.8 * _likeness(asked, set(stems_of(line)), weights), entry, line)
+
+
+def search(memory: Memory, text: str, count: int = 20) -> List[Entry]:
+    """Return the entries that hold most of what is telling in the text, best and newest first."""
+    asked = set(stems_of(text))
+    weights = stem_weights(memory, asked)
+    found = [(_coverage(asked, set(stems_of(entry.text)), weights), entry.id, entry)
+             for entry in memory.candidates(sorted(asked))]
+    return [entry for score, _, entry in sorted(found, reverse=True)[:count] if score > 0.0]
 
 
 def _mass(stems: Iterable[str], weights: Dict[str, float]) -> float:
@@ -3967,7 +3983,7 @@ class Job:
         """Return the learning rate of the next step."""
         config = self.student.config
         peak = config.learning_rate if self.warming else config.delta_rate
-        return scheduled_rate(peak, self.share(), config.rate_warmup)
+        return scheduled_rate(peak, self.share(), config.rate_warmup, config.schedule)
 
     def advance(self) -> StepReport:
         """Do one step."""
@@ -4222,15 +4238,18 @@ class Organism:
         """Return the keys among the added that are never trained on.
 
         Only a birth or a big addition gives up a share of its documents: a few lines that the
-        owner writes are all meant to be learned.
+        owner writes are all meant to be learned. What is held out is known by its first line, so
+        that it stays so when the rest of it is edited.
         """
-        known = self.memory.probe_keys()
+        memory, share = self.memory, self.config.held_out_share
+        known = memory.probe_keys()
         if not known or len(added) >= BIG_ADDITION:
-            fresh = {d.key for d in added if is_held_out(d, self.config.held_out_share)}
-            if len(fresh) < len(added):
-                self.memory.hold_out(fresh, self.growth.step)
+            chosen = [d for d in added if is_held_out(d, share)]
+            if len(chosen) < len(added):
+                fresh = {line_key(d.lines[0].casefold()) for d in chosen}
+                memory.hold_out(fresh, self.growth.step)
                 known |= fresh
-        return known
+        return {d.key for d in added if line_key(d.lines[0].casefold()) in known}
 
     # speaking
 
@@ -4241,6 +4260,13 @@ class Organism:
             self._voice = build_model(self.config, self.memory.layers(), self.engine,
                                       prefer_best=self.growth.phase == "warmup")
         return self._voice
+
+    def _refresh(self) -> None:
+        """Notice weights that another process has committed to the same memory."""
+        stored = self.memory.setting("growth", {})
+        if stored.get("step", 0) != self.growth.step:
+            with self.changed:
+                self.growth, self._voice_old = Growth(**stored), True
 
     def trusts_model(self) -> bool:
         """Return whether the model has learned enough to speak for itself."""
@@ -4262,6 +4288,7 @@ class Organism:
         as it came.
         """
         memory, rng = self.memory, self._rng()
+        self._refresh()
         session = memory.session_id(self.session)
         turns = memory.newest_messages(session, 20)
         said = memory.add_message(session, "owner", text)
@@ -4294,7 +4321,7 @@ class Organism:
             yield from self._recalled(best)
         elif not spoken_any:
             self.last = Reply("", "nothing")
-            yield UNKNOWN_REPLY
+            yield UNKNOWN_REPLY if is_question(text) or len(stems_of(text)) < 3 else KEPT_REPLY
 
     def _recalled(self, fit: Recall) -> Iterator[str]:
         self.last = Reply("", "memory", fit.entry, fit.score)
@@ -4644,8 +4671,7 @@ class Terminal:
 
     def say(self, text: str, end: str = "\n") -> None:
         """Write to stdout at once."""
-        self.out.write(text.encode(self.out.encoding or "utf-8", "replace").decode(
-            self.out.encoding or "utf-8", "replace") + end)
+        self.out.write(text + end)
         self.out.flush()
 
     def note(self, text: str) -> None:
@@ -4670,6 +4696,10 @@ class Terminal:
         if not self.quiet and self.err.isatty():
             self.err.write("\n")
             self.err.flush()
+
+
+ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+                       if hasattr(signal, name))
 
 
 class Terminated(BaseException):
@@ -4943,7 +4973,7 @@ def _repl_stats(app: App, rest: str) -> List[str]:
 def _repl_memory(app: App, rest: str) -> List[str]:
     if not rest:
         return ["what shall I look for? /memory TEXT"]
-    return [_entry_line(fit.entry) for fit in recall(app.memory(), rest, random.Random(0))[:10]] or [
+    return [_entry_line(entry) for entry in search(app.memory(), rest, 10)] or [
         f"the memory holds nothing about {rest!r}"]
 
 
@@ -5160,8 +5190,7 @@ def command_memory(app: App, words: List[str]) -> int:
     action, rest = (words[0], " ".join(words[1:])) if words else ("", "")
     memory = app.memory()
     if action == "search" and rest:
-        entries = [fit.entry for fit in recall(memory, rest, random.Random(0))]
-        entries = list(dict.fromkeys(entries))[:20]
+        entries = search(memory, rest)
     elif action == "list" and not rest:
         entries = memory.entries("e.source != 'corpus'")
     elif action == "forget" and rest:
@@ -5535,8 +5564,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> int:
     try:
         return COMMANDS[options.command][0](app, options.words)
     finally:
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the commit is not to be interrupted
+        for number in ENDING_SIGNALS:  # the last commit is not to be interrupted
+            signal.signal(number, signal.SIG_IGN)
         app.close()
 
 
@@ -5549,9 +5578,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
     terminal = Terminal(sys.stdout, sys.stderr)
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _raise_terminated)
+    for number in ENDING_SIGNALS[1:]:
+        signal.signal(number, _raise_terminated)
     try:
         return run(argv, terminal)
     except KeyboardInterrupt:
