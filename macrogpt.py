@@ -3109,10 +3109,7 @@ class Memory:
         self._depth = 0
         try:
             _create_private(path)
-            self._db = sqlite3.connect(path, timeout=5.0, isolation_level=None,
-                                       check_same_thread=False)
-            self._db.execute("PRAGMA foreign_keys = ON")
-            self._db.execute("PRAGMA synchronous = FULL")
+            self._db = _connect(path)
             with self.transaction():
                 self._migrate()
         except (OSError, sqlite3.Error) as error:
@@ -3158,6 +3155,7 @@ class Memory:
             outermost, self._depth = self._depth == 0, self._depth + 1
             try:
                 if outermost:
+                    self._revive()
                     self._db.execute("BEGIN IMMEDIATE")
                 yield
                 if outermost:
@@ -3170,6 +3168,15 @@ class Memory:
                 raise
             finally:
                 self._depth -= 1
+
+    def _revive(self) -> None:
+        """Write the file anew from the open connection when somebody has removed it."""
+        if self.path != ":memory:" and not os.path.exists(self.path):
+            _create_private(self.path)
+            anew = _connect(self.path)
+            self._db.backup(anew)
+            self._db.close()
+            self._db = anew
 
     def _rows(self, sql: str, *values: Any) -> List[Any]:
         """Run one statement and return its rows."""
@@ -3425,6 +3432,14 @@ class Memory:
         with self.transaction():
             if self.setting("lease", {}).get("owner") == owner:
                 self._rows("DELETE FROM settings WHERE name = 'lease'")
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    """Return a connection for all threads, with explicit transactions that reach the disk."""
+    db = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA foreign_keys = ON")
+    db.execute("PRAGMA synchronous = FULL")
+    return db
 
 
 def _create_private(path: str) -> None:
@@ -3777,7 +3792,7 @@ class Student:
         self.pool = TextPool(config.block_size)
         self.held_out: List[int] = []
         self.held_out_chars = 0
-        self.fresh_chars = 0
+        self.fresh_chars = self.fresh_steps = 0
         self._ids: Dict[int, List[int]] = {}
         self._documents: List[List[Any]] = []
         self.dirty: Set[str] = set()
@@ -3791,14 +3806,15 @@ class Student:
     def take_text(self, documents: List[List[Any]], held_out: str) -> None:
         """Replace what may be trained on: [key, text, closed, fresh] each; and the held-out text.
 
-        In a warm-up, fresh is what was not there a moment ago; after it, what the caller says.
+        Once grown up, fresh is what the caller says; before, what was not there a moment ago.
         """
         known = self._ids.keys()
-        if self.growth.phase == "warmup":
+        if self.growth.phase != "grown":
             documents = [[key, text, closed, bool(known) and key not in known]
                          for key, text, closed, _ in documents]
         self._documents, self._held_text = documents, held_out[:self.config.eval_chars]
         self.fresh_chars = sum(len(text) for _, text, _, fresh in documents if fresh)
+        self.fresh_steps = self.config.micro_steps if self.fresh_chars else 0
         if self._begins_warmup(sum(len(text) for _, text, _, _ in documents)):
             self._begin_warmup()
         self._encode()
@@ -3953,8 +3969,7 @@ class Job:
         self.student, self.seconds, self.clock, self.began = student, seconds, clock, clock()
         self.explicit, self.done_steps = bool(steps or seconds), 0
         self.warming = student.growth.phase == "warmup"
-        config, growth = student.config, student.growth
-        whole = student.warmup_steps()
+        whole, growth = student.warmup_steps(), student.growth
         left = max(1, whole - growth.warmup_step)
         self.steps = steps or (10 ** 9 if seconds else left if self.warming else self._burst_steps())
         self.behind = min(1.0, growth.warmup_step / whole) if self.warming else 0.0
@@ -3969,7 +3984,9 @@ class Job:
         return max(config.micro_steps, min(passes, 32 * config.micro_steps))
 
     def fresh_count(self) -> int:
-        """Return how many windows of a batch are of new text."""
+        """Return how many windows of a batch are of new text; in a warm-up only for a while."""
+        if self.warming and self.student.fresh_steps <= 0:
+            return 0
         return max(1, round(self.student.batch() * (1.0 - self.student.config.replay_share)))
 
     def share(self) -> float:
@@ -3989,6 +4006,7 @@ class Job:
         """Do one step."""
         report = self.student.step(self.rate(), self.fresh_count())
         self.done_steps += 1
+        self.student.fresh_steps -= 1
         self.student.growth.warmup_step += self.warming
         return report
 
@@ -4187,7 +4205,7 @@ class Organism:
         self.growth = Growth(**memory.setting("growth", {}))
         self.progress: Dict[str, Any] = {}
         self.notices: Deque[str] = deque(maxlen=20)
-        self.stopping = self.at_work = self.failed = False
+        self.stopping = self.at_work = self.failed = self.barred = False
         self.read_once = threading.Event()
         self._order = dict(NO_ORDER)
         self.only_orders = False
@@ -4372,7 +4390,10 @@ class Organism:
     # learning
 
     def awake(self) -> None:
-        """Start the thread that watches and learns."""
+        """Start the thread that watches and learns, unless it runs."""
+        if self._thread is not None:
+            return
+        self.stopping = False
         self._thread = threading.Thread(target=lambda: asyncio.run(self._live()), daemon=True)
         self._thread.start()
 
@@ -4469,7 +4490,8 @@ class Organism:
             if not self.read_once.is_set() or self._plan() is None:
                 self._settle()
                 continue
-            if not self.memory.take_lease(self._owner, LEASE_SECONDS, holder_alive):
+            self.barred = not self.memory.take_lease(self._owner, LEASE_SECONDS, holder_alive)
+            if self.barred:
                 self._tell("another macrogpt trains this memory; here it only listens")
                 self._settle()
                 await asyncio.sleep(1.0)
@@ -4481,6 +4503,7 @@ class Organism:
                 failures += 1
                 self._mourn(error, failures)
                 await self._rest(min(60.0, 0.5 * 2 ** failures))
+                self._bell.set()
         with contextlib.suppress(StoreError):
             self.memory.drop_lease(self._owner)
 
@@ -4614,13 +4637,13 @@ class Organism:
         with contextlib.suppress(OSError, RuntimeError):
             self._send(child, {"do": "stop"}, {})
             child.stdin.close()
-        try:
+        with contextlib.suppress(asyncio.TimeoutError, MacroGPTError):
             await asyncio.wait_for(asyncio.shield(listener), 10.0)
-        except (asyncio.TimeoutError, MacroGPTError):
-            pass
-        with contextlib.suppress(ProcessLookupError):
+        try:
+            await asyncio.wait_for(child.wait(), 2.0)
+        except asyncio.TimeoutError:  # a kill reaps the process, which its watcher should do
             child.kill()
-        await child.wait()
+            await child.wait()
         with self.changed:
             self.at_work = False
             self.changed.notify_all()
@@ -4665,7 +4688,7 @@ class Terminal:
     """The two streams, and what the terminal behind them can do."""
 
     def __init__(self, out: TextIO, err: TextIO, color: str = "auto", quiet: bool = False) -> None:
-        self.out, self.err, self.quiet = out, err, quiet
+        self.out, self.err, self.quiet, self._status = out, err, quiet, ""
         lively = err.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self.colored = color == "always" or (color == "auto" and lively)
 
@@ -4686,14 +4709,16 @@ class Terminal:
 
     def status(self, text: str) -> None:
         """Show a line that the next one replaces; only where a terminal can."""
-        if not self.quiet and self.err.isatty():
+        if not self.quiet and self.err.isatty() and text != self._status:
             width = shutil.get_terminal_size().columns - 1
+            self._status = text
             self.err.write("\r" + text[:width].ljust(width))
             self.err.flush()
 
     def end_status(self) -> None:
-        """End a line of status."""
-        if not self.quiet and self.err.isatty():
+        """End the line of status, if there is one."""
+        if self._status:
+            self._status = ""
             self.err.write("\n")
             self.err.flush()
 
@@ -4785,25 +4810,38 @@ def wake(app: App) -> Organism:
         organism.awake()
         organism.read_once.wait(10.0)
     if app.options.wait_trained and not app.options.no_train:
-        organism.wait_trained(lambda: show_progress(app, organism))
+        bar = ProgressBar(app.terminal)
+        organism.wait_trained(lambda: bar.show(organism.progress))
         app.terminal.end_status()
     return organism
 
 
-def show_progress(app: App, organism: Organism) -> None:
-    """Show a bar with step, loss, held-out bits per character, tokens/s and time left."""
-    p = organism.progress
-    if not p:
-        return
-    share, cells = p["share"], 20
-    bar = "█" * int(share * cells) + "·" * (cells - int(share * cells))
-    bpc = f"{p['bpc']:.3f}" if p["bpc"] is not None else "–"
-    loss = f"{p['loss']:.3f}" if p["loss"] is not None else "–"
-    begun = app.__dict__.setdefault("_begun", (time.monotonic(), share))
-    spent, gained = time.monotonic() - begun[0], share - begun[1]
-    left = f"{duration(spent / gained * (1 - share))} left" if gained > 0.01 else ""
-    app.terminal.status(f"{p['phase']} {bar} {share:4.0%}  step {p['step']}  loss {loss}  "
-                        f"held-out {bpc} bpc  {p['tokens_per_s']:.0f} tokens/s  {left}")
+class ProgressBar:
+    """A line with share, step, loss, held-out bits per character, tokens/s and time left."""
+
+    def __init__(self, terminal: Terminal, clock: Callable[[], float] = time.monotonic) -> None:
+        self.terminal, self.clock = terminal, clock
+        self.began: Optional[Tuple[float, float]] = None
+
+    def show(self, progress: Dict[str, Any]) -> None:
+        """Show what the trainer last said."""
+        if progress:
+            self.terminal.status(self.line(progress))
+
+    def line(self, p: Dict[str, Any], cells: int = 12) -> str:
+        """Return the bar for a progress message of the trainer."""
+        filled = int(p["share"] * cells)
+        loss, bpc = ("–" if p[name] is None else f"{p[name]:.3f}" for name in ("loss", "bpc"))
+        return (f"{p['phase']} {'█' * filled}{'·' * (cells - filled)} {p['share']:4.0%}  step "
+                f"{p['step']}  loss {loss}  held-out {bpc}  {p['tokens_per_s']:.0f} tokens/s"
+                f"{self._time_left(p['share'])}")
+
+    def _time_left(self, share: float) -> str:
+        now = self.clock()
+        if self.began is None or share < self.began[1]:
+            self.began = (now, share)
+        gained = share - self.began[1]
+        return f"  {duration((now - self.began[0]) / gained * (1 - share))} left" if gained else ""
 
 
 def duration(seconds: float) -> str:
@@ -5092,9 +5130,7 @@ def _repl_train(app: App, rest: str) -> List[str]:
     organism = app.organism()
     if app.options.no_train:
         return ["this chat was started with --no-train"]
-    if organism._thread is None:
-        organism.stopping = False
-        organism.awake()
+    organism.awake()
     organism.learn_now()
     return ["learning what is there; go on talking"]
 
@@ -5142,17 +5178,21 @@ def command_train(app: App, words: List[str]) -> int:
         raise UsageError(f"train takes no words, found {words[0]!r}; use --steps N or --seconds S")
     if app.options.no_train:
         raise UsageError("train and --no-train contradict each other; leave one out")
-    organism = app.organism()
+    organism, bar = app.organism(), ProgressBar(app.terminal)
     organism.prepare_corpus()
     before = dataclasses.replace(organism.growth)
     organism.only_orders = True
     organism.learn_now(app.options.steps, app.options.seconds)
     organism.awake()
     try:
-        organism.wait_order(lambda: (show_progress(app, organism), app.notices()))
+        organism.wait_order(lambda: bar.show(organism.progress))
     finally:
         app.terminal.end_status()
         organism.sleep()
+        app.terminal.note(f"committed at step {organism.growth.step}")
+        app.notices()
+    if organism.barred:
+        raise TrainerError("another macrogpt trains this memory; leave that one first")
     return _report_training(app, organism, before)
 
 
@@ -5163,7 +5203,6 @@ def _report_training(app: App, organism: Organism, before: Growth) -> int:
     bpc = "" if growth.bpc is None else f", held-out {growth.bpc:.3f} bits per character"
     app.report(facts, [f"{facts['steps_now']} steps, {facts['tokens_now']} tokens; now at step "
                        f"{growth.step}, {growth.phase}{bpc}"])
-    app.notices()
     return 0
 
 

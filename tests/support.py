@@ -1,0 +1,105 @@
+"""What several test files share: a way to run the program, and a folder for it to live in."""
+import os
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PROGRAM = os.path.join(ROOT, "macrogpt.py")
+
+# The smallest organism worth a process: a warm-up of six steps takes a fraction of a second.
+TINY = tuple(word for setting in (
+    "n_layer=1", "n_embd=16", "n_head=2", "block_size=24", "warmup_steps=6", "micro_steps=3",
+    "eval_steps=3", "eval_chars=200", "batch_size=2", "delta_rank=2", "max_gen_tokens=8",
+    "tick_seconds=0.05") for word in ("--set", setting))
+
+CORPUS = """\
+H: Who are you?
+A: I am a small lantern in a big house.
+
+H: What do you eat?
+A: I eat words and a little electricity.
+
+H: Where does the heron sleep?
+A: The heron sleeps beside the mill pond.
+
+The ferry leaves at seven.
+Copper turns green in the rain.
+"""
+
+
+def environment(home, changes=None):
+    """Return this process's environment with a home of its own and nothing that steers a run."""
+    kept = {name: value for name, value in os.environ.items()
+            if name not in ("NO_COLOR", "MACROGPT_DEBUG", "PYTHONWARNINGS", "COLUMNS")}
+    return {**kept, "HOME": home, "USERPROFILE": home, "TERM": "xterm", **(changes or {})}
+
+
+def command(args, cwd):
+    """Return the command line for args, with a --db inside cwd unless args name one."""
+    given = any(word == "--db" or word.startswith("--db=") for word in args)
+    own = () if given else ("--db", os.path.join(cwd, "memory.sqlite3"))
+    return [sys.executable, PROGRAM, *args, *own]
+
+
+def run_macrogpt(*args, stdin=b"", env=None, cwd=None, timeout=30):
+    """Run the program to its end and return the CompletedProcess; its streams are bytes.
+
+    Without cwd it lives in a temporary folder that is gone when this returns; env holds changes.
+    """
+    if cwd is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return run_macrogpt(*args, stdin=stdin, env=env, cwd=folder, timeout=timeout)
+    return subprocess.run(command(args, cwd), input=stdin, env=environment(cwd, env), cwd=cwd,
+                          capture_output=True, timeout=timeout, check=False)
+
+
+def start_macrogpt(*args, env=None, cwd=None, **options):
+    """Start the program and return the Popen, with pipes on all three streams unless told."""
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    return subprocess.Popen(command(args, cwd), env=environment(cwd, env), cwd=cwd,
+                            **{**pipes, **options})
+
+
+class Folder:
+    """A test-case mixin: a temporary folder with a small corpus, gone after each test."""
+
+    def setUp(self):
+        super().setUp()
+        place = tempfile.TemporaryDirectory()
+        self.addCleanup(place.cleanup)
+        self.folder = os.path.realpath(place.name)
+        self.corpus, self.db = self.path("nonames.txt"), self.path("memory.sqlite3")
+        self.write("nonames.txt", CORPUS)
+
+    def path(self, *parts):
+        """Return the path of something in the folder."""
+        return os.path.join(self.folder, *parts)
+
+    def write(self, name, content):
+        """Write a file of the folder, text or bytes, and return its path."""
+        raw = content if isinstance(content, bytes) else content.encode("utf-8")
+        with open(self.path(name), "wb") as file:
+            file.write(raw)
+        return self.path(name)
+
+    def run_here(self, *args, **options):
+        """Run the program, tiny, in the folder."""
+        return run_macrogpt(*args, *TINY, cwd=self.folder, **options)
+
+    def start_here(self, *args, **options):
+        """Start the program, tiny, in the folder; it is killed after the test at the latest."""
+        process = start_macrogpt(*args, *TINY, cwd=self.folder, **options)
+
+        def end():
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream is not None:
+                    try:
+                        stream.close()
+                    except OSError:
+                        pass  # what was still in the buffer of a closed pipe
+        self.addCleanup(end)
+        return process

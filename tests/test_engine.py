@@ -1,0 +1,573 @@
+"""Claims about the kernels, their fast twins, the packed matrices, the caches and the engines."""
+import math
+import random
+import unittest
+from array import array
+from fractions import Fraction
+
+import macrogpt as m
+
+TWINS = dict(m.TWINS)
+KERNELS = {kernel.__name__: kernel for kernel in m.KERNELS}
+CLOSE = {"f": 3e-6, "d": 1e-10}
+SHAPES = [(1, 1, 1), (1, 7, 3), (5, 1, 1), (3, 9, 13), (8, 8, 8), (2, 3, 1), (0, 3, 2), (11, 5, 17),
+          (4, 3, 0)]  # rows, inner, columns
+LIKES = ("normal", "zeros", "denormals", "large", "mixed")
+
+
+def numbers(rng, typecode, n, like="normal"):
+    """A buffer of n numbers of one kind."""
+    tiny = 1e-41 if typecode == "f" else 5e-324
+    make = {"normal": lambda: rng.gauss(0.0, 1.0), "zeros": lambda: 0.0,
+            "denormals": lambda: tiny * rng.randint(-9, 9),
+            "large": lambda: rng.choice((-1e4, 1e4, 9.9e3)),
+            "mixed": lambda: rng.choice((0.0, -1.0, 1e3, 1e-3, rng.random()))}[like]
+    return array(typecode, [make() for _ in range(n)])
+
+
+def whole(values):
+    return array("i", values)
+
+
+def largest(*buffers):
+    return max((abs(x) for buffer in buffers for x in buffer), default=0.0)
+
+
+def copied(args):
+    return [a[:] if isinstance(a, array) else a for a in args]
+
+
+def naive_attention(q, keys, values):
+    """Softmax attention of one query over rows, written from the formula."""
+    scores = [sum(a * b for a, b in zip(q, k)) / math.sqrt(len(q)) for k in keys]
+    top = max(scores)
+    weights = [math.exp(s - top) for s in scores]
+    total = math.fsum(weights)
+    return [math.fsum(w * v[c] for w, v in zip(weights, values)) / total for c in range(len(q))]
+
+
+class KernelCase(unittest.TestCase):
+    def assert_near(self, found, expected, tolerance, hint=""):
+        self.assertEqual(len(found), len(expected), hint)
+        for i, (a, b) in enumerate(zip(found, expected)):
+            self.assertTrue(abs(a - b) <= tolerance, f"{hint}: number {i} is {a!r}, not {b!r}")
+
+    def compare(self, name, typecode, args, scale=None):
+        """Run kernel and twin on equal buffers; every buffer must end alike."""
+        slow, fast = copied(args), copied(args)
+        KERNELS[name](*slow)
+        TWINS[name](*fast)
+        for i, (a, b) in enumerate(zip(fast, slow)):
+            if isinstance(a, array):
+                size = 1e-30 + (largest(b) if scale is None else scale)
+                self.assertTrue(all(map(math.isfinite, b)), f"{name}: argument {i} overflows")
+                self.assert_near(a, b, CLOSE[typecode] * size, f"{name}, {typecode}, argument {i}, {args[-6:]}")
+
+
+class EveryTwinDoesWhatItsKernelDoes(KernelCase):
+    def each(self, seed, likes=LIKES):
+        """Yield rng, typecode, and a maker of buffers, for every kind of number."""
+        rng = random.Random(seed)
+        for typecode in "fd":
+            for like in likes:
+                def make(n, like=like, typecode=typecode):
+                    return numbers(rng, typecode, n, like)
+                yield rng, typecode, make
+
+    def test_every_twin_is_tested_here(self):
+        here = " ".join(name for name in dir(self) if name.startswith("test_"))
+        self.assertEqual([n for n in TWINS if f"test_{n}" not in here], [])
+        self.assertLessEqual(set(TWINS), set(KERNELS))
+
+    def test_matmul_nt(self):
+        for rng, typecode, make in self.each(1):
+            for rows, inner, cols in SHAPES:
+                x, w = make(rows * inner), make(cols * inner)
+                out = numbers(rng, typecode, rows * cols)
+                self.compare("matmul_nt", typecode, (x, w, out, rows, inner, cols),
+                             1.0 + largest(x) * largest(w) * inner)
+
+    def test_matmul_nt_of_a_packed_matrix(self):
+        for rng, typecode, make in self.each(2):
+            for rows, inner, cols in SHAPES:
+                if cols:
+                    x, w = make(rows * inner), make(cols * inner)
+                    slow, fast = (numbers(rng, typecode, rows * cols) for _ in range(2))
+                    m.matmul_nt(x, w, slow, rows, inner, cols)
+                    packed = m.PackedMatrix(w, cols, inner)
+                    m.dist_matmul_nt(x, packed, fast, rows, inner, cols)
+                    self.assert_near(fast, slow, 1e-30 + 3e-7 * largest(x) * largest(w) * inner)
+
+    def test_matmul_nn(self):
+        for rng, typecode, make in self.each(3):
+            for rows, inner, cols in SHAPES:
+                g, w = make(rows * inner), make(inner * cols)
+                dx = numbers(rng, typecode, rows * cols)
+                self.compare("matmul_nn", typecode, (g, w, dx, rows, inner, cols),
+                             1.0 + largest(g) * largest(w) * inner)
+
+    def test_matmul_tn(self):
+        for rng, typecode, make in self.each(4):
+            for inner, rows, cols in SHAPES:  # here no inner rows at all is the empty batch
+                g, x = make(inner * rows), make(inner * cols)
+                dw = numbers(rng, typecode, rows * cols)
+                self.compare("matmul_tn", typecode, (g, x, dw, rows, inner, cols),
+                             1.0 + largest(g) * largest(x) * inner)
+
+    def test_add_scaled(self):
+        for rng, typecode, make in self.each(5):
+            for n in (0, 1, 7, 16, 33):
+                for scale in (1.0, 0.0, -2.5):
+                    self.compare("add_scaled", typecode, (make(n), make(n + 3), n, scale))
+
+    def test_gather_rows(self):
+        for rng, typecode, make in self.each(6):
+            for rows, dim, table in SHAPES:
+                ids = whole(rng.randrange(table + 1) for _ in range(rows))
+                self.compare("gather_rows", typecode,
+                             (make((table + 1) * dim), ids, make(rows * dim), rows, dim))
+
+    def test_rmsnorm_forward(self):
+        for rng, typecode, make in self.each(7):
+            for rows, dim, _ in SHAPES:
+                self.compare("rmsnorm_forward", typecode,
+                             (make(rows * dim), make(rows * dim), make(rows), rows, dim, 1e-5))
+
+    def test_rmsnorm_backward(self):
+        for rng, typecode, make in self.each(8):
+            for rows, dim, _ in SHAPES:
+                x, out, inverse = make(rows * dim), make(rows * dim), make(rows)
+                m.rmsnorm_forward(x, out, inverse, rows, dim, 1e-5)
+                g, dx = (numbers(rng, typecode, rows * dim) for _ in range(2))
+                self.compare("rmsnorm_backward", typecode, (g, out, inverse, dx, rows, dim))
+
+    def test_rope_turn(self):
+        for rng, typecode, make in self.each(9):
+            for rows, heads, rest, width in ((1, 1, 0, 2), (3, 2, 5, 4), (0, 1, 2, 2), (5, 3, 1, 6),
+                                             (2, 0, 3, 4)):
+                turned, dim = heads * width, heads * width + rest
+                table = array(typecode, m.rope_angles(rng.randrange(900), rows, width))
+                for sign in (1.0, -1.0):
+                    self.compare("rope_turn", typecode, (
+                        make(rows * dim), table, make(rows * dim), rows, dim, turned, width, sign))
+
+    def test_swiglu_forward(self):
+        for rng, typecode, make in self.each(10):
+            for rows, dim, _ in SHAPES:
+                self.compare("swiglu_forward", typecode,
+                             (make(rows * 2 * dim), make(rows * dim), rows, dim))
+
+    def test_swiglu_backward(self):
+        for rng, typecode, make in self.each(11):
+            for rows, dim, _ in SHAPES:
+                self.compare("swiglu_backward", typecode, (
+                    make(rows * dim), make(rows * 2 * dim), make(rows * 2 * dim), rows, dim))
+
+    def test_swiglu_forward_and_swiglu_backward_take_gates_of_any_size(self):
+        gates = (1e5, -1e5, 750.0, -750.0, 699.0, -701.0, 40.0, -40.0, 0.0, -0.0)
+        for typecode in "fd":
+            x = array(typecode, [*gates, *[2.0] * len(gates)])
+            ones = array(typecode, [1.0] * len(gates))
+            self.compare("swiglu_forward", typecode, (x, ones, 1, len(gates)), 1.0)
+            self.compare("swiglu_backward", typecode, (ones, x, x, 1, len(gates)), 1.0)
+            out, dx = array(typecode, bytes(ones.itemsize * 10)), array(typecode, [0.0] * 20)
+            for engine in (m.reference_engine(typecode), m.interpreted_engine(typecode)):
+                engine.swiglu_forward(x, out, 1, 10)
+                self.assertEqual((out[0], out[1]), (2e5, 0.0))
+                engine.swiglu_backward(ones, x, dx, 1, 10)
+                self.assertTrue(all(map(math.isfinite, dx)))
+
+    def attention_cases(self, rng):
+        for width in (1, 2, 5):
+            for heads in (1, 3):
+                for starts in ((0, 1), (0, 7), (0, 1, 2, 9), (0, 3, 4)):
+                    yield heads, width, whole(starts)
+
+    def test_attention_forward(self):
+        for rng, typecode, make in self.each(12, ("normal", "zeros", "denormals", "mixed")):
+            for heads, width, starts in self.attention_cases(rng):
+                rows, dim = starts[-1], heads * width
+                qkv = make(rows * 3 * dim)
+                self.compare("attention_forward", typecode, (
+                    qkv, make(rows * dim), make(rows * heads), starts, len(starts) - 1, heads,
+                    width), 1.0 + largest(qkv) ** 2)
+
+    def test_attention_forward_with_huge_scores(self):
+        for typecode in "fd":
+            rng = random.Random(13)
+            for heads, width, starts in self.attention_cases(rng):
+                rows, dim = starts[-1], heads * width
+                qkv = array(typecode, [rng.choice((-100.0, 100.0, 50.0)) for _ in range(rows * 3 * dim)])
+                out, lse = numbers(rng, typecode, rows * dim), numbers(rng, typecode, rows * heads)
+                self.compare("attention_forward", typecode,
+                             (qkv, out, lse, starts, len(starts) - 1, heads, width))
+
+    def test_attention_backward(self):
+        for rng, typecode, make in self.each(14, ("normal", "zeros", "denormals", "mixed")):
+            for heads, width, starts in self.attention_cases(rng):
+                rows, dim, segments = starts[-1], heads * width, len(starts) - 1
+                qkv, out, lse = make(rows * 3 * dim), make(rows * dim), make(rows * heads)
+                m.attention_forward(qkv, out, lse, starts, segments, heads, width)
+                g, dqkv = numbers(rng, typecode, rows * dim), numbers(rng, typecode, rows * 3 * dim)
+                self.compare("attention_backward", typecode, (
+                    g, qkv, out, lse, dqkv, starts, segments, heads, width),
+                    1.0 + largest(qkv) ** 2)
+
+    def test_attention_forward_and_attention_backward_pass_over_empty_segments(self):
+        for typecode in "fd":
+            rng = random.Random(15)
+            for starts in ((0, 0, 3), (0, 3, 3), (0, 2, 2, 3), (0, 0)):
+                rows, tail = starts[-1], (whole(starts), len(starts) - 1, 2, 2)
+                qkv, out, lse = (numbers(rng, typecode, rows * n) for n in (12, 4, 2))
+                self.compare("attention_forward", typecode, (qkv, out, lse, *tail))
+                m.attention_forward(qkv, out, lse, *tail)
+                self.compare("attention_backward", typecode, (
+                    numbers(rng, typecode, rows * 4), qkv, out, lse,
+                    numbers(rng, typecode, rows * 12), *tail))
+
+    def test_cross_entropy_forward(self):
+        for rng, typecode, make in self.each(16):
+            for rows, _, vocab in ((1, 0, 1), (3, 0, 13), (0, 0, 5), (6, 0, 33)):
+                logits, targets = make(rows * vocab), whole(
+                    rng.randrange(-1, vocab) for _ in range(rows))
+                self.compare("cross_entropy_forward", typecode, (
+                    logits, targets, make(rows), make(rows), rows, vocab), 1.0 + largest(logits))
+
+    def test_cross_entropy_backward(self):
+        for rng, typecode, make in self.each(17):
+            for rows, vocab in ((1, 1), (3, 13), (0, 5), (6, 33)):
+                logits, lse, losses = make(rows * vocab), make(rows), make(rows)
+                targets = whole(rng.randrange(-1, vocab) for _ in range(rows))
+                m.cross_entropy_forward(logits, targets, lse, losses, rows, vocab)
+                self.compare("cross_entropy_backward", typecode, (
+                    logits, targets, lse, numbers(rng, typecode, rows * vocab), rows, vocab, 0.3))
+
+    def test_adamw_step(self):
+        for rng, typecode, make in self.each(18):
+            for first, n in ((0, 1), (0, 9), (3, 10), (5, 5), (0, 0)):
+                w, g, moment = numbers(rng, typecode, n), make(n), numbers(rng, typecode, n)
+                square = array(typecode, [x * x for x in numbers(rng, typecode, n)])
+                self.compare("adamw_step", typecode, (
+                    w, g, moment, square, first, n, 0.01, 0.9, 0.99, 1e-8, 0.1, 10.0, 100.0, 0.5))
+
+
+class KernelsKnowTheAnswersWorkedOutByHand(KernelCase):
+    def setUp(self):
+        self.engines = [make(typecode) for typecode in "fd"
+                        for make in (m.reference_engine, m.interpreted_engine)]
+
+    def test_the_three_products_of_two_small_matrices(self):
+        for engine in self.engines:
+            a, b = engine.buffer_of([1, 2, 3, 4]), engine.buffer_of([5, 6, 7, 8])
+            for name, answer in (("matmul_nt", [17, 23, 39, 53]), ("matmul_nn", [19, 22, 43, 50]),
+                                 ("matmul_tn", [26, 30, 38, 44])):
+                out = engine.buffer(4)
+                getattr(engine, name)(a, b, out, 2, 2, 2)
+                self.assert_near(out, answer, 1e-5, name)
+
+    def test_dot(self):
+        for engine in self.engines:
+            self.assertEqual(engine.dot(engine.buffer_of([1, 2, 9]), engine.buffer_of([3, 4, 9]), 2), 11)
+
+    def test_scatter_sums_what_falls_on_one_row(self):
+        for engine in self.engines:
+            table = engine.buffer_of([1.0] * 6)
+            engine.scatter_rows(engine.buffer_of([1, 2, 3, 4, 5, 6]), whole([2, 0, 2]), table, 3, 2)
+            self.assertEqual(list(table), [4, 5, 1, 1, 7, 9])
+
+    def test_rmsnorm_of_three_and_four(self):
+        for engine in self.engines:
+            out, inverse = engine.buffer(2), engine.buffer(1)
+            engine.rmsnorm_forward(engine.buffer_of([3, 4]), out, inverse, 1, 2, 0.0)
+            self.assert_near(out, [3 / math.sqrt(12.5), 4 / math.sqrt(12.5)], 1e-6)
+
+    def test_equal_keys_give_the_running_mean_of_the_values(self):
+        for engine in self.engines:
+            qkv = engine.buffer_of([n for value in (2.0, 4.0, 9.0) for n in (0.7, 1.0, value)])
+            out, lse = engine.buffer(3), engine.buffer(3)
+            engine.attention_forward(qkv, out, lse, whole([0, 3]), 1, 1, 1)
+            self.assert_near(out, [2.0, 3.0, 5.0], 1e-5)
+            self.assert_near(lse, [0.7, 0.7 + math.log(2), 0.7 + math.log(3)], 1e-5)
+
+    def test_swiglu_opens_with_the_gate(self):
+        for engine in self.engines:
+            out = engine.buffer(3)
+            engine.swiglu_forward(engine.buffer_of([0.0, 1.0, 100.0, 5.0, 3.0, 2.0]), out, 1, 3)
+            self.assert_near(out, [0.0, 3.0 / (1.0 + math.exp(-1.0)), 200.0], 1e-5)
+
+    def test_equal_logits_cost_the_log_of_the_vocabulary_and_no_target_costs_nothing(self):
+        for engine in self.engines:
+            for level in (0.0, 1e4, -1e4):
+                lse, losses = engine.buffer(2), engine.buffer_of([7.0, 7.0])
+                engine.cross_entropy_forward(engine.buffer_of([level] * 16), whole([3, -1]), lse,
+                                             losses, 2, 8)
+                self.assert_near(losses, [math.log(8), 0.0], 1e-3 if level else 1e-6)
+
+    def test_huge_logits_neither_overflow_nor_leave_the_probabilities(self):
+        for engine in self.engines:
+            logits, lse, losses = engine.buffer_of([1e4, -1e4, 0.0]), engine.buffer(1), engine.buffer(1)
+            for target, loss, slope in ((0, 0.0, [0, 0, 0]), (1, 2e4, [1, -1, 0])):
+                engine.cross_entropy_forward(logits, whole([target]), lse, losses, 1, 3)
+                self.assert_near(losses, [loss], 1e-2)
+                grad = engine.buffer(3)
+                engine.cross_entropy_backward(logits, whole([target]), lse, grad, 1, 3, 1.0)
+                self.assert_near(grad, slope, 1e-3)
+
+    def test_adamw_is_the_formula_of_the_paper(self):
+        rate, beta1, beta2, eps, decay, clip, t = 0.02, 0.8, 0.95, 1e-6, 0.1, 0.25, 3
+        w0, g0, m0, v0 = [1.0, -2.0, 3.0], [0.5, 0.0, -8.0], [0.1, 0.2, -0.3], [0.01, 0.02, 0.03]
+        for engine in self.engines:
+            w, g, first, second = map(engine.buffer_of, (w0, g0, m0, v0))
+            engine.adamw_step(w, g, first, second, 1, 3, rate, beta1, beta2, eps, decay,
+                              1 / (1 - beta1 ** t), 1 / (1 - beta2 ** t), clip)
+            for i in (1, 2):
+                mean = beta1 * m0[i] + (1 - beta1) * clip * g0[i]
+                square = beta2 * v0[i] + (1 - beta2) * (clip * g0[i]) ** 2
+                step = (mean / (1 - beta1 ** t)) / (math.sqrt(square / (1 - beta2 ** t)) + eps)
+                expected = w0[i] - rate * step - rate * decay * w0[i]
+                self.assert_near((w[i], first[i], second[i]), (expected, mean, square), 1e-6)
+            self.assert_near((w[0], first[0], second[0]), (1.0, 0.1, 0.01), 1e-8)
+
+
+class KernelsAddOrSetAsTheySay(KernelCase):
+    def calls(self, engine):
+        """Yield name, whether it adds, the place of its result, and arguments."""
+        rng, code, starts = random.Random(20), engine.typecode, whole([0, 2, 5])
+
+        def make(n):
+            return numbers(rng, code, n)
+        table, ids = array(code, m.rope_angles(3, 5, 2)), whole([3, 0, 3, 1, 2])
+        qkv, out, lse = make(60), make(20), make(10)
+        m.attention_forward(qkv, out, lse, starts, 2, 2, 2)
+        logits, sums, losses = make(35), make(5), make(5)
+        m.cross_entropy_forward(logits, ids, sums, losses, 5, 7)
+        yield "matmul_nt", False, 2, (make(15), make(6), make(10), 5, 3, 2)
+        yield "matmul_nn", True, 2, (make(15), make(6), make(10), 5, 3, 2)
+        yield "matmul_tn", True, 2, (make(15), make(6), make(10), 5, 3, 2)
+        yield "add_scaled", True, 1, (make(9), make(9), 9, 0.5)
+        yield "gather_rows", False, 2, (make(12), ids, make(15), 5, 3)
+        yield "scatter_rows", True, 2, (make(15), ids, make(12), 5, 3)
+        yield "rmsnorm_forward", False, 1, (make(15), make(15), make(5), 5, 3, 1e-5)
+        yield "rmsnorm_backward", True, 3, (make(15), make(15), make(5), make(15), 5, 3)
+        yield "rope_turn", True, 2, (make(30), table, make(30), 5, 6, 4, 2, 1.0)
+        yield "attention_forward", False, 1, (qkv, make(20), make(10), starts, 2, 2, 2)
+        yield "attention_backward", True, 4, (make(20), qkv, out, lse, make(60), starts, 2, 2, 2)
+        yield "attention_cached", False, 3, (make(4), make(12), make(12), make(4), 3, 3, 2, 2)
+        yield "swiglu_forward", False, 1, (make(20), make(10), 5, 2)
+        yield "swiglu_backward", True, 2, (make(10), make(20), make(20), 5, 2)
+        yield "dropout_apply", True, 1, (make(9), make(9), 9, 0.4, 5)
+        yield "cross_entropy_forward", False, 3, (logits, ids, make(5), make(5), 5, 7)
+        yield "cross_entropy_backward", True, 3, (logits, ids, sums, make(35), 5, 7, 0.5)
+
+    def test_what_was_in_the_result_before_stays_below_or_is_gone(self):
+        for engine in (m.reference_engine("d"), m.interpreted_engine("d")):
+            tested = {"dot", "adamw_step"}  # they return a number, and move their own state
+            for name, adds, at, args in self.calls(engine):
+                with self.subTest(engine=engine.name, kernel=name):
+                    on_zeros = copied(args)
+                    on_zeros[at] = engine.buffer(len(args[at]))
+                    on_old = copied(args)
+                    getattr(engine, name)(*on_zeros)
+                    getattr(engine, name)(*on_old)
+                    old = args[at] if adds else engine.buffer(len(args[at]))
+                    self.assertTrue(any(on_zeros[at]), "a result of zeros would prove nothing")
+                    self.assert_near(on_old[at], list(map(sum, zip(on_zeros[at], old))), 1e-12)
+                    tested.add(name)
+            self.assertEqual(tested, set(KERNELS))
+
+
+class PackedMatrixIsTheMatrix(KernelCase):
+    def assert_exact(self, weights, rows, dim, x):
+        """The product must come within the rounding of both factors to fixed point."""
+        found = list(m.PackedMatrix(weights, rows, dim).times(x))
+        bits = 32 - dim.bit_length()
+        bound = dim * largest(weights) * largest(x) * (2.0 ** -bits + 2.0 ** -29) * 1.01 + 1e-300
+        for r in range(rows):
+            exact = sum(Fraction(w) * Fraction(v)
+                        for w, v in zip(weights[r * dim:(r + 1) * dim], x))
+            self.assertLessEqual(abs(found[r] - float(exact)), bound, (rows, dim, r))
+        self.assertEqual(len(found), rows)
+
+    def test_times_is_the_exact_product_but_for_rounding(self):
+        rng = random.Random(30)
+        for typecode in "fd":
+            for rows, dim in ((1, 1), (1, 9), (7, 1), (13, 5), (3, 64), (4, 63), (2, 300)):
+                for like in LIKES:
+                    self.assert_exact(numbers(rng, typecode, rows * dim, like), rows, dim,
+                                      numbers(rng, typecode, dim, like))
+
+    def test_its_error_is_below_2e_7_of_the_largest_result(self):
+        rng = random.Random(31)
+        for dim in (8, 72, 192):
+            weights, x = numbers(rng, "f", 40 * dim), numbers(rng, "f", dim)
+            exact = [math.fsum(map(float.__mul__, weights[r * dim:(r + 1) * dim], x)) for r in range(40)]
+            found = m.PackedMatrix(weights, 40, dim).times(x)
+            self.assert_near(list(found), exact, 2e-7 * largest(exact), dim)
+
+    def test_lanes_at_the_edge_of_their_width_do_not_run_over(self):
+        for dim in (1, 3, 4, 7, 8, 127, 128):
+            for rows in (1, 2, 5):
+                for sign in (1.0, -1.0):
+                    ones = array("d", [sign] * (rows * dim))
+                    found = list(m.PackedMatrix(ones, rows, dim).times([1.0] * dim))
+                    self.assert_near(found, [sign * dim] * rows, 1e-6 * dim)
+
+    def test_negative_lanes_do_not_disturb_their_neighbours(self):
+        for pattern in ((1, -1, 1, -1), (-1, -1, -1, -1), (-1, 0, 0, 1), (0, -1, 0, 0), (1, 0, 0, -1)):
+            for x in (3.0, -3.0):
+                found = list(m.PackedMatrix(array("f", pattern), 4, 1).times([x]))
+                self.assert_near(found, [x * p for p in pattern], 1e-6)
+
+    def test_zeros_give_zeros(self):
+        zeros = m.PackedMatrix(array("f", [0.0] * 12), 4, 3)
+        self.assertEqual(list(zeros.times([1.0, -2.0, 3.0])), [0.0] * 4)
+        some = m.PackedMatrix(array("f", range(12)), 4, 3)
+        self.assertEqual(list(map(abs, some.times([0.0] * 3))), [0.0] * 4)
+
+    def test_a_matrix_without_rows_has_an_empty_product(self):
+        engine = m.interpreted_engine()
+        out = engine.buffer(0)
+        engine.matmul_nt(engine.buffer_of([1, 2]), engine.pack(engine.buffer(0), 0, 2), out, 1, 2, 0)
+        self.assertEqual(len(out), 0)
+
+    def test_a_vector_that_is_not_finite_gives_numbers_that_are_not_finite(self):
+        engine = m.interpreted_engine()
+        packed = engine.pack(engine.buffer_of([1, 2, 3, 4]), 2, 2)
+        for bad in (math.inf, -math.inf, math.nan):
+            for x in ([bad, 1.0], [1.0, bad], [bad, bad], [math.inf, -math.inf]):
+                out = engine.buffer(2)
+                engine.matmul_nt(engine.buffer_of(x), packed, out, 1, 2, 2)
+                self.assertFalse(any(map(math.isfinite, out)), (x, out))
+
+    def test_weights_that_are_not_finite_give_numbers_that_are_not_finite(self):
+        for bad in (math.inf, -math.inf, math.nan):
+            for engine in (m.reference_engine(), m.interpreted_engine()):
+                packed = engine.pack(engine.buffer_of([bad, 2, 3, 4]), 2, 2)
+                for rows in (1, 2):
+                    out = engine.buffer(rows * 2)
+                    engine.matmul_nt(engine.buffer_of([1.0] * rows * 2), packed, out, rows, 2, 2)
+                    self.assertFalse(math.isfinite(out[0]), (bad, engine.name, rows))
+
+
+class CachesRememberTheNewestSlots(KernelCase):
+    def run_ring(self, typecode, block, heads, width, like):
+        """Write two and a half turns into both caches, and look at each step."""
+        rng, dim = random.Random(40), heads * width
+        flat = m.FlatCache(m.reference_engine(typecode), block, heads, width)
+        tuples = m.TupleCache(m.interpreted_engine(typecode), block, heads, width)
+        ring = {}
+        for position in range(block * 5 // 2 + 1):
+            keys, values, q = (numbers(rng, typecode, dim, like) for _ in range(3))
+            ring[position % block] = (keys, values)
+            found = []
+            for cache in (flat, tuples):
+                cache.write(position % block, keys, values)
+                out = array(typecode, [9.0] * dim)
+                cache.attend(q, min(position + 1, block), out)
+                found.append(out)
+            for h in range(heads):
+                part = slice(h * width, (h + 1) * width)
+                expected = naive_attention(q[part], [k[part] for k, _ in ring.values()],
+                                           [v[part] for _, v in ring.values()])
+                for out in found:
+                    self.assert_near(out[part], expected, CLOSE[typecode] * 100, position)
+
+    def test_both_caches_are_softmax_attention_past_the_end_of_the_ring(self):
+        for typecode in "fd":
+            for block, heads, width in ((1, 1, 1), (3, 2, 2), (8, 1, 5), (5, 3, 1)):
+                for like in ("normal", "zeros", "denormals"):
+                    self.run_ring(typecode, block, heads, width, like)
+
+    def test_a_large_value_leaves_no_trace_once_it_is_written_over(self):
+        cache = m.TupleCache(m.interpreted_engine("d"), 4, 1, 1)
+        for position in range(40):
+            value = 1e3 if position == 5 else 1.0
+            cache.write(position % 4, array("d", [0.0]), array("d", [value]))
+        out = array("d", [0.0])
+        cache.attend(array("d", [1.0]), 4, out)
+        self.assertAlmostEqual(out[0], 1.0, delta=1e-12)
+
+    def test_values_large_and_small_do_not_drift_over_many_turns(self):
+        rng, block = random.Random(41), 6
+        cache, ring = m.TupleCache(m.interpreted_engine("f"), block, 1, 2), {}
+        for position in range(block * 100):
+            key = numbers(rng, "f", 2)
+            value = array("f", [rng.choice((100.0, 1e-2)) * rng.gauss(0, 1) for _ in range(2)])
+            cache.write(position % block, key, value)
+            ring[position % block] = (key, value)
+        q, out = numbers(rng, "f", 2), array("f", [0.0, 0.0])
+        cache.attend(q, block, out)
+        expected = naive_attention(q, [k for k, _ in ring.values()], [v for _, v in ring.values()])
+        self.assert_near(out, expected, 1e-5 * largest(expected))
+
+
+class DropoutIsFair(KernelCase):
+    def masked(self, engine, n, rate, seed):
+        out = engine.buffer(n)
+        engine.dropout_apply(engine.buffer_of([1.0] * n), out, n, rate, seed)
+        return out
+
+    def test_the_mask_follows_from_the_seed_alone(self):
+        for engine in (m.reference_engine(), m.interpreted_engine()):
+            first = self.masked(engine, 200, 0.5, 77)
+            self.assertEqual(first, self.masked(engine, 200, 0.5, 77))
+            self.assertEqual(first[:50], self.masked(engine, 50, 0.5, 77))
+            self.assertNotEqual(first, self.masked(engine, 200, 0.5, 78))
+
+    def test_about_the_right_share_falls_and_the_mean_stays(self):
+        engine, n = m.interpreted_engine(), 20_000
+        for rate in (0.1, 0.5, 0.9):
+            for seed in (0, 1, 2 ** 32 - 1):
+                out = self.masked(engine, n, rate, seed)
+                share = sum(1 for x in out if x == 0.0) / n
+                self.assertAlmostEqual(share, rate, delta=5 * math.sqrt(rate * (1 - rate) / n))
+                self.assertAlmostEqual(sum(out) / n, 1.0, delta=0.08)
+                kept = {round(x, 4) for x in out if x}
+                self.assertEqual(kept, {round(1 / (1 - rate), 4)})
+
+    def test_a_rate_of_zero_keeps_everything(self):
+        self.assertEqual(list(self.masked(m.reference_engine(), 50, 0.0, 3)), [1.0] * 50)
+
+
+class EnginesAreTables(unittest.TestCase):
+    def test_every_engine_has_every_kernel(self):
+        for engine in (m.reference_engine(), m.interpreted_engine()):
+            for name in KERNELS:
+                self.assertTrue(callable(getattr(engine, name)), name)
+            with self.assertRaises(AttributeError):
+                engine.matmul_xx
+
+    def test_the_reference_runs_the_kernels_and_the_interpreted_engine_their_twins(self):
+        reference, interpreted = m.reference_engine(), m.interpreted_engine()
+        for name, kernel in KERNELS.items():
+            self.assertIs(getattr(reference, name), kernel)
+            self.assertIs(getattr(interpreted, name), TWINS.get(name, kernel))
+
+    def test_buffers_start_at_zero_in_the_engine_s_typecode(self):
+        for typecode in "fd":
+            engine = m.interpreted_engine(typecode)
+            self.assertEqual(engine.buffer(3), array(typecode, [0.0] * 3))
+            self.assertEqual(engine.buffer_of([1.0, 2.0]), array(typecode, [1.0, 2.0]))
+            self.assertEqual(engine.buffer(3).typecode, typecode)
+
+    def test_no_grad_ends_even_when_its_block_fails(self):
+        engine = m.interpreted_engine()
+        with self.assertRaises(KeyError):
+            with engine.no_grad():
+                self.assertFalse(engine.recording)
+                raise KeyError
+        self.assertTrue(engine.recording)
+
+    def test_an_engine_is_chosen_by_name_or_refused_with_a_remedy(self):
+        for wish in ("auto", "python", ""):
+            engine = m.choose_engine(wish)
+            self.assertEqual((engine.name, engine.typecode), ("python", "f"))
+        with self.assertRaisesRegex(m.EngineError, "native.*use auto or python"):
+            m.choose_engine("native")
+        for wish in ("gpu", "Python", " "):
+            with self.assertRaisesRegex(m.ConfigError, "MACROGPT_ENGINE.*use auto"):
+                m.choose_engine(wish)
+
+
+if __name__ == "__main__":
+    unittest.main()

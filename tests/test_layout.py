@@ -1,0 +1,403 @@
+"""Claims about the file itself: sections, what each may use, effects, sizes, signatures."""
+import ast
+import builtins
+import itertools
+import os
+import re
+import symtable
+import sys
+import unittest
+
+import macrogpt
+
+PATH = os.path.abspath(macrogpt.__file__)
+RULE = re.compile(r"# ─+")
+BANNER = re.compile(r"# (\d+) · ([A-Z]+) — (\S.*\S)   uses:((?: \d+)*)")
+MAP_LINE = re.compile(r" +(\d+) ([A-Z]+) +\S.*")
+CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*")
+MAX_LINE_CHARS, MAX_FUNCTION_LINES = 100, 60
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+MUTATORS = frozenset(
+    "append extend insert remove pop clear sort reverse add discard update setdefault popitem "
+    "appendleft popleft extendleft rotate subtract move_to_end difference_update "
+    "intersection_update symmetric_difference_update __setitem__ __delitem__".split())
+MUTABLE_NODES = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
+MUTABLE_MAKERS = frozenset("list dict set bytearray array deque defaultdict Counter "
+                           "OrderedDict".split())
+# What a file that is only imported has no business with.
+WORKING = frozenset("open print input exec eval __import__".split())
+WORKING_MODULES = frozenset("os sys time random subprocess sqlite3 threading socket shutil tempfile "
+                            "signal asyncio queue importlib".split())
+
+
+class Section:
+    """One banner, what it declares, and the module's names between it and the next."""
+
+    def __init__(self, line, number, name, uses):
+        self.line, self.number, self.name = line, int(number), name
+        self.uses = tuple(map(int, uses.split()))
+        self.nodes, self.defines, self.refers = [], set(), {}
+
+    def __repr__(self):
+        return f"{self.number} {self.name}"
+
+
+def sections_of(lines):
+    """Return the sections that the banners open, in the order of the file."""
+    found = ((at, BANNER.fullmatch(line)) for at, line in enumerate(lines, 1))
+    return [Section(at, *match.group(1, 2, 4)) for at, match in found if match]
+
+
+def names_bound(node):
+    """Return the names that a statement of the module binds."""
+    if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [(alias.asname or alias.name).partition(".")[0] for alias in node.names]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [name.id for target in targets if target is not None
+            for name in ast.walk(target) if isinstance(name, ast.Name)]
+
+
+class Unannotated(ast.NodeTransformer):
+    """Takes every annotation out of a tree and keeps it aside."""
+
+    def __init__(self):
+        self.annotations = []
+
+    def _keep(self, annotation):
+        if annotation is not None:
+            self.annotations.append(annotation)
+
+    def visit_arg(self, node):
+        self._keep(node.annotation)
+        return ast.arg(arg=node.arg)
+
+    def _function(self, node):
+        self._keep(node.returns)
+        node.returns = None
+        return self.generic_visit(node)
+
+    visit_FunctionDef = visit_AsyncFunctionDef = _function
+
+    def visit_AnnAssign(self, node):
+        self.generic_visit(node)
+        self._keep(node.annotation)
+        value = node.value or ast.Constant(None)
+        return ast.copy_location(ast.Assign(targets=[node.target], value=value), node)
+
+
+def annotation_names(annotation):
+    """Yield the names in an annotation, those inside quotes too."""
+    for node in ast.walk(annotation):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from annotation_names(ast.parse(node.value, mode="eval"))
+
+
+def global_names(table):
+    """Yield the names that a piece of the module takes from the module or from the builtins."""
+    for symbol in table.get_symbols():
+        if symbol.is_referenced() and (table.get_type() == "module" or symbol.is_global()):
+            yield symbol.get_name()
+    for child in table.get_children():
+        yield from global_names(child)
+
+
+def references(node, source):
+    """Return the names of the module that a statement refers to, annotations included."""
+    tree = ast.parse(source)  # a fresh one, for it is taken apart
+    statement = next(n for n in tree.body if n.lineno == node.lineno)
+    strip = Unannotated()
+    bare = ast.fix_missing_locations(ast.Module(body=[strip.visit(statement)], type_ignores=[]))
+    names = set(global_names(symtable.symtable(ast.unparse(bare), PATH, "exec")))
+    return names.union(*map(annotation_names, strip.annotations))
+
+
+def walk_functions(tree, inside=()):
+    """Yield (function, the classes and functions that it stands in) for every one of the file."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, FUNCTIONS):
+            yield node, inside
+        deeper = (*inside, node) if isinstance(node, (*FUNCTIONS, ast.ClassDef)) else inside
+        yield from walk_functions(node, deeper)
+
+
+def root_name(node):
+    """Return the first name of a dotted, called or subscripted expression, or None."""
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def run_at_import(node):
+    """Yield the parts of a module's statement that run when it is imported."""
+    if isinstance(node, (*FUNCTIONS, ast.Lambda)):
+        own = [*node.args.defaults, *filter(None, node.args.kw_defaults),
+               *getattr(node, "decorator_list", ())]
+    else:
+        yield node
+        own = ast.iter_child_nodes(node)
+    for child in own:
+        yield from run_at_import(child)
+
+
+class LayoutCase(unittest.TestCase):
+    maxDiff = None
+
+    @classmethod
+    def setUpClass(cls):
+        with open(PATH, encoding="utf-8") as file:
+            cls.text = file.read()
+        cls.lines = cls.text.split("\n")
+        cls.tree = ast.parse(cls.text)
+        cls.sections = sections_of(cls.lines)
+        cls.imported = {name for node in cls.tree.body
+                        if isinstance(node, (ast.Import, ast.ImportFrom))
+                        for name in names_bound(node)}
+        for node in cls.tree.body:
+            section = cls.section_at(node.lineno)
+            if section is not None:
+                section.nodes.append(node)
+                section.defines.update(names_bound(node))
+
+    @classmethod
+    def section_at(cls, line):
+        """Return the section of a line, or None above the first."""
+        return next((s for s in reversed(cls.sections) if s.line < line), None)
+
+    def none(self, violations):
+        """Assert that there are no (line, complaint) pairs; show them as file:line."""
+        shown = [f"macrogpt.py:{line}: {complaint}" for line, complaint in sorted(violations)]
+        if shown:
+            self.fail("\n" + "\n".join(shown))
+
+
+class Architecture(LayoutCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        for section in cls.sections:
+            for node in section.nodes:
+                for name in references(node, cls.text_of(node)):
+                    section.refers.setdefault(name, node.lineno)
+
+    @classmethod
+    def text_of(cls, node):
+        """Return the file with all but one statement blanked, so that line numbers stay."""
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+        kept = cls.lines[first - 1:node.end_lineno]
+        return "\n" * (first - 1) + "\n".join(kept)
+
+    def test_the_sections_stand_in_order_from_0_to_14(self):
+        self.assertEqual([s.number for s in self.sections], list(range(15)))
+
+    def test_every_line_that_looks_like_a_banner_is_one_framed_by_rules(self):
+        opened = {s.line for s in self.sections}
+        broken = [(at, "not a banner: # N · NAME — subtitle   uses: …")
+                  for at, line in enumerate(self.lines, 1)
+                  if re.match(r"# *\d+ *·", line) and at not in opened]
+        for section in self.sections:
+            for at in (section.line - 1, section.line + 1):
+                if not RULE.fullmatch(self.lines[at - 1]):
+                    broken.append((at, f"section {section} is not framed by a line of ─"))
+        rules = [at for at, line in enumerate(self.lines, 1) if RULE.fullmatch(line)]
+        broken += [(at, "a line of ─ that frames no banner") for at in rules
+                   if at - 1 not in opened and at + 1 not in opened]
+        self.none(broken)
+        self.assertEqual(len({self.lines[at - 1] for at in rules}), 1, "rules of one length")
+
+    def test_every_section_begins_with_its_idea_in_words(self):
+        self.none([(s.line, f"section {s} has no paragraph after its banner") for s in self.sections
+                   if not any(re.match(r"# [A-Za-z`\"]", line)
+                              for line in self.lines[s.line + 1:s.line + 3])])
+
+    def test_the_map_in_the_docstring_names_the_same_sections(self):
+        found = map(MAP_LINE.fullmatch, ast.get_docstring(self.tree, clean=False).split("\n"))
+        shown = [(int(match[1]), match[2]) for match in found if match]
+        self.assertEqual(shown, [(s.number, s.name) for s in self.sections])
+
+    def test_declared_uses_are_sections_above_in_rising_order(self):
+        self.none([(s.line, f"section {s} declares uses {s.uses}") for s in self.sections
+                   if list(s.uses) != sorted(set(s.uses)) or any(n >= s.number for n in s.uses)])
+
+    def test_every_section_uses_only_what_it_declares(self):
+        home = {name: s for s in self.sections for name in s.defines}
+        free = self.imported | set(dir(builtins)) | {"__file__", "__version__", "__name__"}
+        broken = []
+        for section in self.sections:
+            allowed = {section.number, *section.uses}
+            for name, line in section.refers.items():
+                if name not in home:
+                    if name not in free:
+                        broken.append((line, f"{name} is defined nowhere"))
+                elif home[name].number not in allowed:
+                    broken.append((line, f"section {section} refers to {name} of {home[name]} "
+                                         f"and declares only {section.uses}"))
+        self.none(broken)
+
+    def test_every_declared_section_is_really_used(self):
+        by_number = {s.number: s for s in self.sections}
+        self.none([(s.line, f"section {s} declares {by_number[n]} and refers to nothing of it")
+                   for s in self.sections for n in s.uses
+                   if n in by_number and not by_number[n].defines & set(s.refers)])
+
+    def test_no_name_is_defined_twice(self):
+        seen, broken = set(self.imported), []
+        for section in self.sections:
+            for node in section.nodes:
+                for name in names_bound(node):
+                    if name in seen:
+                        broken.append((node.lineno, f"{name} is bound again"))
+                    seen.add(name)
+        self.none(broken)
+
+    def test_every_import_is_used(self):
+        used = {n.id for n in ast.walk(self.tree) if isinstance(n, ast.Name)}
+        for node in ast.walk(self.tree):
+            for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+                if annotation is not None:
+                    used.update(annotation_names(annotation))
+        self.none([(1, f"{name} is imported and not used")
+                   for name in self.imported - used - {"annotations"}])
+
+
+class Effects(LayoutCase):
+    def test_the_module_holds_only_definitions(self):
+        *body, last = self.tree.body
+        allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.ClassDef, *FUNCTIONS)
+        self.assertIsInstance(body[0], ast.Expr)
+        self.none([(n.lineno, f"{type(n).__name__} at the top level") for n in body[1:]
+                   if not isinstance(n, allowed)])
+        self.assertEqual(ast.unparse(last.test), "__name__ == '__main__'")
+
+    def test_imports_stand_before_the_first_section(self):
+        first = self.sections[0].line
+        self.none([(n.lineno, "an import below the first banner") for n in self.tree.body
+                   if isinstance(n, (ast.Import, ast.ImportFrom)) and n.lineno > first])
+
+    def test_importing_starts_nothing(self):
+        broken = []
+        for node in self.tree.body[:-1]:
+            for part in run_at_import(node):
+                if isinstance(part, ast.Call):
+                    root = root_name(part.func)
+                    if root in WORKING or root in WORKING_MODULES:
+                        broken.append((part.lineno, f"{ast.unparse(part)} runs at import"))
+                elif isinstance(part, (ast.For, ast.While, ast.With, ast.Try, ast.If)):
+                    broken.append((part.lineno, f"{type(part).__name__} runs at import"))
+        self.none(broken)
+
+    def test_there_is_no_global_statement(self):
+        self.none([(n.lineno, "global") for n in ast.walk(self.tree) if isinstance(n, ast.Global)])
+
+    def test_only_constants_hold_mutable_values_at_the_top_level(self):
+        broken = []
+        for node in self.tree.body:
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+                value = node.value
+                mutable = isinstance(value, MUTABLE_NODES) or (
+                    isinstance(value, ast.Call) and root_name(value.func) in MUTABLE_MAKERS)
+                broken += [(node.lineno, f"{name} is a mutable value and no ALL_CAPS table")
+                           for name in names_bound(node)
+                           if mutable and not CONSTANT.fullmatch(name)]
+        self.none(broken)
+
+    def test_nothing_of_the_module_is_ever_changed(self):
+        module = {name for node in self.tree.body for name in names_bound(node)} - self.imported
+        constants = {name for name in module if CONSTANT.fullmatch(name)}
+        broken = []
+        for node in ast.walk(self.tree):
+            targets = (node.targets if isinstance(node, (ast.Assign, ast.Delete)) else
+                       [node.target] if isinstance(node, (ast.AugAssign, ast.AnnAssign)) else [])
+            for target in targets:
+                if isinstance(target, (ast.Subscript, ast.Attribute)):
+                    if root_name(target) in module:
+                        broken.append((node.lineno, f"{ast.unparse(target)} is changed"))
+                elif isinstance(node, ast.AugAssign) and root_name(target) in constants:
+                    broken.append((node.lineno, f"{ast.unparse(target)} is changed"))
+            if (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+                    and node.func.attr in MUTATORS and isinstance(node.func.value, ast.Name)
+                    and node.func.value.id in constants):
+                broken.append((node.lineno, f"{ast.unparse(node.func)} changes a constant"))
+        self.none(broken)
+
+    def test_no_default_argument_is_mutable(self):
+        self.none([(f.lineno, f"{f.name} has a mutable default") for f, _ in
+                   walk_functions(self.tree) for default in (*f.args.defaults, *f.args.kw_defaults)
+                   if isinstance(default, MUTABLE_NODES)])
+
+    def test_only_the_interface_prints_reads_the_keyboard_or_the_command_line(self):
+        broken = []
+        for node in ast.walk(self.tree):
+            told = None
+            if isinstance(node, ast.Name) and node.id in ("print", "input"):
+                told = node.id
+            elif isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.argv":
+                told = "sys.argv"
+            if told and self.section_at(node.lineno) is not self.sections[-1]:
+                broken.append((node.lineno, f"{told} outside section {self.sections[-1]}"))
+        self.none(broken)
+
+    @unittest.skipIf(sys.version_info < (3, 10), "sys.stdlib_module_names came with Python 3.10")
+    def test_only_the_standard_library_is_imported(self):
+        broken = []
+        for node in ast.walk(self.tree):
+            names = ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
+                     [node.module or "."] if isinstance(node, ast.ImportFrom) else [])
+            broken += [(node.lineno, f"{name} is not in the standard library") for name in names
+                       if name.partition(".")[0] not in sys.stdlib_module_names]
+        self.none(broken)
+
+
+class Style(LayoutCase):
+    def test_lines_are_at_most_100_characters(self):
+        self.none([(at, f"{len(line)} characters") for at, line in enumerate(self.lines, 1)
+                   if len(line) > MAX_LINE_CHARS])
+
+    def test_lines_have_no_tabs_and_no_trailing_space_and_the_file_ends_with_one_newline(self):
+        self.none([(at, "a tab or a space at the end") for at, line in enumerate(self.lines, 1)
+                   if "\t" in line or line != line.rstrip()])
+        self.assertTrue(self.text.endswith("\n") and not self.text.endswith("\n\n"))
+
+    def test_functions_are_at_most_60_lines(self):
+        self.none([(f.lineno, f"{f.name} has {f.end_lineno - f.lineno + 1} lines")
+                   for f, _ in walk_functions(self.tree)
+                   if f.end_lineno - f.lineno + 1 > MAX_FUNCTION_LINES])
+
+    def test_every_public_function_class_and_method_has_a_docstring(self):
+        classes = [(n, ()) for n in self.tree.body if isinstance(n, ast.ClassDef)]
+        broken = []
+        for node, inside in itertools.chain(classes, walk_functions(self.tree)):
+            nested = any(isinstance(outer, FUNCTIONS) for outer in inside)
+            private = any(n.name.startswith("_") for n in (node, *inside))
+            if not nested and not private and not ast.get_docstring(node):
+                name = ".".join(n.name for n in (*inside, node))
+                broken.append((node.lineno, f"{name} has no docstring"))
+        self.none(broken)
+
+    def test_every_signature_is_fully_annotated(self):
+        broken = []
+        for function, inside in walk_functions(self.tree):
+            a = function.args
+            given = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+            method = inside and isinstance(inside[-1], ast.ClassDef)
+            static = any(isinstance(d, ast.Name) and d.id == "staticmethod"
+                         for d in function.decorator_list)
+            if method and not static:
+                given = given[1:]
+            missing = [arg.arg for arg in given if arg.annotation is None]
+            missing += ["return"] * (function.returns is None)
+            if missing:
+                broken.append((function.lineno, f"{function.name}: {', '.join(missing)}"))
+        self.none(broken)
+
+    def test_no_word_of_unfinished_work_is_left(self):
+        words = re.compile(r"\b(TODO|FIXME|XXX)\b")
+        self.none([(at, line.strip()) for at, line in enumerate(self.lines, 1)
+                   if words.search(line)])
+
+
+if __name__ == "__main__":
+    unittest.main()
