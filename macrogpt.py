@@ -201,7 +201,7 @@ class Config:
         "order of the chain, separated by commas")
     max_gen_tokens: int = _setting(180, "longest reply in tokens", 1, 100_000)
     # voice
-    recall_score: float = _setting(0.62, "match from which memory answers by itself", 0.0, 1.0)
+    recall_score: float = _setting(0.65, "match from which memory answers by itself", 0.0, 1.0)
     trust_bpc: float = _setting(2.3, "held-out bits per character from which the model speaks", 0.0)
     # bench
     bench_vocab: int = _setting(512, "vocabulary of the benchmark's model", 2, 1_000_000)
@@ -3557,7 +3557,7 @@ def _fits(entry: Entry, text: str, asked: Set[str],
     if entry.source in TOLD:
         if is_question(text):
             words = " ".join(document.lines)
-            yield Recall(0.9 * _coverage(asked, set(stems_of(words)), weights), entry,
+            yield Recall(_told_score(asked, set(stems_of(words)), weights), entry,
                          f'You said: "{words}"')
     elif document.is_exchange:
         turns = document.turns()
@@ -3582,16 +3582,34 @@ def _mass(stems: Iterable[str], weights: Dict[str, float]) -> float:
     return sum(weights[s] for s in stems)
 
 
+def _shared(a: Set[str], b: Set[str]) -> Set[str]:
+    """Return the stems of a that are in b, or begin one of b's or are begun by one (live, lives)."""
+    near = {s for s in a - b if len(s) >= 4 and any(
+        t.startswith(s) or (len(t) >= 4 and s.startswith(t)) for t in b)}
+    return (a & b) | near
+
+
 def _likeness(a: Set[str], b: Set[str], weights: Dict[str, float]) -> float:
     """Return the weighted Dice coefficient of two sets of stems, 0 to 1."""
     whole = _mass(a, weights) + _mass(b, weights)
-    return 2.0 * _mass(a & b, weights) / whole if whole else 0.0
+    both = _mass(_shared(a, b), weights) + _mass(_shared(b, a), weights)
+    return both / whole if whole else 0.0
 
 
 def _coverage(asked: Set[str], told: Set[str], weights: Dict[str, float]) -> float:
     """Return the share of the question's weight that a statement holds, 0 to 1."""
     whole = _mass(asked, weights)
-    return _mass(asked & told, weights) / whole if whole else 0.0
+    return _mass(_shared(asked, told), weights) / whole if whole else 0.0
+
+
+def _told_score(asked: Set[str], told: Set[str], weights: Dict[str, float]) -> float:
+    """Return how well a statement answers a question, 0 to 1.
+
+    A statement without the question's rarest word is about something else, and comes to at most ½.
+    """
+    covered = _coverage(asked, told, weights)
+    rarest = max(asked, key=lambda s: (weights[s], s), default="")
+    return 0.5 * covered + (0.5 if _shared({rarest}, told) else 0.0)
 
 
 def prompt_ids(tokenizer: EvolvingTokenizer, turns: Sequence[Tuple[str, str]], text: str,
@@ -4183,6 +4201,13 @@ A: Good night. I will keep your words.
 This file is yours. Write in it, one sentence a line.
 What you write here, I learn.
 """
+# imported, not run: Python keeps the compiled module, which spares 20 MB and 0.1 s at every start
+CHILD_CODE = """
+import importlib, os, sys
+folder, name = os.path.split(sys.argv[1])
+sys.path.insert(0, folder)
+sys.exit(importlib.import_module(os.path.splitext(name)[0]).trainer_main())
+"""
 BIG_ADDITION = 50
 NO_ORDER = (("force", False), ("steps", None), ("seconds", None))
 LEASE_SECONDS = 120.0
@@ -4420,8 +4445,8 @@ class Organism:
         while True:
             with self.changed:
                 if self.failed:
-                    raise TrainerError("the trainer failed again and again; see `stats` for its "
-                                       "life log, or run with --debug")
+                    raise TrainerError("; ".join(self.notices) or "the trainer failed again and again; "
+                                       "run with --debug to see why")
                 if self.read_once.is_set() and not self.at_work and not self._order["force"]:
                     return
                 self.changed.wait(0.1)
@@ -4440,6 +4465,11 @@ class Organism:
         watcher = asyncio.ensure_future(self._watch_corpus())
         try:
             await self.background_trainer()
+        except MacroGPTError as error:
+            self._tell(f"learning has ended: {error}")
+            with self.changed:
+                self.failed = True
+                self.changed.notify_all()
         finally:
             watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -4533,8 +4563,8 @@ class Organism:
         """Start a trainer and work with it until it is told to stop.  Raises when it dies."""
         debug = None if os.environ.get("MACROGPT_DEBUG") else asyncio.subprocess.DEVNULL
         child = await asyncio.create_subprocess_exec(
-            sys.executable, os.path.abspath(__file__), "trainer", stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE, stderr=debug, limit=1 << 20,
+            sys.executable, "-c", CHILD_CODE, os.path.abspath(__file__),
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=debug, limit=1 << 20,
             start_new_session=os.name == "posix")
         listener = asyncio.ensure_future(self._listen(child))
         self._child_text_version = 0
@@ -5611,12 +5641,12 @@ def run(argv: Sequence[str], terminal: Terminal) -> int:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run macrogpt with the words of a command line; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if list(argv) == ["trainer"]:
-        return trainer_main()
-    for stream in (sys.stdout, sys.stderr):
+    out, err = (stream or open(os.devnull, "w", encoding="utf-8")  # either may have been closed
+                for stream in (sys.stdout, sys.stderr))
+    for stream in (out, err):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    terminal = Terminal(sys.stdout, sys.stderr)
+    terminal = Terminal(out, err)
     for number in ENDING_SIGNALS[1:]:
         signal.signal(number, _raise_terminated)
     try:
@@ -5626,7 +5656,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except Terminated as error:
         return 128 + int(error.args[0])
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         return 0
     except Exception as error:
         if "--debug" in argv:

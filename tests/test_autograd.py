@@ -156,9 +156,14 @@ class GraphsDieWhenTheyAreDone(unittest.TestCase):
         y = m.added(x, m.dropout(m.causal_attention(qkv, (0, 3), 2), 0.2, 5))
         logits = m.linear(m.swiglu(m.added(qkv, qkv)), m.MatrixParam(self.engine, "w", 7, 6))
         loss, _ = m.cross_entropy(m.added(logits, m.linear(y, self.table)), [2, 3, -1])
-        nodes = [node for node in m._in_order(loss) if not isinstance(node, m.MatrixParam)]
-        self.assertGreater(len(nodes), 9)
-        return loss, [weakref.ref(node) for node in nodes if node is not loss]
+        found, todo = {}, list(loss.parents)
+        while todo:
+            node = todo.pop()
+            if id(node) not in found and not isinstance(node, m.MatrixParam):
+                found[id(node)] = weakref.ref(node)
+                todo.extend(node.parents)
+        self.assertGreater(len(found), 9)
+        return loss, list(found.values())
 
     def test_a_chain_of_100_000_nodes_is_differentiated_without_recursion(self):
         x = y = S(1.0)
@@ -166,6 +171,15 @@ class GraphsDieWhenTheyAreDone(unittest.TestCase):
             y = y + 1.0
         m.backward(y)
         self.assertEqual((y.data, x.grad), (100_001.0, 1.0))
+
+    def test_a_chain_that_is_never_differentiated_dies_without_recursion(self):
+        x = S(1.0)
+        y = x + 1.0
+        gone = weakref.ref(y)
+        for _ in range(100_000):
+            y = y + 1.0
+        del y
+        self.assertIsNone(gone())
 
     def test_after_backward_a_scalar_graph_is_gone_though_its_result_lives(self):
         x = S(2.0)
