@@ -72,8 +72,8 @@ from itertools import accumulate, repeat
 from math import dist, exp, log, sqrt
 from operator import add, itemgetter, mul
 from typing import (AbstractSet, Any, BinaryIO, Callable, Container, DefaultDict, Deque, Dict,
-                    FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, TextIO,
-                    Tuple, Union)
+                    FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set,
+                    TextIO, Tuple, Union)
 
 __version__ = "0.1.0"
 
@@ -174,7 +174,7 @@ class Config:
     min_new_chars_to_train: int = _setting(240, "characters said before a burst starts", 1)
     # adapters
     delta_rank: int = _setting(8, "rank R of a delta", 1, 1024)
-    max_delta_modules: int = _setting(12, "deltas kept before the oldest folds into the base", 1, 1000)
+    max_delta_modules: int = _setting(12, "deltas kept before the oldest is folded in", 1, 1000)
     delta_seal_chars: int = _setting(20_000, "new characters a delta takes before it is sealed", 1)
     # organism
     commit_seconds: float = _setting(20.0, "seconds between commits of the trainer", 0.1)
@@ -240,7 +240,8 @@ def _check_setting(f: "dataclasses.Field[Any]", value: Any) -> None:
                           f"{expected.__name__}; the default is {f.default!r}")
     if expected is str:
         if not value or "\0" in value:
-            raise ConfigError(f"{f.name}={value!r} is empty or has a NUL; the default is {f.default!r}")
+            raise ConfigError(f"{f.name}={value!r} is empty or has a NUL; "
+                              f"the default is {f.default!r}")
         return
     low, high = f.metadata["low"], f.metadata["high"]
     if not (low <= value <= high and math.isfinite(value)):
@@ -651,12 +652,13 @@ def _notices(tally: collections.Counter[str], encoding: str,
     return tuple(sentence for name, sentence in sentences.items() if tally[name])
 
 
-def read_corpus(path: AnyPath, max_lines: int = 8000,
-                max_line_chars: int = 240) -> Corpus:
+def read_corpus(path: AnyPath, max_lines: int = 8000, max_line_chars: int = 240,
+                should_stop: Callable[[], bool] = lambda: False) -> Corpus:
     """Return the documents of the text file at path, at most max_lines lines (or the last one).
 
     When it has more, half the room is for its newest documents and half for a stable sample of
-    the older ones. Raises CorpusError if there is no readable regular file. Streams in bounded
+    the older ones. Raises CorpusError if there is no readable regular file, or when should_stop
+    says to break off. Streams in bounded
     memory: 200 MB of 40-character lines took 8 s (28 s if each is a document of its own) and 4 MB
     (11 MB) on one slow core.
     """
@@ -668,6 +670,8 @@ def read_corpus(path: AnyPath, max_lines: int = 8000,
         # Taken before the first byte, so that a change while we read shows at the next look.
         stamp = _stamp_of(_regular_status(path, handle.fileno()))
         for document in documents_of(_clean_lines(handle, max_line_chars, tally)):
+            if should_stop():
+                raise CorpusError(f"{os.fspath(path)!r}: reading was broken off; start again")
             reservoir.add(document)
         total_bytes = handle.buffer.tell()
     documents, kept_all = reservoir.documents()
@@ -705,7 +709,7 @@ def changed_lines(old: Iterable[Document],
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
-# 2 · TOKENIZER — rows only append, so id 7 means the same text for ever   uses: 0
+# 2 · TOKENIZER — rows only append, so id 7 means the same text for ever   uses:
 # ──────────────────────────────────────────────────────────────────────────────────────
 # Byte-level byte-pair encoding that grows while it is in use. Text is cut into pre-tokens
 # (words, numbers, runs of signs or of space), each pre-token becomes its UTF-8 bytes, and
@@ -1564,7 +1568,8 @@ def map_rmsnorm_backward(g: array, out: array, inverse: array, dx: array, rows: 
                          dim: int) -> None:
     """Do what rmsnorm_backward does."""
     for r, (slopes, normed) in enumerate(zip(rows_of(g, dim), rows_of(out, dim))):
-        mean, factor, part = sum(map(mul, slopes, normed)) / dim, inverse[r], slice(r * dim, r * dim + dim)
+        mean, factor = sum(map(mul, slopes, normed)) / dim, inverse[r]
+        part = slice(r * dim, (r + 1) * dim)
         dx[part] = array(dx.typecode, [d + factor * (a - b * mean)
                                        for d, a, b in zip(dx[part], slopes, normed)])
 
@@ -1602,7 +1607,8 @@ def map_swiglu_forward(x: array, out: array, rows: int, dim: int) -> None:
 def map_swiglu_backward(g: array, x: array, dx: array, rows: int, dim: int) -> None:
     """Do what swiglu_backward does."""
     for r in range(rows):
-        gate, up = slice(2 * r * dim, (2 * r + 1) * dim), slice((2 * r + 1) * dim, 2 * (r + 1) * dim)
+        at = 2 * r * dim
+        gate, up = slice(at, at + dim), slice(at + dim, at + 2 * dim)
         slopes, gates = g[r * dim:(r + 1) * dim], x[gate]
         opened = _sigmoids(gates)
         dx[gate] = array(dx.typecode, [
@@ -2094,7 +2100,8 @@ def rope_angles(first_pos: int, rows: int, head_dim: int, base: float = 10_000.0
             for turn in (math.cos, math.sin)]
 
 
-def rope_rotate(x: VectorValue, first_pos: int, head_dim: int, base: float = 10_000.0) -> VectorValue:
+def rope_rotate(x: VectorValue, first_pos: int, head_dim: int,
+                base: float = 10_000.0) -> VectorValue:
     """Return x (T, C) with each head's pair (i, i+1) of row t turned by (first_pos+t)·base**(−i/D).
 
     Scores of turned queries and keys depend only on their distance.
@@ -2528,7 +2535,7 @@ def scheduled_rate(peak: float, done: float, warmup: float, shape: str = "linear
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
-# 9 · SAMPLING — the model proposes, a seeded die decides   uses: 0
+# 9 · SAMPLING — the model proposes, a seeded die decides   uses:
 # ──────────────────────────────────────────────────────────────────────────────────────
 # A model ends in one logit per token id; a reply needs one id. Between the two stands a chain of
 # small filters, each a pure function from candidates to candidates. Candidates are (logit, id)
@@ -2898,7 +2905,7 @@ class StopText:
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
-# 10 · TRAINING — one step, one window, one honest number   uses: 0 1 2 4 5 7 8
+# 10 · TRAINING — one step, one window, one honest number   uses: 2 5 6 7 8
 # ──────────────────────────────────────────────────────────────────────────────────────
 #
 # Documents become one stream of ids, with an end-of-text where a blank line stood; windows are cut
@@ -3097,7 +3104,8 @@ class Entry(NamedTuple):
     learned: bool
 
 
-ENTRY_COLUMNS = "e.id, e.source, e.key, e.text, e.told_at, e.closed, e.recall, e.held_out, e.learned"
+ENTRY_COLUMNS = ("e.id, e.source, e.key, e.text, e.told_at, e.closed, e.recall, e.held_out, "
+                 "e.learned")
 
 
 class Memory:
@@ -3236,7 +3244,8 @@ class Memory:
         """Store a document; one told again from the same source only becomes recent."""
         with self.transaction():
             self._rows("""
-                INSERT INTO entries(source, key, text, session_id, told_at, closed, recall, held_out)
+                INSERT INTO entries(source, key, text, session_id, told_at, closed, recall,
+                                    held_out)
                 VALUES (?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT(source, key) DO UPDATE SET told_at = excluded.told_at""",
                        source, document.key, document.text, session_id, self.clock(),
@@ -3251,7 +3260,8 @@ class Memory:
     def forget_entry(self, entry_id: int) -> None:
         """Remove one entry, and the message that it came from, for ever."""
         with self.transaction():
-            for source, text in self._rows("SELECT source, text FROM entries WHERE id = ?", entry_id):
+            found = self._rows("SELECT source, text FROM entries WHERE id = ?", entry_id)
+            for source, text in found:
                 words = [line.partition(" ")[2] for line in text.splitlines()]
                 for word in words if source != "corpus" else ():
                     self._rows("DELETE FROM messages WHERE role = 'owner' AND text = ?", word)
@@ -3281,7 +3291,7 @@ class Memory:
         return rows.get(1, 0), rows.get(0, 0)
 
     def hold_out(self, keys: Iterable[int], epoch: int) -> None:
-        """Keep documents from training for ever; they are known by the keys of their first lines."""
+        """Keep documents, known by the keys of their first lines, from training for ever."""
         with self.transaction():
             for key in keys:
                 self._rows("INSERT OR IGNORE INTO probes(key, epoch) VALUES (?, ?)", key, epoch)
@@ -3398,7 +3408,8 @@ class Memory:
     def life(self, count: int = 100) -> List[Dict[str, Any]]:
         """Return the newest events of the life log, oldest first."""
         rows = self._rows("SELECT at, event, detail FROM life ORDER BY id DESC LIMIT ?", count)
-        return [{"at": at, "event": event, **json.loads(detail)} for at, event, detail in rows[::-1]]
+        return [{"at": at, "event": event, **json.loads(detail)}
+                for at, event, detail in rows[::-1]]
 
     def counts(self) -> Dict[str, int]:
         """Return how many messages, sessions, entries and learned entries there are."""
@@ -3419,7 +3430,7 @@ class Memory:
     # the lease: one trainer for one file
 
     def take_lease(self, owner: str, seconds: float, alive: Callable[[str], bool]) -> bool:
-        """Return True and hold the trainer's place when it is free, ours, expired or its holder dead."""
+        """Return True, and hold the trainer's place, unless a living holder has it."""
         with self.transaction():
             held = self.setting("lease", {"owner": owner, "until": 0})
             if held["owner"] != owner and held["until"] > self.clock() and alive(held["owner"]):
@@ -3520,7 +3531,7 @@ class Recall(NamedTuple):
 
 
 def stems_of(text: str) -> List[str]:
-    """Return the first five letters of each word, folded; a word is any run of letters or digits."""
+    """Return the first five letters, folded, of each word: of each run of letters or digits."""
     folded = unicodedata.normalize("NFKD", text.casefold())
     bare = "".join(c for c in folded if not unicodedata.combining(c))
     return [word[:STEM_CHARS] for word in WORDS.findall(bare)]
@@ -3557,12 +3568,12 @@ def _fits(entry: Entry, text: str, asked: Set[str],
     if entry.source in TOLD:
         if is_question(text):
             words = " ".join(document.lines)
-            yield Recall(_told_score(asked, set(stems_of(words)), weights), entry,
+            yield Recall(_told_score(stems_of(text), set(stems_of(words)), weights), entry,
                          f'You said: "{words}"')
     elif document.is_exchange:
         turns = document.turns()
-        for (speaker, words), (_, answer) in zip(turns, turns[1:]):
-            if speaker == "H":
+        for (asker, words), (teller, answer) in zip(turns, turns[1:]):
+            if (asker, teller) == ("H", "A"):
                 yield Recall(_likeness(asked, set(stems_of(words)), weights), entry, answer)
     else:
         for line in document.lines:
@@ -3583,7 +3594,7 @@ def _mass(stems: Iterable[str], weights: Dict[str, float]) -> float:
 
 
 def _shared(a: Set[str], b: Set[str]) -> Set[str]:
-    """Return the stems of a that are in b, or begin one of b's or are begun by one (live, lives)."""
+    """Return the stems of a that are in b, or begin one of b's, or are begun by one."""
     near = {s for s in a - b if len(s) >= 4 and any(
         t.startswith(s) or (len(t) >= 4 and s.startswith(t)) for t in b)}
     return (a & b) | near
@@ -3602,14 +3613,15 @@ def _coverage(asked: Set[str], told: Set[str], weights: Dict[str, float]) -> flo
     return _mass(_shared(asked, told), weights) / whole if whole else 0.0
 
 
-def _told_score(asked: Set[str], told: Set[str], weights: Dict[str, float]) -> float:
+def _told_score(question: List[str], told: Set[str], weights: Dict[str, float]) -> float:
     """Return how well a statement answers a question, 0 to 1.
 
     A statement without the question's rarest word is about something else, and comes to at most ½.
+    The first word is left out of that: it says what is asked for, not what about.
     """
-    covered = _coverage(asked, told, weights)
-    rarest = max(asked, key=lambda s: (weights[s], s), default="")
-    return 0.5 * covered + (0.5 if _shared({rarest}, told) else 0.0)
+    rarest = max(question[1:] or question, key=lambda s: (weights[s], s), default="")
+    return (0.5 * _coverage(set(question), told, weights)
+            + (0.5 if _shared({rarest}, told) else 0.0))
 
 
 def prompt_ids(tokenizer: EvolvingTokenizer, turns: Sequence[Tuple[str, str]], text: str,
@@ -3625,7 +3637,7 @@ def prompt_ids(tokenizer: EvolvingTokenizer, turns: Sequence[Tuple[str, str]], t
         if 1 + len(earlier) + len(ids) > budget:
             break
         ids = earlier + ids
-    return [END_OF_TEXT] + ids[-(budget - 1):]
+    return [END_OF_TEXT] + ids[max(0, len(ids) - budget + 1):]
 
 
 def sampler_settings(config: Config) -> SamplerSettings:
@@ -3655,7 +3667,7 @@ def spoken(model: GPT, tokenizer: EvolvingTokenizer, ids: Sequence[int], config:
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
-# 13 · ORGANISM — the one thing here that changes by itself   uses: 0 1 2 4 7 8 10 11 12
+# 13 · ORGANISM — the one thing here that changes by itself   uses: 0 1 2 4 6 7 8 10 11 12
 # ──────────────────────────────────────────────────────────────────────────────────────
 #
 # Two processes. The parent talks, watches the corpus file, and is the one writer of the memory.
@@ -3670,7 +3682,8 @@ MAX_FRAME_BYTES = 1 << 30
 def pack_frame(message: Dict[str, Any], blobs: Dict[str, bytes]) -> bytes:
     """Return one message and its blobs as bytes: lengths, JSON, blobs."""
     head = json.dumps({**message, "blobs": [[name, len(b)] for name, b in blobs.items()]}).encode()
-    return FRAME_HEAD.pack(len(head), sum(map(len, blobs.values()))) + head + b"".join(blobs.values())
+    body = b"".join(blobs.values())
+    return FRAME_HEAD.pack(len(head), len(body)) + head + body
 
 
 def unpack_frame(head: bytes, body: bytes) -> Tuple[Dict[str, Any], Dict[str, bytes]]:
@@ -3989,7 +4002,8 @@ class Job:
         self.warming = student.growth.phase == "warmup"
         whole, growth = student.warmup_steps(), student.growth
         left = max(1, whole - growth.warmup_step)
-        self.steps = steps or (10 ** 9 if seconds else left if self.warming else self._burst_steps())
+        due = left if self.warming else self._burst_steps()
+        self.steps = steps or (10 ** 9 if seconds else due)
         self.behind = min(1.0, growth.warmup_step / whole) if self.warming else 0.0
         if not self.warming:
             student.begin_burst()
@@ -4162,8 +4176,8 @@ def trainer_main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(AttributeError, OSError):
         os.nice(10)
-    sink = sys.stdout.buffer
-    child = TrainerChild(sys.stdin.buffer, sink, choose_engine(os.environ.get("MACROGPT_ENGINE", "")))
+    engine = choose_engine(os.environ.get("MACROGPT_ENGINE", ""))
+    child = TrainerChild(sys.stdin.buffer, sys.stdout.buffer, engine)
     try:
         child.run()
     except BrokenPipeError:
@@ -4255,27 +4269,36 @@ class Organism:
             with open(path, "x", encoding="utf-8") as file:
                 file.write(FIRST_CORPUS)
         except OSError as error:
-            raise CorpusError(f"the corpus {path} is missing and cannot be written "
-                              f"({error.strerror}); make the folder writable or use --corpus") from None
+            raise CorpusError(
+                f"the corpus {path} is missing and cannot be written ({error.strerror}); make the "
+                f"folder writable or use --corpus") from None
         self.notices.append(f"{path} was missing: a small first one is there now")
 
     def take_in_corpus(self) -> bool:
-        """Read the corpus and remember what is new and what is gone; return whether anything was."""
+        """Read the corpus, remember what is new and gone, and return whether anything was.
+
+        A file that is as it was when it was last taken in is not read again.
+        """
         config, memory = self.config, self.memory
         self._stamp = file_stamp(config.corpus_path)
-        corpus = read_corpus(config.corpus_path, config.max_corpus_lines, config.max_line_chars)
+        seen = [os.path.abspath(config.corpus_path), config.max_corpus_lines, config.max_line_chars,
+                *(dataclasses.astuple(self._stamp) if self._stamp else ())]
+        if self._stamp is not None and memory.setting("corpus") == seen:
+            return False
+        corpus = read_corpus(config.corpus_path, config.max_corpus_lines, config.max_line_chars,
+                             lambda: self.stopping)
         added, gone = changes(memory.entry_keys("corpus"), corpus)
         self.notices.extend(corpus.notices if added else ())
-        if not added and not gone:
-            return False
         with memory.transaction():
             held = self._hold_out(added)
             memory.remove_entries("corpus", gone)
             for document in added:
                 memory.add_entry("corpus", document, held_out=document.key in held)
-            memory.log("corpus", added=len(added), removed=len(gone))
-        self._text_version += 1
-        return True
+            memory.set_setting("corpus", seen)
+            if added or gone:
+                memory.log("corpus", added=len(added), removed=len(gone))
+        self._text_version += bool(added or gone)
+        return bool(added or gone)
 
     def _hold_out(self, added: List[Document]) -> Set[int]:
         """Return the keys among the added that are never trained on.
@@ -4382,7 +4405,8 @@ class Organism:
             if piece:
                 yield piece
 
-    def _remember(self, text: str, source: str, session: Optional[int], recall: bool = True) -> None:
+    def _remember(self, text: str, source: str, session: Optional[int],
+                  recall: bool = True) -> None:
         lines = [piece for line in text.splitlines()
                  for piece in split_long_line(line, self.config.max_line_chars)]
         if lines:
@@ -4407,7 +4431,8 @@ class Organism:
 
     def _remember_exchange(self, asked: str, answer: str) -> None:
         limit = self.config.max_line_chars
-        lines = (clean_line(f"H: {' '.join(asked.split())}", limit), clean_line(f"A: {answer}", limit))
+        lines = tuple(clean_line(f"{marker}: {' '.join(words.split())}", limit)
+                      for marker, words in (("H", asked), ("A", answer)))
         self.memory.add_entry("approved", Document(lines, True))
         self._text_version += 1
         self._rouse()
@@ -4445,8 +4470,8 @@ class Organism:
         while True:
             with self.changed:
                 if self.failed:
-                    raise TrainerError("; ".join(self.notices) or "the trainer failed again and again; "
-                                       "run with --debug to see why")
+                    raise TrainerError("; ".join(self.notices) or
+                                       "the trainer failed again and again; see --debug")
                 if self.read_once.is_set() and not self.at_work and not self._order["force"]:
                     return
                 self.changed.wait(0.1)
@@ -4481,16 +4506,17 @@ class Organism:
         before: Optional[FileStamp] = None
         while not self.stopping:
             stamp = file_stamp(self.config.corpus_path)
-            at_rest = stamp == before or not self.read_once.is_set()
-            if stamp is not None and stamp != self._stamp and at_rest:
+            changed = stamp is not None and stamp != self._stamp
+            if changed and (stamp == before or not self.read_once.is_set()):
                 try:
                     await asyncio.to_thread(self.take_in_corpus)
                 except MacroGPTError as error:
                     self._tell(str(error))
+                changed = False
                 self._bell.set()
             before = stamp
             self.read_once.set()
-            await asyncio.sleep(self.config.tick_seconds)
+            await asyncio.sleep(0.1 if changed else self.config.tick_seconds)
 
     def _tell(self, notice: str) -> None:
         """Keep a notice for the owner's next prompt, once."""
@@ -4513,7 +4539,7 @@ class Organism:
         return None
 
     async def background_trainer(self) -> None:
-        """Supervise the trainer: start it when there is something to learn, restart it when it dies."""
+        """Start the trainer when there is something to learn; restart it when it dies."""
         failures = 0
         while not self.stopping:
             await self._rest(None if self.read_once.is_set() else 0.05)
@@ -4551,7 +4577,7 @@ class Organism:
             self.changed.notify_all()
 
     def _mourn(self, error: Exception, failures: int) -> None:
-        """Tell and log that the trainer died; after five deaths in a row, say that it is hopeless."""
+        """Tell and log that the trainer died; after five deaths in a row, call it hopeless."""
         self._tell(f"the trainer stopped ({error}); it starts again from the last commit")
         with contextlib.suppress(StoreError):
             self.memory.log("trainer died", error=str(error))
@@ -4564,7 +4590,7 @@ class Organism:
         debug = None if os.environ.get("MACROGPT_DEBUG") else asyncio.subprocess.DEVNULL
         child = await asyncio.create_subprocess_exec(
             sys.executable, "-c", CHILD_CODE, os.path.abspath(__file__),
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=debug, limit=1 << 20,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=debug,
             start_new_session=os.name == "posix")
         listener = asyncio.ensure_future(self._listen(child))
         self._child_text_version = 0
@@ -4600,7 +4626,8 @@ class Organism:
         elif self._child_text_version != self._text_version or (ordered and not self.at_work):
             self._child_text_version = self._text_version
             entries = self.memory.entries("1")
-            documents = [[e.key, e.text, e.closed, not e.learned] for e in entries if not e.held_out]
+            documents = [[e.key, e.text, e.closed, not e.learned]
+                         for e in entries if not e.held_out]
             held_out = "\n".join(e.text for e in entries if e.held_out)
             self._send(child, {"do": "text", "documents": documents, "held_out": held_out}, {})
             self._send(child, {"do": "learn", **job}, {})
@@ -4694,13 +4721,13 @@ def holder_alive(owner: str) -> bool:
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
-# 14 · INTERFACE — the only section that speaks to a terminal   uses: 0 1 2 3 4 7 8 9 10 11 12 13
+# 14 · INTERFACE — the only section that speaks to a terminal   uses: 0 1 2 4 7 8 9 10 11 12 13
 # ──────────────────────────────────────────────────────────────────────────────────────
 #
 # Replies and reports go to stdout; everything else goes to stderr. A table of commands, each a
 # function of an App; an owner's mistake is one line and an exit code.
 
-BANNER = "macrogpt {version} — {engine} engine, {params} parameters, {phase}. /help lists commands."
+BANNER = "macrogpt {version} — {engine} engine, {params} parameters, {phase}. /help for commands."
 HINT_LEAVE = "Ctrl+C again, Ctrl+D or /exit leaves."
 REPL_HELP: Tuple[Tuple[str, str], ...] = (
     ("/help", "this list"), ("/stats", "how large, how old, how good it is"),
@@ -4719,7 +4746,8 @@ class Terminal:
 
     def __init__(self, out: TextIO, err: TextIO, color: str = "auto", quiet: bool = False) -> None:
         self.out, self.err, self.quiet, self._status = out, err, quiet, ""
-        lively = err.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        lively = err.isatty() and not plain
         self.colored = color == "always" or (color == "auto" and lively)
 
     def say(self, text: str, end: str = "\n") -> None:
@@ -4826,7 +4854,8 @@ def check_shape(config: Config, memory: Memory) -> None:
     elif stored != wanted:
         name = next(n for n in wanted if stored.get(n) != wanted[n])
         raise ConfigError(f"{name}={wanted[name]}, but the organism in {config.db_path} was born "
-                          f"with {name}={stored.get(name)}; leave it so, or begin another with --db")
+                          f"with {name}={stored.get(name)}; leave it so, or begin another with "
+                          f"--db")
 
 
 def wake(app: App) -> Organism:
@@ -4838,7 +4867,7 @@ def wake(app: App) -> Organism:
         organism.read_once.set()
     else:
         organism.awake()
-        organism.read_once.wait(10.0)
+        organism.read_once.wait(0.5)  # a huge corpus is read on beside the first replies
     if app.options.wait_trained and not app.options.no_train:
         bar = ProgressBar(app.terminal)
         organism.wait_trained(lambda: bar.show(organism.progress))
@@ -5008,7 +5037,7 @@ def model_size(organism: Organism) -> Tuple[int, int]:
     """Return the counts of parameters and of vocabulary, of the model to be born if need be."""
     manifests, shape = organism.memory.manifests(), Shape.of(organism.config)
     if "base" in manifests:
-        parts = [manifests[name] for name in manifests if name == "base" or name.startswith("delta")]
+        parts = [manifests[name] for name in ("base", *delta_names(manifests))]
         return (sum(rows * dim for part in parts for _, rows, dim in part),
                 next(rows for name, rows, _ in manifests["base"] if name == "embedding"))
     dim, hidden = shape.n_embd, shape.n_ff
@@ -5292,13 +5321,13 @@ def stats_facts(app: App) -> Dict[str, Any]:
         "layers": {"base": "base" in names, "deltas": len(delta_names(names)),
                    "max_deltas": app.config.max_delta_modules},
         **dataclasses.asdict(growth), "memory": memory.counts(),
-        "file_bytes": os.path.getsize(app.config.db_path) if os.path.exists(app.config.db_path) else 0,
+        "file_bytes": os.path.getsize(app.config.db_path),
         "waiting_chars": dict(zip(("corpus", "said"), memory.unlearned_chars())),
         "progress": memory.progress(), "life": memory.life(20)}
 
 
 def stats_lines(facts: Dict[str, Any]) -> List[str]:
-    """Return the facts as lines for people, with the held-out loss over its life as a small plot."""
+    """Return the facts as lines for people, with a small plot of the held-out loss over life."""
     memory, shape = facts["memory"], facts["shape"]
     bpc = "not measured yet" if facts["bpc"] is None else f"{facts['bpc']:.3f} bits per character"
     lines = [
@@ -5322,7 +5351,8 @@ def stats_lines(facts: Dict[str, Any]) -> List[str]:
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
     """Return the values as a row of small bars, thinned to width."""
-    thinned = [values[i * len(values) // width] for i in range(width)] if len(values) > width else values
+    count = min(width, len(values))
+    thinned = [values[i * len(values) // count] for i in range(count)]
     low, high = min(thinned), max(thinned)
     return "".join("▁▂▃▄▅▆▇█"[int((v - low) / (high - low or 1) * 7.999)] for v in thinned)
 
@@ -5337,7 +5367,7 @@ def command_stats(app: App, words: List[str]) -> int:
 def command_eval(app: App, words: List[str]) -> int:
     """Measure the model on a text file, in bits per character; learn nothing."""
     if len(words) != 1:
-        raise UsageError(f"eval takes one file, found {len(words)} words; for example: eval held.txt")
+        raise UsageError(f"eval takes one file, found {len(words)}; for example: eval held.txt")
     text = read_text(words[0])
     if not text:
         raise CorpusError(f"{words[0]} is empty: there is nothing to predict; name a text file")
@@ -5352,7 +5382,8 @@ def command_eval(app: App, words: List[str]) -> int:
     # the voice predicts with the GPT alone as yet, and does not learn while it reads
     facts = {"characters": len(text), "tokens": len(ids) - 1, "gpt_bpc": bpc, "voice_bpc": bpc,
              "voice_adaptive_bpc": None}
-    app.report(facts, [f"{len(text)} characters, {len(ids) - 1} tokens: {bpc:.4f} bits per character"])
+    app.report(facts, [f"{len(text)} characters, {len(ids) - 1} tokens: "
+                       f"{bpc:.4f} bits per character"])
     return 0
 
 
@@ -5381,7 +5412,8 @@ def doctor_checks(app: App) -> Iterator[Tuple[str, bool, str]]:
     corpus = app.config.corpus_path
     try:
         facts = read_corpus(corpus, app.config.max_corpus_lines, app.config.max_line_chars)
-        yield "corpus", True, f"{corpus}: {facts.total_lines} lines, {len(facts.documents)} documents"
+        size = f"{facts.total_lines} lines, {len(facts.documents)} documents"
+        yield "corpus", True, f"{corpus}: {size}"
     except CorpusError as error:
         yield "corpus", not os.path.lexists(corpus) and corpus == Config.corpus_path, str(error)
     yield from _store_checks(app)
@@ -5410,7 +5442,7 @@ def _store_checks(app: App) -> Iterator[Tuple[str, bool, str]]:
 def command_bench(app: App, words: List[str]) -> int:
     """Measure this machine: training, generation, start-up, first reply, memory search."""
     if words:
-        raise UsageError(f"bench takes no words, found {words[0]!r}; set sizes with --set FIELD=VALUE")
+        raise UsageError(f"bench takes no words, found {words[0]!r}; sizes are set with --set")
     config, engine = app.config, choose_engine(os.environ.get("MACROGPT_ENGINE", ""))
     app.terminal.note("measuring; leave the machine alone for a while")
     facts = {"config": dataclasses.asdict(config), "peak_gflops": None,
@@ -5471,7 +5503,7 @@ def bench_sum_map_mul() -> float:
 
 
 def bench_process(config: Config) -> Dict[str, Any]:
-    """Return seconds from start to the first reply of a newborn, and to the end of an empty chat."""
+    """Return the seconds of an empty chat, and from the start of a newborn to its first reply."""
     with tempfile.TemporaryDirectory() as folder:
         corpus = os.path.abspath(config.corpus_path)
         if not os.path.exists(corpus):
@@ -5515,18 +5547,19 @@ def bench_search(config: Config) -> Dict[str, Any]:
 
 def bench_lines(facts: Dict[str, Any]) -> List[str]:
     """Return the measurements as a table."""
-    rows = [("engine", "training tokens/s", "(median)", "generated tokens/s", "(median)", "GFLOP/s")]
+    rows = [("engine", "training tokens/s", "median", "generated tokens/s", "median", "GFLOP/s")]
+    speeds = ("train_tokens_per_s", "train_tokens_per_s_median", "generate_tokens_per_s",
+              "generate_tokens_per_s_median")
     for name, e in facts["engines"].items():
-        rows.append((name, f"{e['train_tokens_per_s']:.0f}", f"{e['train_tokens_per_s_median']:.0f}",
-                     f"{e['generate_tokens_per_s']:.0f}", f"{e['generate_tokens_per_s_median']:.0f}",
-                     f"{e['gflops']:.2f}"))
+        rows.append((name, *(f"{e[speed]:.0f}" for speed in speeds), f"{e['gflops']:.2f}"))
     lines = ["  ".join(f"{cell:>18}" for cell in row) for row in rows]
     for name, e in facts["engines"].items():
         if e["train_exchanges_tokens_per_s"]:
             lines.append(f"{name}: exchanges of 70 tokens {e['train_exchanges_tokens_per_s']:.0f} "
                          f"tokens/s; generation over half a window "
                          f"{e['generate_half_window_tokens_per_s']:.0f} tokens/s")
-    lines.append(f"sum(map(mul, a, b)) {facts['multiply_add_ns']['sum_map_mul']:.1f} ns a multiply-add")
+    pace = facts["multiply_add_ns"]["sum_map_mul"]
+    lines.append(f"sum(map(mul, a, b)) {pace:.1f} ns a multiply-add")
     lines.append(f"an empty chat {facts['startup_s']:.2f} s, first reply of a newborn "
                  f"{facts['first_reply_s']:.2f} s, search among 10,000 entries "
                  f"{facts['search_10000_ms']:.1f} ms")
@@ -5662,8 +5695,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if "--debug" in argv:
             raise
         if not isinstance(error, MacroGPTError):
-            error = MacroGPTError(f"something unexpected happened ({type(error).__name__}: {error}); "
-                                  f"run again with --debug and report what it shows")
+            error = MacroGPTError(f"something unexpected happened ({type(error).__name__}: "
+                                  f"{error}); run again with --debug and report what it shows")
         return _tell_error(terminal, error)
 
 
