@@ -210,14 +210,13 @@ class Config:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             _check_setting(f, getattr(self, f.name))
-        if self.n_embd % self.n_head:
-            raise ConfigError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}; "
-                              f"try {self.n_embd + self.n_head - self.n_embd % self.n_head}")
+        pairs = 2 * self.n_head
+        if self.n_embd % pairs:
+            raise ConfigError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head} and "
+                              f"leave an even width for RoPE's pairs; try n_embd="
+                              f"{self.n_embd + pairs - self.n_embd % pairs}")
         if self.schedule not in ("linear", "cosine"):
             raise ConfigError(f"schedule={self.schedule!r} is not known; use linear or cosine")
-        if self.n_embd // self.n_head % 2:
-            raise ConfigError(f"n_embd/n_head is {self.n_embd // self.n_head} and must be even for "
-                              f"RoPE's pairs; try n_embd={self.n_embd + self.n_head}")
 
     @property
     def ff_width(self) -> int:
@@ -244,7 +243,7 @@ def _check_setting(f: "dataclasses.Field[Any]", value: Any) -> None:
                               f"the default is {f.default!r}")
         return
     low, high = f.metadata["low"], f.metadata["high"]
-    if not (low <= value <= high and math.isfinite(value)):
+    if not (low <= value <= high and abs(value) < math.inf):
         raise ConfigError(f"{f.name}={value!r} is out of range: expected {_range_text(low, high)} "
                           f"({f.metadata['doc']}); the default is {f.default!r}")
 
@@ -1395,6 +1394,11 @@ class PackedMatrix:
         return pack_tuples(rows_of(self.data, self.shape[1]))
 
     @functools.cached_property
+    def is_finite(self) -> bool:
+        """Whether every weight is a number that fixed point can hold."""
+        return math.isfinite(sum(self.data))
+
+    @functools.cached_property
     def lanes(self) -> Tuple[List[int], float]:
         """The columns as big ints, and the weight of one unit."""
         bits = 32 - self.shape[1].bit_length()  # 30 more are the vector's, and one is the sign
@@ -1524,7 +1528,7 @@ def dist_matmul_nt(x: array, w: Union[array, PackedMatrix], out: array, rows: in
                    cols: int) -> None:
     """Do what matmul_nt does; w may come packed."""
     packed = w if isinstance(w, PackedMatrix) else PackedMatrix(w, cols, inner)
-    if rows == 1 and packed is w and math.isfinite(sum(x)):
+    if rows == 1 and packed is w and cols and math.isfinite(sum(x)) and packed.is_finite:
         out[:] = array(out.typecode, packed.times(x))
         return
     for r, row in enumerate(dots(pack_rows(x, rows, inner), packed.tuples)):
@@ -1622,7 +1626,7 @@ def dist_attention_forward(qkv: array, out: array, lse: array, starts: Sequence[
                            segments: int, heads: int, width: int) -> None:
     """Do what attention_forward does, one head of one segment at a time."""
     dim = heads * width
-    for first, last in zip(starts, starts[1:]):
+    for first, last in _filled(starts):
         for h in range(heads):
             q, k, v = (_head_rows(qkv, first, last, 3 * dim, part * dim + h * width, width)
                        for part in range(3))
@@ -1639,7 +1643,7 @@ def dist_attention_backward(g: array, qkv: array, out: array, lse: array, dqkv: 
                             width: int) -> None:
     """Do what attention_backward does, one head of one segment at a time."""
     dim, scale = heads * width, 1.0 / sqrt(width)
-    for first, last in zip(starts, starts[1:]):
+    for first, last in _filled(starts):
         for h in range(heads):
             size, at = last - first, h * width
             q, k, v = (_head_rows(qkv, first, last, 3 * dim, part * dim + at, width)
@@ -1658,6 +1662,11 @@ def dist_attention_backward(g: array, qkv: array, out: array, lse: array, dqkv: 
             for part, left, right in ((0, slopes, k), (1, falls, q), (2, spread, dy)):
                 moved = dots(pack_tuples(left), pack_tuples(list(zip(*right))))
                 _add_head_rows(dqkv, moved, first, 3 * dim, part * dim + at, width)
+
+
+def _filled(starts: Sequence[int]) -> List[Tuple[int, int]]:
+    """Return the first and last row of every segment that has rows."""
+    return [(first, last) for first, last in zip(starts, starts[1:]) if first < last]
 
 
 def _head_rows(data: array, first: int, last: int, stride: int, at: int,
@@ -2117,7 +2126,7 @@ def rope_turned(x: VectorValue, angles: array, head_dim: int, turned: int) -> Ve
     So queries and keys turn while the values beside them stay.  Raises ValueError.
     """
     engine, rows, dim = x.engine, x.rows, x.dim
-    if turned % head_dim or len(angles) != rows * head_dim:
+    if turned > dim or turned % head_dim or len(angles) != rows * head_dim:
         raise ValueError(f"{turned} channels and {len(angles)} angles do not fit {rows} rows of "
                          f"heads of width {head_dim}")
     out = VectorValue(engine, rows, dim)
@@ -2961,13 +2970,12 @@ class TextPool:
 
     def _window(self, fresh: bool, rng: random.Random) -> List[int]:
         stream, deal = self.fresh if fresh else self.stream, self._deals[fresh]
-        if not deal:
-            last = max(1, len(stream) - self.block_size)
-            first = rng.randrange(min(self.block_size, last))
-            deal.extend(range(first, last, self.block_size))
+        if not deal:  # the first window begins before the text, so that its edges count in full
+            first = -rng.randrange(min(self.block_size, len(stream) - 1))
+            deal.extend(range(first, len(stream) - 1, self.block_size))
             rng.shuffle(deal)
         start = deal.pop()
-        return list(stream[start:start + self.block_size + 1])
+        return list(stream[max(0, start):start + self.block_size + 1])
 
 
 class StepReport(NamedTuple):
@@ -3005,6 +3013,8 @@ def scored_nats(model: GPT, ids: Sequence[int], stride: int, batch: int = 4) -> 
     Windows of block_size ids overlap so that every id but the first few is predicted from at least
     block_size − stride ids before it; each id is scored once.
     """
+    if len(ids) < 2:
+        return
     block = model.shape.block_size
     starts = [0, *range(stride, max(stride, len(ids) - 1 - block + stride), stride)]
     for first in range(0, len(starts), batch):
@@ -3018,7 +3028,8 @@ def scored_nats(model: GPT, ids: Sequence[int], stride: int, batch: int = 4) -> 
             targets += [-1] * context + part[1 + context:]
             bounds.append(len(inputs))
         with model.engine.no_grad():
-            yield sum(cross_entropy(model.logits(inputs, bounds), targets)[1])
+            nats = sum(cross_entropy(model.logits(inputs, bounds), targets)[1])
+        yield nats
 
 
 def bits_per_character(model: GPT, ids: Sequence[int], characters: int, stride: int) -> float:
@@ -3048,6 +3059,7 @@ MIGRATIONS: Tuple[str, ...] = (
     CREATE INDEX messages_of_session ON messages(session_id, id);
     CREATE TABLE entries (
         id INTEGER PRIMARY KEY, source TEXT NOT NULL, key INTEGER NOT NULL, text TEXT NOT NULL,
+        words TEXT NOT NULL,
         session_id INTEGER REFERENCES sessions(id), told_at REAL NOT NULL,
         closed INTEGER NOT NULL DEFAULT 1, recall INTEGER NOT NULL DEFAULT 1,
         held_out INTEGER NOT NULL DEFAULT 0, learned INTEGER NOT NULL DEFAULT 0,
@@ -3070,16 +3082,28 @@ MIGRATIONS: Tuple[str, ...] = (
 
 FULL_TEXT = """
     CREATE VIRTUAL TABLE IF NOT EXISTS entries_fts USING fts5(
-        text, content='entries', content_rowid='id', tokenize='unicode61 remove_diacritics 2');
+        words, content='entries', content_rowid='id',
+        tokenize="unicode61 remove_diacritics 0 tokenchars '_'");
     CREATE VIRTUAL TABLE IF NOT EXISTS entries_words USING fts5vocab('entries_fts', 'row');
     CREATE TRIGGER IF NOT EXISTS entries_added AFTER INSERT ON entries BEGIN
-        INSERT INTO entries_fts(rowid, text) VALUES (new.id, new.text); END;
+        INSERT INTO entries_fts(rowid, words) VALUES (new.id, new.words); END;
     CREATE TRIGGER IF NOT EXISTS entries_removed AFTER DELETE ON entries BEGIN
-        INSERT INTO entries_fts(entries_fts, rowid, text) VALUES ('delete', old.id, old.text); END;
-    CREATE TRIGGER IF NOT EXISTS entries_changed AFTER UPDATE OF text ON entries BEGIN
-        INSERT INTO entries_fts(entries_fts, rowid, text) VALUES ('delete', old.id, old.text);
-        INSERT INTO entries_fts(rowid, text) VALUES (new.id, new.text); END;
+        INSERT INTO entries_fts(entries_fts, rowid, words)
+        VALUES ('delete', old.id, old.words); END;
+    CREATE TRIGGER IF NOT EXISTS entries_changed AFTER UPDATE OF words ON entries BEGIN
+        INSERT INTO entries_fts(entries_fts, rowid, words) VALUES ('delete', old.id, old.words);
+        INSERT INTO entries_fts(rowid, words) VALUES (new.id, new.words); END;
 """
+
+
+MAX_QUERY_STEMS = 64  # a longer text is searched for by its first words
+WORDS = re.compile(r"\w+")
+
+
+def folded_words(text: str) -> List[str]:
+    """Return the words of a text, its runs of letters and digits, without case and accents."""
+    folded = unicodedata.normalize("NFKD", text.casefold())
+    return WORDS.findall("".join(c for c in folded if not unicodedata.combining(c)))
 
 
 class Layer(NamedTuple):
@@ -3118,10 +3142,14 @@ class Memory:
         try:
             _create_private(path)
             self._db = _connect(path)
-            with self.transaction():
-                self._migrate()
         except (OSError, sqlite3.Error) as error:
             raise StoreError(_store_trouble(path, error)) from error
+        try:
+            with self.transaction():
+                self._migrate()
+        except BaseException:
+            self.close()
+            raise
 
     def _migrate(self) -> None:
         """Bring the file to the newest schema; each migration runs once, in order."""
@@ -3244,11 +3272,12 @@ class Memory:
         """Store a document; one told again from the same source only becomes recent."""
         with self.transaction():
             self._rows("""
-                INSERT INTO entries(source, key, text, session_id, told_at, closed, recall,
+                INSERT INTO entries(source, key, text, words, session_id, told_at, closed, recall,
                                     held_out)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT(source, key) DO UPDATE SET told_at = excluded.told_at""",
-                       source, document.key, document.text, session_id, self.clock(),
+                       source, document.key, document.text,
+                       " " + " ".join(folded_words(document.text)), session_id, self.clock(),
                        int(document.closed), int(recall), int(held_out))
 
     def remove_entries(self, source: str, keys: Iterable[int]) -> None:
@@ -3262,9 +3291,9 @@ class Memory:
         with self.transaction():
             found = self._rows("SELECT source, text FROM entries WHERE id = ?", entry_id)
             for source, text in found:
-                words = [line.partition(" ")[2] for line in text.splitlines()]
-                for word in words if source != "corpus" else ():
-                    self._rows("DELETE FROM messages WHERE role = 'owner' AND text = ?", word)
+                if source != "corpus":
+                    self._rows("DELETE FROM messages WHERE role = 'owner' "
+                               "AND trim(text) = trim(?, ?)", text, " \n")
             self._rows("DELETE FROM entries WHERE id = ?", entry_id)
 
     def entry_keys(self, source: str) -> Set[int]:
@@ -3302,6 +3331,7 @@ class Memory:
 
     def candidates(self, stems: Sequence[str], limit: int = 200) -> List[Entry]:
         """Return entries that hold any word beginning with any of the stems, best first."""
+        stems = [stem.replace("\0", "") for stem in stems[:MAX_QUERY_STEMS]]
         if not stems:
             return []
         if self.has_fts:
@@ -3310,10 +3340,10 @@ class Memory:
                 SELECT {ENTRY_COLUMNS} FROM entries_fts f JOIN entries e ON e.id = f.rowid
                 WHERE entries_fts MATCH ? AND e.recall ORDER BY rank LIMIT ?""", query, limit)
         else:
-            anyone = " OR ".join("e.text LIKE ? ESCAPE '\\'" for _ in stems)
+            anyone = " OR ".join("e.words LIKE ? ESCAPE '\\'" for _ in stems)
             rows = self._rows(f"""
                 SELECT {ENTRY_COLUMNS} FROM entries e WHERE ({anyone}) AND e.recall
-                ORDER BY e.id DESC LIMIT ?""", *(f"%{_like(s)}%" for s in stems), limit)
+                ORDER BY e.id DESC LIMIT ?""", *(f"% {_like(s)}%" for s in stems), limit)
         return [_entry(row) for row in rows]
 
     def entry_count(self) -> int:
@@ -3325,8 +3355,8 @@ class Memory:
         if self.has_fts:
             return self._one("SELECT coalesce(sum(doc), 0) FROM entries_words "
                              "WHERE term >= ? AND term < ?", stem, stem + "\U0010ffff")
-        return self._one("SELECT count(*) FROM entries WHERE text LIKE ? ESCAPE '\\'",
-                         f"%{_like(stem)}%")
+        return self._one("SELECT count(*) FROM entries WHERE words LIKE ? ESCAPE '\\'",
+                         f"% {_like(stem)}%")
 
     # layers, settings, progress, life
 
@@ -3359,7 +3389,11 @@ class Memory:
                 raise StoreError(f"layer {name!r} in {self.path} is damaged: its checksum is "
                                  f"{zlib.crc32(data)}, expected {checksum}; restore the file "
                                  f"from a copy")
-            found[name] = Layer(json.loads(manifest), bytes(data), bool(sealed))
+            try:
+                found[name] = Layer(json.loads(manifest), bytes(data), bool(sealed))
+            except ValueError as error:
+                raise StoreError(f"layer {name!r} in {self.path} has a damaged manifest ({error}); "
+                                 f"restore the file from a copy") from None
         return found
 
     def remove_layers(self, names: Iterable[str]) -> None:
@@ -3448,8 +3482,12 @@ class Memory:
 def _connect(path: str) -> sqlite3.Connection:
     """Return a connection for all threads, with explicit transactions that reach the disk."""
     db = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
-    db.execute("PRAGMA foreign_keys = ON")
-    db.execute("PRAGMA synchronous = FULL")
+    try:
+        db.execute("PRAGMA foreign_keys = ON")
+        db.execute("PRAGMA synchronous = FULL")
+    except BaseException:
+        db.close()
+        raise
     return db
 
 
@@ -3482,6 +3520,7 @@ def _store_trouble(path: str, error: Exception) -> str:
     """Return one line that says what is wrong with the file and what to do."""
     remedies = (("not a database", "it is some other file: choose another --db"),
                 ("malformed", "it is damaged: restore it from a copy, or choose another --db"),
+                ("No such file", "check that its folder exists, or use --db"),
                 ("unable to open", "check that its folder exists and may be written, or use --db"),
                 ("readonly", "make it and its folder writable, or use --db"),
                 ("read-only", "make it and its folder writable, or use --db"),
@@ -3510,7 +3549,6 @@ KEPT_REPLY = "I will keep that."
 TOLD = ("chat", "taught")
 STEM_CHARS = 5
 WEAK_SCORE = 0.45
-WORDS = re.compile(r"\w+")
 
 
 class Reply(NamedTuple):
@@ -3532,9 +3570,7 @@ class Recall(NamedTuple):
 
 def stems_of(text: str) -> List[str]:
     """Return the first five letters, folded, of each word: of each run of letters or digits."""
-    folded = unicodedata.normalize("NFKD", text.casefold())
-    bare = "".join(c for c in folded if not unicodedata.combining(c))
-    return [word[:STEM_CHARS] for word in WORDS.findall(bare)]
+    return [word[:STEM_CHARS] for word in folded_words(text)]
 
 
 def is_question(text: str) -> bool:
@@ -4004,7 +4040,8 @@ class Job:
         left = max(1, whole - growth.warmup_step)
         due = left if self.warming else self._burst_steps()
         self.steps = steps or (10 ** 9 if seconds else due)
-        self.behind = min(1.0, growth.warmup_step / whole) if self.warming else 0.0
+        done = growth.warmup_step / whole
+        self.behind = done if self.warming and done < 1.0 else 0.0
         if not self.warming:
             student.begin_burst()
 
@@ -4021,12 +4058,14 @@ class Job:
             return 0
         return max(1, round(self.student.batch() * (1.0 - self.student.config.replay_share)))
 
+    def spent(self) -> float:
+        """Return how much of this job is behind, 0 to 1."""
+        by_clock = (self.clock() - self.began) / self.seconds if self.seconds else 0.0
+        return min(1.0, max(self.done_steps / self.steps, by_clock))
+
     def share(self) -> float:
         """Return how much of the whole schedule is behind, 0 to 1."""
-        spent = self.done_steps / self.steps
-        if self.seconds:
-            spent = max(spent, (self.clock() - self.began) / self.seconds)
-        return min(1.0, self.behind + (1.0 - self.behind) * spent)
+        return self.behind + (1.0 - self.behind) * self.spent()
 
     def rate(self) -> float:
         """Return the learning rate of the next step."""
@@ -4046,7 +4085,7 @@ class Job:
         """Return whether the job is through; the held-out loss may end a warm-up early."""
         due = self.done_steps % self.student.config.eval_steps == 0
         tired = self.warming and due and self.student.note_warmup() and not self.explicit
-        return tired or self.done_steps >= self.steps or self.share() >= 1.0
+        return tired or self.spent() >= 1.0
 
     def close(self) -> List[int]:
         """Settle what was learned; return the keys of the documents that count as learned."""
@@ -4940,8 +4979,9 @@ def _chat_piped(app: App) -> int:
             app.notices()
         except EOFError:
             break
-        except MacroGPTError as error:
-            code = _tell_error(app.terminal, error)
+        except MacroGPTError as error:  # only words that could not be kept spoil the end
+            code = max(code, int(isinstance(error, StoreError)))
+            _tell_error(app.terminal, error)
             app.terminal.say("")
     return code
 

@@ -61,7 +61,8 @@ class KernelCase(unittest.TestCase):
             if isinstance(a, array):
                 size = 1e-30 + (largest(b) if scale is None else scale)
                 self.assertTrue(all(map(math.isfinite, b)), f"{name}: argument {i} overflows")
-                self.assert_near(a, b, CLOSE[typecode] * size, f"{name}, {typecode}, argument {i}, {args[-6:]}")
+                hint = f"{name}, {typecode}, argument {i}, {args[-6:]}"
+                self.assert_near(a, b, CLOSE[typecode] * size, hint)
 
 
 class EveryTwinDoesWhatItsKernelDoes(KernelCase):
@@ -197,7 +198,8 @@ class EveryTwinDoesWhatItsKernelDoes(KernelCase):
             rng = random.Random(13)
             for heads, width, starts in self.attention_cases(rng):
                 rows, dim = starts[-1], heads * width
-                qkv = array(typecode, [rng.choice((-100.0, 100.0, 50.0)) for _ in range(rows * 3 * dim)])
+                qkv = array(typecode, [rng.choice((-100.0, 100.0, 50.0))
+                                       for _ in range(rows * 3 * dim)])
                 out, lse = numbers(rng, typecode, rows * dim), numbers(rng, typecode, rows * heads)
                 self.compare("attention_forward", typecode,
                              (qkv, out, lse, starts, len(starts) - 1, heads, width))
@@ -267,7 +269,8 @@ class KernelsKnowTheAnswersWorkedOutByHand(KernelCase):
 
     def test_dot(self):
         for engine in self.engines:
-            self.assertEqual(engine.dot(engine.buffer_of([1, 2, 9]), engine.buffer_of([3, 4, 9]), 2), 11)
+            x, y = engine.buffer_of([1, 2, 9]), engine.buffer_of([3, 4, 9])
+            self.assertEqual(engine.dot(x, y, 2), 11)
 
     def test_scatter_sums_what_falls_on_one_row(self):
         for engine in self.engines:
@@ -305,7 +308,8 @@ class KernelsKnowTheAnswersWorkedOutByHand(KernelCase):
 
     def test_huge_logits_neither_overflow_nor_leave_the_probabilities(self):
         for engine in self.engines:
-            logits, lse, losses = engine.buffer_of([1e4, -1e4, 0.0]), engine.buffer(1), engine.buffer(1)
+            logits = engine.buffer_of([1e4, -1e4, 0.0])
+            lse, losses = engine.buffer(1), engine.buffer(1)
             for target, loss, slope in ((0, 0.0, [0, 0, 0]), (1, 2e4, [1, -1, 0])):
                 engine.cross_entropy_forward(logits, whole([target]), lse, losses, 1, 3)
                 self.assert_near(losses, [loss], 1e-2)
@@ -400,7 +404,8 @@ class PackedMatrixIsTheMatrix(KernelCase):
         rng = random.Random(31)
         for dim in (8, 72, 192):
             weights, x = numbers(rng, "f", 40 * dim), numbers(rng, "f", dim)
-            exact = [math.fsum(map(float.__mul__, weights[r * dim:(r + 1) * dim], x)) for r in range(40)]
+            exact = [math.fsum(map(float.__mul__, weights[r * dim:(r + 1) * dim], x))
+                     for r in range(40)]
             found = m.PackedMatrix(weights, 40, dim).times(x)
             self.assert_near(list(found), exact, 2e-7 * largest(exact), dim)
 
@@ -413,10 +418,20 @@ class PackedMatrixIsTheMatrix(KernelCase):
                     self.assert_near(found, [sign * dim] * rows, 1e-6 * dim)
 
     def test_negative_lanes_do_not_disturb_their_neighbours(self):
-        for pattern in ((1, -1, 1, -1), (-1, -1, -1, -1), (-1, 0, 0, 1), (0, -1, 0, 0), (1, 0, 0, -1)):
+        for pattern in ((1, -1, 1, -1), (-1, -1, -1, -1), (-1, 0, 0, 1), (0, -1, 0, 0),
+                        (1, 0, 0, -1)):
             for x in (3.0, -3.0):
                 found = list(m.PackedMatrix(array("f", pattern), 4, 1).times([x]))
                 self.assert_near(found, [x * p for p in pattern], 1e-6)
+
+    def test_whole_weights_come_out_whole_beside_negative_ones(self):
+        rng = random.Random(32)
+        for _ in range(50):  # the largest is 2**31, so that one unit of the fixed point is 1
+            weights = [-2.0 ** 31, *(float(rng.randint(-9, 9)) for _ in range(12))]
+            rng.shuffle(weights)
+            for x in (1.0, -1.0):
+                found = list(m.PackedMatrix(array("d", weights), 13, 1).times([x]))
+                self.assert_near(found, [x * w for w in weights], 1e-6)
 
     def test_zeros_give_zeros(self):
         zeros = m.PackedMatrix(array("f", [0.0] * 12), 4, 3)
@@ -427,7 +442,8 @@ class PackedMatrixIsTheMatrix(KernelCase):
     def test_a_matrix_without_rows_has_an_empty_product(self):
         engine = m.interpreted_engine()
         out = engine.buffer(0)
-        engine.matmul_nt(engine.buffer_of([1, 2]), engine.pack(engine.buffer(0), 0, 2), out, 1, 2, 0)
+        packed = engine.pack(engine.buffer(0), 0, 2)
+        engine.matmul_nt(engine.buffer_of([1, 2]), packed, out, 1, 2, 0)
         self.assertEqual(len(out), 0)
 
     def test_a_vector_that_is_not_finite_gives_numbers_that_are_not_finite(self):
@@ -481,11 +497,11 @@ class CachesRememberTheNewestSlots(KernelCase):
     def test_a_large_value_leaves_no_trace_once_it_is_written_over(self):
         cache = m.TupleCache(m.interpreted_engine("d"), 4, 1, 1)
         for position in range(40):
-            value = 1e3 if position == 5 else 1.0
+            value = 1234.567 if position % 13 == 5 and position < 33 else 0.1
             cache.write(position % 4, array("d", [0.0]), array("d", [value]))
         out = array("d", [0.0])
         cache.attend(array("d", [1.0]), 4, out)
-        self.assertAlmostEqual(out[0], 1.0, delta=1e-12)
+        self.assertAlmostEqual(out[0], 0.1, delta=1e-14)
 
     def test_values_large_and_small_do_not_drift_over_many_turns(self):
         rng, block = random.Random(41), 6

@@ -15,7 +15,7 @@ import unittest
 import macrogpt as m
 from support import TINY, Folder, run_macrogpt, start_macrogpt
 
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 10.0
 ONE_ERROR = re.compile(r"macrogpt: \S[^\n]*\n")
 
 
@@ -243,7 +243,7 @@ class Piped(ProcessCase):
                          "/session other", "/new", "/compact", "/save", "/set", "/teach",
                          "/teach the moon is a lamp", "/forget 12345", "/session",
                          "Who are you?", "/exit", "never read")
-        self.assertEqual(len(said), 20)
+        self.assertEqual(len(said), 21)
         self.assertEqual(said[-1], "I am a small lantern in a big house.")
         self.assertIn("/nonsense", said[5])
         self.assertIn("/help", "".join(said))
@@ -369,17 +369,26 @@ class Signals(ProcessCase):
             self.assertEqual(process.stdout.read(), b"")
         self.assertEqual([s["messages"] for s in self.report("sessions")["sessions"]], [2, 2])
 
+    def interrupt_training(self, number, code, least):
+        """Train, send a signal once so many steps are committed; return what is committed then."""
+        process = self.start_here("train", "--seconds", "60", "--db", self.db,
+                                  "--set", "commit_seconds=0.1")
+        self.wait_for(lambda: os.path.exists(self.db) and self.steps() >= least)
+        self.end(process, number, code)
+        self.assertGreaterEqual(self.steps(), least)
+        return self.steps()
+
     def test_training_ends_with_what_was_learned_committed(self):
-        steps = 0
         for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-            process = self.start_here("train", "--seconds", "60", "--set", "commit_seconds=0.1")
-            self.wait_for(lambda: os.path.exists(self.db) and self.steps() > steps)
-            self.end(process, number, code)
-            self.assertGreater(self.steps(), steps)
-            steps = self.steps()
-        facts = self.report("stats")
-        self.assertEqual(facts["step"], self.steps())
-        self.assertTrue(facts["layers"]["base"])
+            self.db = self.path(f"{code}.db")
+            steps = self.interrupt_training(number, code, 1)
+            facts = self.report("stats", "--db", self.db)
+            self.assertEqual((facts["step"], facts["layers"]["base"]), (steps, True))
+
+    def test_training_after_an_interrupted_one_does_the_steps_it_is_told_to(self):
+        steps = self.interrupt_training(signal.SIGTERM, 143, 12)
+        facts = self.report("train", "--steps", "3")
+        self.assertEqual((facts["steps_now"], facts["step"]), (3, steps + 3))
 
     def steps(self):
         """Return the step that the memory file holds, 0 while it holds none."""
@@ -436,6 +445,15 @@ class InATerminal(ProcessCase):
     def type(self, text):
         os.write(self.master, text.encode("utf-8"))
 
+    def interrupt(self):
+        """Press Ctrl+C once the prompt has come to rest.
+
+        A signal between a prompt's last byte and the wait for the first key is seen only with the
+        next key; that is how Python's input() is, and no owner is so quick.
+        """
+        time.sleep(0.15)
+        self.type("\x03")
+
     def leave(self, code):
         """Assert that the process ends with code and without a traceback."""
         end = time.monotonic() + PATIENCE_SECONDS
@@ -459,13 +477,15 @@ class InATerminal(ProcessCase):
 
     def test_ctrl_c_at_the_prompt_says_how_to_leave_and_twice_leaves(self):
         self.expect("you> ")
-        self.type("half a li\x03")
+        self.type("half a li")
+        self.expect("half a li")
+        self.interrupt()
         self.assertIn("/exit", self.expect("you> "))
         self.type("Who are you?\r")
         self.assertIn("lantern", self.expect("you> "))
-        self.type("\x03")
+        self.interrupt()
         self.assertIn("/exit", self.expect("you> "))
-        self.type("\x03")
+        self.interrupt()
         self.leave(130)
         self.assertEqual(self.stored("SELECT text FROM messages WHERE role = 'owner'"),
                          [("Who are you?",)])

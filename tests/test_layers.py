@@ -47,21 +47,23 @@ class GradientsAreFiniteDifferences(LayerCase):
     def check(self, build, *shapes):
         """Compare the gradient of Σ c·build(*inputs) wrt every input with central differences.
 
-        Every number of every input is moved. Two rows at least, for one alone meets a
-        matrix in fixed point, where a small step is no step.
+        Every number of every input is moved, and every input is used twice. Two rows at least,
+        for one alone meets a matrix in fixed point, where a small step is no step.
         """
         for make in ENGINES:
             rng, engine = random.Random(50), make("d")
             inputs = [matrix(engine, rows, dim, rng, f"input {i}")
                       for i, (rows, dim) in enumerate(shapes)]
-            probe = build(*inputs)
-            weights = [rng.gauss(0.0, 1.0) for _ in probe.data]
 
-            def total(inputs=inputs, weights=weights):
+            def twice(inputs=inputs):
+                return m.added(build(*inputs), build(*inputs), 0.4)
+            weights = [rng.gauss(0.0, 1.0) for _ in twice().data]
+
+            def total(inputs=inputs, weights=weights, twice=twice):
                 for x in inputs:
                     x.changed()
-                return math.fsum(a * b for a, b in zip(build(*inputs).data, weights))
-            self.run_backward(engine, build(*inputs), weights)
+                return math.fsum(a * b for a, b in zip(twice().data, weights))
+            self.run_backward(engine, twice(), weights)
             for x in inputs:
                 self.assertIsNotNone(x.grad, x.name)
                 self.compare(x, total, engine.name)
@@ -481,11 +483,13 @@ class DeltasAreBornSilent(LayerCase):
         a, b, rows = self.delta.a.data, self.delta.b.data, self.x.data
         change = [[0.5 * sum(b[o * 2 + r] * a[r * 4 + c] for r in range(2)) for c in range(4)]
                   for o in range(7)]
-        expected = [self.plain()[0][t * 7 + o] + sum(rows[t * 4 + c] * change[o][c] for c in range(4))
+        plain = self.plain()[0]
+        expected = [plain[t * 7 + o] + sum(rows[t * 4 + c] * change[o][c] for c in range(4))
                     for t in range(3) for o in range(7)]
         self.assert_near(self.outputs()[0], expected, 1e-5)
         table = self.plain()[1]
-        expected = [table[t * 4 + c] + change[i][c] for t, i in enumerate((6, 0, 6)) for c in range(4)]
+        expected = [table[t * 4 + c] + change[i][c]
+                    for t, i in enumerate((6, 0, 6)) for c in range(4)]
         self.assert_near(self.outputs()[1], expected, 1e-5)
 
     def test_folding_it_into_the_base_keeps_the_function(self):
@@ -504,8 +508,9 @@ class DeltasAreBornSilent(LayerCase):
         self.assertEqual(self.delta.b.rows, 9)
         after = self.outputs()
         for t in range(3):
-            self.assert_near(after[0][t * 9:t * 9 + 7], before[0][t * 7:t * 7 + 7], 1e-6)
-            self.assert_near(after[0][t * 9 + 7:t * 9 + 9], self.plain()[0][t * 9 + 7:t * 9 + 9], 0.0)
+            old, new = slice(t * 9, t * 9 + 7), slice(t * 9 + 7, t * 9 + 9)
+            self.assert_near(after[0][old], before[0][t * 7:t * 7 + 7], 1e-6)
+            self.assert_near(after[0][new], self.plain()[0][new], 0.0)
         self.assertEqual(after[1], before[1])
 
 

@@ -224,7 +224,8 @@ class TheCacheSaysWhatTheModelSays(ModelCase):
     def test_of_more_than_a_block_only_the_newest_are_read(self):
         ids = some_ids(20)
         model = lively(m.interpreted_engine())
-        self.assertEqual(model.feed(model.new_cache(), ids), model.feed(model.new_cache(), ids[-8:]))
+        newest = model.feed(model.new_cache(), ids[-8:])
+        self.assertEqual(model.feed(model.new_cache(), ids), newest)
         used = model.new_cache()
         model.feed(used, [1, 2])
         model.feed(used, ids)

@@ -60,7 +60,8 @@ class AdamWIsItsPaper(OptimizerCase):
             for code, tolerance in (("f", 1e-5), ("d", 1e-11)):
                 params, rng = self.params(make(code)), random.Random(2)
                 params[0].frozen_rows = 1
-                twin = NaiveAdamW([p.data for p in params], [True, False, True], [4, 0, 0], **SETTINGS)
+                decays, frozen = [True, False, True], [4, 0, 0]
+                twin = NaiveAdamW([p.data for p in params], decays, frozen, **SETTINGS)
                 optimizer = m.AdamW(**SETTINGS)
                 for step in range(12):
                     size = (0.01, 1.0, 30.0)[step % 3]  # some are clipped and some are not
