@@ -152,7 +152,8 @@ class Config:
     # training
     warmup_steps: int = _setting(1200, "most steps of the first training of the base", 1)
     # 80,000 tokens of our corpus measured better than 40,000 or 160,000
-    warmup_epochs: float = _setting(5.0, "most times the first training reads its text", 0.1)
+    warmup_epochs: float = _setting(5.0, "most times the first training reads its text", 0.1,
+                                    1e6)
     micro_steps: int = _setting(32, "steps of the smallest burst after that", 1)
     batch_size: int = _setting(4, "windows in a full batch B", 1, 4096)
     small_batch_tokens: int = _setting(100_000, "tokens trained with half batches first", 0)
@@ -314,7 +315,7 @@ def _mend(text: str) -> str:
     return _STRAY.sub(lambda stray: _STRAY_LETTERS[ord(stray[0]) - 0xDC80], text)
 
 
-def _tidy(text: str) -> str:
+def tidied(text: str) -> str:
     """Return text mended and without controls: spaces for those that are space; line feeds stay."""
     return _ODD.sub(lambda odd: " " if odd[0].isspace() else "", _mend(text))
 
@@ -342,7 +343,7 @@ def clean_line(text: str, max_chars: int) -> str:
     Tabs and line breaks become spaces; a longer line is cut at the end of a sentence or a word
     where there is one. Any string is accepted, lone surrogates included. Idempotent.
     """
-    line = unicodedata.normalize("NFC", _tidy(text).replace("\n", " ").strip())
+    line = unicodedata.normalize("NFC", tidied(text).replace("\n", " ").strip())
     return line[:_break_at(line, max_chars)].rstrip()
 
 
@@ -557,7 +558,7 @@ def _clean_lines(handle: io.TextIOWrapper, max_chars: int,
         block = handle.read(BLOCK_CHARS)
         if not block.isascii():
             tally["stray"] += len(stray.findall(block))
-        *lines, carry = (carry + _tidy(block)).split("\n")
+        *lines, carry = (carry + tidied(block)).split("\n")
         # The part of an overlong line beyond most_chars is never used, so it is not carried on.
         carry = carry.lstrip()[:most_chars]
         for line in map(str.strip, lines if block else [carry]):
@@ -3694,7 +3695,7 @@ def spoken(model: GPT, tokenizer: EvolvingTokenizer, ids: Sequence[int], config:
     stream = generate_ids(lambda new: model.feed(cache, new), ids, sampler_settings(config), rng,
                           config.max_gen_tokens, frozenset([END_OF_TEXT]), min_tokens=1)
     for token in stream:
-        piece, stopped = gate.feed(decoder.feed(token))
+        piece, stopped = gate.feed(tidied(decoder.feed(token)))
         if piece:
             yield piece
         if stopped:
@@ -5318,7 +5319,8 @@ def command_generate(app: App, words: List[str]) -> int:
                           random.Random(app.config.seed),
                           app.options.tokens or app.config.max_gen_tokens)
     for token in stream:
-        app.terminal.say("\n" if token == END_OF_TEXT else decoder.feed(token), end="")
+        piece = "\n" if token == END_OF_TEXT else tidied(decoder.feed(token))
+        app.terminal.say(piece, end="")
     app.terminal.say(decoder.flush())
     return 0
 
