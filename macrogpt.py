@@ -197,6 +197,7 @@ class Config:
     dry_multiplier: float = _setting(0.8, "0 is off", 0.0, 100.0)
     dry_base: float = _setting(1.75, "growth of DRY's penalty a token", 1.0, 10.0)
     dry_allowed_length: int = _setting(4, "repeats up to this length are free", 1)
+    dry_last_n: int = _setting(256, "tokens DRY looks back; -1 is all of them", -1)
     samplers: str = _setting(
         "penalties,dry,top_n_sigma,top_k,typical_p,top_p,min_p,xtc,temperature",
         "order of the chain, separated by commas")
@@ -1344,17 +1345,15 @@ class Engine:
                  cache: Optional[Callable[..., Any]] = None) -> None:
         self.name, self.typecode, self.recording = name, typecode, True
         self.pack, self.cache = pack, cache or FlatCache
-        self._kernels = dict(kernels)
+        self._itemsize = array(typecode).itemsize
+        vars(self).update(kernels)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        try:
-            return self.__dict__["_kernels"][name]
-        except KeyError:
-            raise AttributeError(f"engine has no kernel {name!r}") from None
+        raise AttributeError(f"engine has no kernel {name!r}")
 
     def buffer(self, n: int) -> array:
         """Return n zeros."""
-        return array(self.typecode, bytes(n * array(self.typecode).itemsize))
+        return array(self.typecode, bytes(n * self._itemsize))
 
     def buffer_of(self, numbers: Iterable[float]) -> array:
         """Return a buffer that holds the numbers."""
@@ -1382,9 +1381,13 @@ class PackedMatrix:
 
     Many vectors meet tuples and math.dist. A single one meets lanes: each column is one big int
     with 64 bits a row, weights in fixed point, so that a column times an int is one multiplication
-    and the sum over columns is the product. Its error is below 2e-7 of the largest result; it
-    costs 5 ns a multiply-add where tuples of a whole model, too large for the cache, cost 11.
+    and the sum over columns is the product. The sum begins at 1.5·2**52 in each lane: a double of
+    that size counts in ones, so the lanes are doubles at once. Weights and vector are then as
+    exact as float32 is near the largest of them. A multiply-add costs 5 ns, where tuples of a
+    whole model, too large for the cache, cost 11.
     """
+
+    VECTOR_BITS, SUM_BITS = 24, 51  # of a vector's number, and of a lane beside its sign
 
     def __init__(self, data: array, rows: int, dim: int) -> None:
         self.data, self.shape = data, (rows, dim)
@@ -1400,31 +1403,32 @@ class PackedMatrix:
         return math.isfinite(sum(self.data))
 
     @functools.cached_property
-    def lanes(self) -> Tuple[List[int], float]:
-        """The columns as big ints, and the weight of one unit."""
-        bits = 32 - self.shape[1].bit_length()  # 30 more are the vector's, and one is the sign
-        unit = max(map(abs, self.data), default=0.0) / (1 << bits) or 1.0
-        return [_lanes_of([int(w / unit) for w in self.data[c::self.shape[1]]])
-                for c in range(self.shape[1])], unit
+    def lanes(self) -> Tuple[List[int], int, float]:
+        """The columns as big ints, what their sum begins with, and the weight of one unit."""
+        rows, dim = self.shape
+        widest = max([sum(map(abs, row)) for row in rows_of(self.data, dim)], default=0.0)
+        unit = widest / ((1 << self.SUM_BITS - self.VECTOR_BITS) - dim) or 1.0
+        columns = [_lanes_of([round(w / unit) for w in self.data[c::dim]]) for c in range(dim)]
+        return columns, int.from_bytes(LANE_ORIGIN * rows, "little"), unit
 
-    def times(self, x: Sequence[float]) -> Iterator[float]:
-        """Return the product with one vector (dim,): numbers (rows,)."""
-        columns, unit = self.lanes
-        top = max(map(abs, x), default=0.0) / (1 << 29) or 1.0
-        total = sum(map(mul, columns, [int(v / top) for v in x]))
-        # a negative lane borrows one unit from the next: far below float32's rounding
-        lanes = array("q", total.to_bytes(8 * self.shape[0], sys.byteorder, signed=True))
-        if sys.byteorder == "big":
-            lanes.reverse()
-        return map(mul, lanes, repeat(unit * top))
+    def times(self, x: Sequence[float]) -> List[float]:
+        """Return the product with one finite vector (dim,): numbers (rows,)."""
+        rows, (columns, start, unit) = self.shape[0], self.lanes
+        top = max(max(x), -min(x)) / (1 << self.VECTOR_BITS) or 1.0
+        total = sum(map(mul, columns, [int(v / top) for v in x]), start)
+        lanes = struct.unpack(f"<{rows}d", total.to_bytes(8 * rows, "little"))
+        origin, unit = 1.5 * 2.0 ** 52, unit * top
+        return [(lane - origin) * unit for lane in lanes]
+
+
+LANE_ORIGIN = struct.pack("<d", 1.5 * 2.0 ** 52)
 
 
 def _lanes_of(numbers: Sequence[int]) -> int:
-    """Return Σ numbers[i]·2**(64·i) for numbers of either sign."""
-    packed = struct.pack(f"<{len(numbers)}q", *numbers)
-    borrowed = struct.pack(f"<{len(numbers)}q", 0, *[n < 0 for n in numbers[:-1]])
-    lowest = int.from_bytes(packed, "little", signed=True)
-    return lowest - int.from_bytes(borrowed, "little", signed=True)
+    """Return Σ numbers[i]·2**(64·i) for numbers of either sign, below 2**62."""
+    raised = struct.pack(f"<{len(numbers)}q", *[n + (1 << 62) for n in numbers])
+    floor = struct.pack("<q", 1 << 62) * len(numbers)
+    return int.from_bytes(raised, "little") - int.from_bytes(floor, "little")
 
 
 class FlatCache:
@@ -1457,7 +1461,7 @@ class TupleCache:
         self.block, self.heads, self.width, self.origin = block, heads, width, (0.0,) * width
         self.keys: List[List[Tuple[float, ...]]] = [[] for _ in range(heads)]
         self.halves: List[List[float]] = [[] for _ in range(heads)]
-        self.columns: List[List[float]] = [[] for _ in range(heads * width)]
+        self.columns: List[Tuple[float, ...]] = [()] * (heads * width)
         self.column_halves = [0.0] * (heads * width)
 
     def write(self, slot: int, keys: array, values: array) -> None:
@@ -1467,12 +1471,17 @@ class TupleCache:
             length = dist(key, self.origin)
             self.keys[h][slot:slot + 1] = [key]
             self.halves[h][slot:slot + 1] = [0.5 * length * length]
-        for c, (column, value) in enumerate(zip(self.columns, values)):
-            old = column[slot] if slot < len(column) else 0.0
-            column[slot:slot + 1] = [value]
-            self.column_halves[c] += 0.5 * (value * value - old * old)
-            if slot + 1 == self.block:  # summed anew once a round, so that no rounding piles up
-                self.column_halves[c] = 0.5 * sum(map(mul, column, column))
+        if slot < len(self.columns[0]):
+            self.column_halves = [half - 0.5 * column[slot] * column[slot]
+                                  for half, column in zip(self.column_halves, self.columns)]
+            self.columns = [column[:slot] + (value,) + column[slot + 1:]
+                            for column, value in zip(self.columns, values)]
+        else:
+            self.columns = [column + (value,) for column, value in zip(self.columns, values)]
+        self.column_halves = [half + 0.5 * value * value
+                              for half, value in zip(self.column_halves, values)]
+        if slot + 1 == self.block:  # summed anew once a round, so that no rounding piles up
+            self.column_halves = pack_tuples(self.columns).halves
 
     def attend(self, q: array, length: int, out: array) -> None:
         """Set out (H·D) to the attention of the query over every slot written."""
@@ -1480,10 +1489,9 @@ class TupleCache:
         for h in range(self.heads):
             query, part = tuple(q[h * width:(h + 1) * width]), slice(h * width, (h + 1) * width)
             near = zip(self.halves[h], map(dist, repeat(query), self.keys[h]))
-            half = 0.5 * dist(query, self.origin) ** 2
-            scores = [(half + k - 0.5 * d * d) * scale for k, d in near]
+            scores = [k - 0.5 * d * d for k, d in near]  # less ½|q|², which no softmax sees
             top = max(scores)
-            weights = tuple([exp(s - top) for s in scores])
+            weights = tuple([exp((s - top) * scale) for s in scores])
             total, half = sum(weights), 0.5 * sum(map(mul, weights, weights))
             moved = zip(self.column_halves[part], map(dist, repeat(weights), self.columns[part]))
             out[part] = array(out.typecode, [(half + v - 0.5 * d * d) / total for v, d in moved])
@@ -1529,7 +1537,7 @@ def dist_matmul_nt(x: array, w: Union[array, PackedMatrix], out: array, rows: in
                    cols: int) -> None:
     """Do what matmul_nt does; w may come packed."""
     packed = w if isinstance(w, PackedMatrix) else PackedMatrix(w, cols, inner)
-    if rows == 1 and packed is w and cols and math.isfinite(sum(x)) and packed.is_finite:
+    if rows == 1 and packed is w and cols and inner and math.isfinite(sum(x)) and packed.is_finite:
         out[:] = array(out.typecode, packed.times(x))
         return
     for r, row in enumerate(dots(pack_rows(x, rows, inner), packed.tuples)):
@@ -1604,9 +1612,9 @@ def map_swiglu_forward(x: array, out: array, rows: int, dim: int) -> None:
     """Do what swiglu_forward does."""
     for r in range(rows):
         at = 2 * r * dim
-        gates = x[at:at + dim]
-        opened = map(mul, gates, _sigmoids(gates))
-        out[r * dim:(r + 1) * dim] = array(out.typecode, map(mul, opened, x[at + dim:at + 2 * dim]))
+        gated = zip(x[at:at + dim], x[at + dim:at + 2 * dim])
+        out[r * dim:(r + 1) * dim] = array(out.typecode, [
+            z * up / (1.0 + exp(-z)) if z > -700.0 else 0.0 * up for z, up in gated])
 
 
 def map_swiglu_backward(g: array, x: array, dx: array, rows: int, dim: int) -> None:
@@ -2734,6 +2742,8 @@ def _prefix_matches(ids: Sequence[int]) -> List[int]:
 def _repeat_lengths(ids: Sequence[int], breakers: FrozenSet[int]) -> Dict[int, int]:
     """Return, for each id that once followed the ids' present ending, the longest such ending."""
     backward = list(ids)[::-1]
+    if backward.count(backward[0] if backward else None) <= 1:  # mostly so, and quick to see
+        return {}
     unbroken = next((at for at, t in enumerate(backward) if t in breakers), len(backward))
     longest: Dict[int, int] = {}
     matches = _prefix_matches(backward)
@@ -2763,6 +2773,8 @@ def penalise_dry(
         for token, length in _repeat_lengths(_recent(history, last_n), breakers).items()
         if length >= allowed_length
     }
+    if not penalties:
+        return c
     return _relogit(c, {t: logit - penalties[t] for logit, t in c if t in penalties})
 
 
