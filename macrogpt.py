@@ -4595,7 +4595,9 @@ class Organism:
         failures = 0
         while not self.stopping:
             await self._rest(None if self.read_once.is_set() else 0.05)
-            if not self.read_once.is_set() or self._plan() is None:
+            if not self.read_once.is_set():  # an order given before the first reading stands
+                continue
+            if self._plan() is None:
                 self._settle()
                 continue
             self.barred = not self.memory.take_lease(self._owner, LEASE_SECONDS, holder_alive)

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import random
 import re
 import select
 import shutil
@@ -330,6 +331,13 @@ class Training(ProcessCase):
         self.assertEqual(self.report("stats")["step"], facts["step"])
         more = self.report("train", "--steps", "2")
         self.assertEqual((more["steps_now"], more["step"]), (2, facts["step"] + 2))
+
+    def test_an_order_to_train_outlives_the_reading_of_a_long_corpus(self):
+        rng = random.Random(8)
+        with open(self.corpus, "w", encoding="utf-8") as file:
+            for _ in range(12_000):
+                file.write(" ".join("%x" % rng.randrange(9 ** 7) for _ in range(7)) + ".\n")
+        self.assertEqual(self.report("train", "--steps", "1")["steps_now"], 1)
 
     def test_the_owners_corpus_is_never_written_to(self):
         before = os.stat(self.corpus)
