@@ -4606,11 +4606,11 @@ class Organism:
                 self._settle()
                 await asyncio.sleep(1.0)
                 continue
+            step = self.growth.step
             try:
                 await self._raise_child()
-                failures = 0
             except (TrainerError, StoreError, OSError, asyncio.IncompleteReadError) as error:
-                failures += 1
+                failures = failures + 1 if self.growth.step == step else 1
                 self._mourn(error, failures)
                 await self._rest(min(60.0, 0.5 * 2 ** failures))
                 self._bell.set()
@@ -4724,6 +4724,7 @@ class Organism:
             memory.save_layers(given)
             memory.remove_layers(set(memory.manifests()) - set(names))
             memory.set_setting("growth", growth)
+            memory.set_setting("shape", dataclasses.asdict(Shape.of(self.config)))
             memory.mark_learned(learned)
             memory.add_progress(growth["step"], growth["tokens"], self.progress.get("loss"),
                                 growth["bpc"])
@@ -4895,17 +4896,16 @@ class App:
 
 
 def stored_config(memory: Memory, assignments: Sequence[str]) -> Config:
-    """Return the defaults, changed by what /set stored and then by this run's assignments."""
-    kept = [f"{name}={value}" for name, value in memory.settings("config.").items()]
-    return Config().replace([*kept, *assignments])
+    """Return the defaults, changed by the organism's shape, by what /set stored, by assignments."""
+    kept = {**memory.setting("shape", {}), **memory.settings("config.")}
+    return Config().replace([*(f"{name}={value}" for name, value in kept.items()), *assignments])
 
 
 def check_shape(config: Config, memory: Memory) -> None:
     """Raise ConfigError when the stored model has another shape than the settings ask for."""
-    stored, wanted = memory.setting("shape"), dataclasses.asdict(Shape.of(config))
-    if stored is None:
-        memory.set_setting("shape", wanted)
-    elif stored != wanted:
+    wanted = dataclasses.asdict(Shape.of(config))
+    stored = memory.setting("shape", wanted)
+    if stored != wanted:
         name = next(n for n in wanted if stored.get(n) != wanted[n])
         raise ConfigError(f"{name}={wanted[name]}, but the organism in {config.db_path} was born "
                           f"with {name}={stored.get(name)}; leave it so, or begin another with "

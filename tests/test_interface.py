@@ -339,6 +339,15 @@ class Training(ProcessCase):
                 file.write(" ".join("%x" % rng.randrange(9 ** 7) for _ in range(7)) + ".\n")
         self.assertEqual(self.report("train", "--steps", "1")["steps_now"], 1)
 
+    def test_an_organism_keeps_the_shape_it_was_born_with_and_only_birth_settles_it(self):
+        def shape():
+            done = run_macrogpt("stats", "--json", cwd=self.folder)
+            return json.loads(done.stdout)["shape"]
+        self.assertEqual(shape()["n_layer"], 2)
+        self.report("train", "--steps", "1")
+        self.assertEqual((shape()["n_layer"], shape()["n_embd"]), (1, 16))
+        self.mistake(2, "stats", "--set", "n_layer=3", signs=["n_layer=3", "born with n_layer=1"])
+
     def test_the_owners_corpus_is_never_written_to(self):
         before = os.stat(self.corpus)
         self.chat("hello", "The boat is called Plover.", args=("--wait-trained",))
