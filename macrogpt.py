@@ -3855,6 +3855,9 @@ def _matrices(delta: Delta) -> List[MatrixParam]:
     return [matrix for adapter in delta.values() for matrix in (adapter.a, adapter.b)]
 
 
+SHORTEST_WARMUP = 100  # steps; a page of text is read more often than warmup_epochs says
+
+
 class Student:
     """The child's side of learning: a model, the text, and the job at hand.  Talks to no one.
 
@@ -3954,7 +3957,7 @@ class Student:
         first = min(tokens, self.config.small_batch_tokens)
         full = self.config.batch_size * self.config.block_size
         steps = first / (full / 2) + (tokens - first) / full
-        return max(1, min(self.config.warmup_steps, round(steps)))
+        return min(self.config.warmup_steps, max(SHORTEST_WARMUP, round(steps)))
 
     def begin_burst(self) -> None:
         """Make sure that an unsealed delta is there to learn what is new."""
@@ -4277,6 +4280,7 @@ sys.exit(importlib.import_module(os.path.splitext(name)[0]).trainer_main())
 BIG_ADDITION = 50
 NO_ORDER = (("force", False), ("steps", None), ("seconds", None))
 LEASE_SECONDS = 120.0
+LISTEN_SECONDS = 3.0  # how often one that may not train asks whether it now may
 
 
 class Organism:
@@ -4594,9 +4598,11 @@ class Organism:
         """Start the trainer when there is something to learn; restart it when it dies."""
         failures = 0
         while not self.stopping:
-            await self._rest(None if self.read_once.is_set() else 0.05)
+            await self._rest(LISTEN_SECONDS if self.barred else
+                             None if self.read_once.is_set() else 0.05)
             if not self.read_once.is_set():  # an order given before the first reading stands
                 continue
+            self._refresh()
             if self._plan() is None:
                 self._settle()
                 continue
@@ -4604,7 +4610,6 @@ class Organism:
             if self.barred:
                 self._tell("another macrogpt trains this memory; here it only listens")
                 self._settle()
-                await asyncio.sleep(1.0)
                 continue
             step = self.growth.step
             try:

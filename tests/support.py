@@ -89,7 +89,7 @@ class Folder:
 
     def start_here(self, *args, **options):
         """Start the program, tiny, in the folder; it is killed after the test at the latest."""
-        process = start_macrogpt(*args, *TINY, cwd=self.folder, **options)
+        process = start_macrogpt(*TINY, *args, cwd=self.folder, **options)
 
         def end():
             if process.poll() is None:

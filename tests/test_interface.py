@@ -106,7 +106,7 @@ class Mistakes(ProcessCase):
         self.assertNotEqual(done.returncode, 0)
 
     def test_another_shape_than_the_stored_one_is_refused(self):
-        self.good("stats")
+        self.good("train", "--steps", "1")
         self.mistake(2, "stats", "--set", "n_embd=32", signs=["was born"])
 
 
@@ -338,6 +338,31 @@ class Training(ProcessCase):
             for _ in range(12_000):
                 file.write(" ".join("%x" % rng.randrange(9 ** 7) for _ in range(7)) + ".\n")
         self.assertEqual(self.report("train", "--steps", "1")["steps_now"], 1)
+
+    def test_a_second_chat_goes_on_where_the_first_was_killed(self):
+        def growth():
+            return self.stored("SELECT value FROM settings WHERE name = 'growth'")
+
+        def wait_until(reached):
+            deadline = time.monotonic() + 20
+            while not reached():
+                self.assertLess(time.monotonic(), deadline)
+                time.sleep(0.05)
+        self.good("stats")
+        slow = ("--set", "warmup_steps=90")
+        first = self.start_here("chat", *slow)
+        wait_until(lambda: self.stored("SELECT 1 FROM settings WHERE name = 'lease'"))
+        second = self.start_here("chat", *slow)  # it opens the memory while that is newborn
+        wait_until(lambda: growth() and json.loads(growth()[0][0])["phase"] == "grown")
+        before = json.loads(growth()[0][0])
+        first.kill()
+        first.wait()
+        with open(self.corpus, "a", encoding="utf-8") as file:
+            file.write("\nThe quince ripens in October.\n")
+        wait_until(lambda: json.loads(growth()[0][0])["step"] > before["step"])
+        after = json.loads(growth()[0][0])
+        self.assertEqual((after["phase"], after["warmup_step"]), ("grown", before["warmup_step"]))
+        self.assertEqual(second.communicate(b"hello\n", timeout=20)[0].count(b"\n"), 1)
 
     def test_an_organism_keeps_the_shape_it_was_born_with_and_only_birth_settles_it(self):
         def shape():

@@ -398,7 +398,7 @@ class Processes(Home):
         self.assertIn("Quartz", asked.stdout)
 
     def test_another_shape_is_refused_with_the_way_out(self):
-        self.run_macrogpt("--no-train", text="hello\n")
+        self.run_macrogpt("train", "--steps", "1")
         refused = self.run_macrogpt("--set", "n_layer=3", "ask", "hello")
         self.assertEqual(refused.returncode, 2)
         self.assertIn("--db", refused.stderr)
