@@ -204,6 +204,7 @@ class Config:
     max_gen_tokens: int = _setting(180, "longest reply in tokens", 1, 100_000)
     # voice
     recall_score: float = _setting(0.65, "match from which memory answers by itself", 0.0, 1.0)
+    # a learner's words are readable from about 2.3; who is grown may speak up to half as much again
     trust_bpc: float = _setting(2.3, "held-out bits per character from which the model speaks", 0.0)
     # bench
     bench_vocab: int = _setting(512, "vocabulary of the benchmark's model", 2, 1_000_000)
@@ -3359,6 +3360,10 @@ class Memory:
                 ORDER BY e.id DESC LIMIT ?""", *(f"% {_like(s)}%" for s in stems), limit)
         return [_entry(row) for row in rows]
 
+    def file_bytes(self) -> int:
+        """Return the size of the file."""
+        return self._one("PRAGMA page_count") * self._one("PRAGMA page_size")
+
     def entry_count(self) -> int:
         """Return how many entries there are."""
         return self._one("SELECT count(*) FROM entries")
@@ -4393,10 +4398,9 @@ class Organism:
     def trusts_model(self) -> bool:
         """Return whether the model has learned enough to speak for itself."""
         growth = self.growth
-        if growth.phase == "grown":
-            return True
         best = growth.bpc if growth.best_bpc is None else growth.best_bpc
-        return growth.phase == "warmup" and best is not None and best <= self.config.trust_bpc
+        enough = self.config.trust_bpc * (1.5 if growth.phase == "grown" else 1.0)
+        return growth.phase != "newborn" and best is not None and best <= enough
 
     def _rng(self) -> random.Random:
         count = self.replies if self.seeded else self.memory.counts()["messages"]
@@ -4568,6 +4572,8 @@ class Organism:
                     await asyncio.to_thread(self.take_in_corpus)
                 except MacroGPTError as error:
                     self._tell(str(error))
+                    if isinstance(error, StoreError):  # the file is to be read again
+                        self._stamp = None
                 changed = False
                 self._bell.set()
             before = stamp
@@ -4974,6 +4980,9 @@ def duration(seconds: float) -> str:
 
 # commands
 
+LONGEST_MESSAGE = 1_000_000  # characters; what goes on beyond is cut
+
+
 def command_chat(app: App, words: List[str]) -> int:
     """Talk: a prompt in a terminal, one line for one line in a pipe."""
     if words:
@@ -4988,7 +4997,7 @@ def _chat_piped(app: App) -> int:
     wake(app)
     code = 0
     for raw in iter(sys.stdin.buffer.readline, b"") if sys.stdin else ():
-        line = clean_line(decode_line(raw), 10 ** 6)
+        line = clean_line(decode_line(raw), LONGEST_MESSAGE)
         try:
             if line.startswith("/"):
                 said = " ".join(" ".join(repl_command(app, line)).split())
@@ -5060,13 +5069,13 @@ def read_block(prompt: str) -> str:
     """Return one line from the terminal, or the several between two lines of three quotes."""
     line = input(prompt)
     if line.strip() != '"""':
-        return line.strip()
+        return tidied(line).strip()
     lines = []
     while True:
         line = input("...> ")
         if line.strip() == '"""':
             return "\n".join(lines).strip()
-        lines.append(line)
+        lines.append(tidied(line))
 
 
 def prepare_readline(app: App) -> None:
@@ -5175,10 +5184,11 @@ def forget(memory: Memory, wish: str) -> str:
     if not wish:
         raise UsageError("what shall be forgotten? name an id from `memory search`, or the words")
     told = "e.source != 'corpus' AND "
-    found = memory.entries(told + "e.id = ?", int(wish)) if wish.isdigit() else []
+    number = int(wish) if re.fullmatch("[0-9]{1,18}", wish) else None
+    found = [] if number is None else memory.entries(told + "e.id = ?", number)
     found = found or memory.entries(told + "rtrim(e.text, char(10)) = ? COLLATE NOCASE", wish)
     if not found:
-        if wish.isdigit() and memory.entries("e.id = ?", int(wish)):
+        if number is not None and memory.entries("e.id = ?", number):
             return f"entry {wish} stands in the corpus; take its lines out of that file"
         return f"nothing that was told is {wish!r}; look for its id with memory search"
     for entry in found:
@@ -5275,7 +5285,7 @@ REPL_COMMANDS: Dict[str, Callable[[App, str], List[str]]] = {
 
 def command_ask(app: App, words: List[str]) -> int:
     """Say one reply and leave."""
-    text = " ".join(words).strip()
+    text = clean_line(" ".join(words), LONGEST_MESSAGE)
     if not text:
         raise UsageError('ask needs something to answer; for example: ask "Who are you?"')
     organism = app.organism()
@@ -5382,7 +5392,7 @@ def stats_facts(app: App) -> Dict[str, Any]:
         "layers": {"base": "base" in names, "deltas": len(delta_names(names)),
                    "max_deltas": app.config.max_delta_modules},
         **dataclasses.asdict(growth), "memory": memory.counts(),
-        "file_bytes": os.path.getsize(app.config.db_path),
+        "file_bytes": memory.file_bytes(),
         "waiting_chars": dict(zip(("corpus", "said"), memory.unlearned_chars())),
         "progress": memory.progress(), "life": memory.life(20)}
 
@@ -5725,7 +5735,9 @@ def run(argv: Sequence[str], terminal: Terminal) -> int:
     app = App(options, Config().replace(options.assignments), terminal)
     sampler_settings(app.config)
     try:
-        return COMMANDS[options.command][0](app, options.words)
+        names_files = options.command in ("eval", "export", "import")
+        words = options.words if names_files else [tidied(word) for word in options.words]
+        return COMMANDS[options.command][0](app, words)
     finally:
         for number in ENDING_SIGNALS:  # the last commit is not to be interrupted
             signal.signal(number, signal.SIG_IGN)
