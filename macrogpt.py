@@ -40,7 +40,7 @@ import dataclasses
 import functools
 import hashlib
 import heapq
-import importlib.util
+import importlib
 import io
 import itertools
 import json
@@ -3178,11 +3178,15 @@ class Memory:
         self.has_fts = self._prepare_full_text()
 
     def _prepare_full_text(self) -> bool:
-        """Create or refill the full-text index; False where SQLite has no FTS5."""
+        """Create or refill the full-text index; False where SQLite has no FTS5.
+
+        Without FTS5 the triggers go, lest they fail; where it is back, their absence says that the
+        index must be built anew.
+        """
         try:
-            present = self._db.execute(
-                "SELECT 1 FROM sqlite_master WHERE name = 'entries_fts'").fetchone()
-            if not present:
+            kept = self._db.execute(
+                "SELECT 1 FROM sqlite_master WHERE name = 'entries_added'").fetchone()
+            if not kept:
                 for statement in _statements(FULL_TEXT):
                     self._db.execute(statement)
                 self._db.execute("INSERT INTO entries_fts(entries_fts) VALUES ('rebuild')")
@@ -3191,6 +3195,8 @@ class Memory:
         except sqlite3.OperationalError as error:
             if "fts5" not in str(error):
                 raise
+            for trigger in ("entries_added", "entries_removed", "entries_changed"):
+                self._db.execute(f"DROP TRIGGER IF EXISTS {trigger}")
             return False
 
     def close(self) -> None:
@@ -3927,14 +3933,17 @@ class Student:
 
     def _learn_merges(self, texts: List[str], newborn: bool) -> None:
         """Let the tokenizer learn from the texts, when they are enough to tell words."""
-        tokenizer, room = self.tokenizer, self.config.max_merges - self.tokenizer.version
+        tokenizer = EvolvingTokenizer(self.tokenizer.merges)
+        known, room = tokenizer.version, self.config.max_merges - tokenizer.version
         if sum(map(len, texts)) < self.config.min_merge_chars or room <= 0:
             return
-        count = tokenizer.learn_merges(texts, room, self.config.min_pair_count)
-        self.model.grow_vocabulary(tokenizer.merges[len(tokenizer.merges) - count:])
-        if newborn:  # rows without a past need no inheritance: they start as all others did
-            self.model.draw_embedding(self.rng)
-        self.dirty.add("base")
+        tokenizer.learn_merges(texts, room, self.config.min_pair_count)
+        with self.guard:  # a snapshot has the vocabulary and the rows for it, or neither
+            self.tokenizer = tokenizer
+            self.model.grow_vocabulary(tokenizer.merges[known:])
+            if newborn:  # rows without a past need no inheritance: they start as all others did
+                self.model.draw_embedding(self.rng)
+            self.dirty.add("base")
 
     def _encode(self) -> None:
         """Lay out the streams; documents that were here before are not encoded again."""
@@ -4608,18 +4617,10 @@ class Organism:
                              None if self.read_once.is_set() else 0.05)
             if not self.read_once.is_set():  # an order given before the first reading stands
                 continue
-            self._refresh()
-            if self._plan() is None:
-                self._settle()
-                continue
-            self.barred = not self.memory.take_lease(self._owner, LEASE_SECONDS, holder_alive)
-            if self.barred:
-                self._tell("another macrogpt trains this memory; here it only listens")
-                self._settle()
-                continue
             step = self.growth.step
             try:
-                await self._raise_child()
+                if self._may_learn():
+                    await self._raise_child()
             except (TrainerError, StoreError, OSError, asyncio.IncompleteReadError) as error:
                 failures = failures + 1 if self.growth.step == step else 1
                 self._mourn(error, failures)
@@ -4627,6 +4628,18 @@ class Organism:
                 self._bell.set()
         with contextlib.suppress(StoreError):
             self.memory.drop_lease(self._owner)
+
+    def _may_learn(self) -> bool:
+        """Return whether there is something to learn, and the lease to learn it is ours."""
+        self._refresh()
+        self.barred = self._plan() is not None and not self.memory.take_lease(
+            self._owner, LEASE_SECONDS, holder_alive)
+        if self.barred:
+            self._tell("another macrogpt trains this memory; here it only listens")
+        if self.barred or self._plan() is None:
+            self._settle()
+            return False
+        return True
 
     async def _rest(self, seconds: Optional[float]) -> None:
         """Sleep until the bell rings, and at most so many seconds."""
@@ -5478,8 +5491,11 @@ def doctor_checks(app: App) -> Iterator[Tuple[str, bool, str]]:
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     yield "compiler", True, f"{compiler or 'none'} (this version does not use one)"
     for module, use in (("readline", "arrow keys and history"), ("ctypes", "compiled kernels")):
-        found = importlib.util.find_spec(module) is not None
-        yield module, True, "there" if found else f"missing: no {use}"
+        try:
+            importlib.import_module(module)
+            yield module, True, "there"
+        except ImportError:
+            yield module, True, f"missing: no {use}"
     corpus = app.config.corpus_path
     try:
         facts = read_corpus(corpus, app.config.max_corpus_lines, app.config.max_line_chars)

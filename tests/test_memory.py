@@ -590,6 +590,34 @@ class Searching(MemoryCase):
         found = memory.candidates(sorted({*words, "heron"}))
         self.assertEqual(len(found), 2)
 
+    @unittest.skipUnless(HAS_FTS, "this SQLite has no FTS5")
+    def test_a_memory_made_with_fts5_lives_without_it_and_is_indexed_anew_where_it_is_back(self):
+        class Without(sqlite3.Connection):
+            def execute(self, sql, *values):
+                if "entries_fts" in sql and "sqlite_master" not in sql:
+                    raise sqlite3.OperationalError("no such module: fts5")
+                return super().execute(sql, *values)
+        connect = sqlite3.connect
+        self.filled(True).close()
+        with mock.patch.object(sqlite3, "connect", functools.partial(connect, factory=Without)):
+            memory = self.open(self.path("True.db"))
+        self.assertFalse(memory.has_fts)
+        self.assertEqual(self.triggers(memory), set())
+        memory.add_entry("corpus", passage("the quince ripens"))
+        memory.remove_entries("corpus", [passage(self.LINES[0]).key])
+        self.assertEqual(len(memory.candidates(["heron", "quinc"])), 2)
+        memory.close()
+        again = self.open(self.path("True.db"))
+        self.assertTrue(again.has_fts)
+        self.assertEqual(len(self.triggers(again)), 3)
+        self.assertEqual({e.text for e in again.candidates(["heron", "quinc"])},
+                         {"the quince ripens\n", self.LINES[1] + "\n"})
+
+    @staticmethod
+    def triggers(memory):
+        rows = memory._rows("SELECT name FROM sqlite_master WHERE type = 'trigger'")
+        return {name for name, in rows if name.startswith("entries_")}
+
     def test_the_wildcards_of_like_are_only_letters(self):
         memory = self.filled(False)
         self.assertEqual([e.text for e in memory.candidates(["under_"])],

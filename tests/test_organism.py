@@ -6,12 +6,14 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 import unittest
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -200,6 +202,26 @@ class StudentTest(unittest.TestCase):
         self.assertEqual(student.model.vocab_size, student.tokenizer.vocab_size)
         self.finish(student)
 
+    def test_a_snapshot_taken_while_merges_are_learned_can_be_loaded(self):
+        student = self.student("min_merge_chars=500", "max_merges=40", "min_pair_count=3")
+        student.take_text(self.text(20), "")
+        self.finish(student)
+        student.config = dataclasses.replace(student.config, max_merges=80)
+        append, taken = m.EvolvingTokenizer._append_merge, []
+
+        def watched(tokenizer, pair):
+            append(tokenizer, pair)
+            student.dirty.add("base")  # as the folding of a delta does just before
+            taken.append(student.snapshot())
+        with mock.patch.object(m.EvolvingTokenizer, "_append_merge", watched):
+            student.take_text(self.text(20) + [
+                [500 + i, f"{t} lantern window\n", True, True]
+                for i, (_, t, _, _) in enumerate(self.text(80, "lamp"))], "")
+        self.assertGreater(len(taken), 20)
+        for growth, layers in taken:
+            tokenizer, model = m.build_model(student.config, layers, m.interpreted_engine())
+            self.assertEqual(tokenizer.vocab_size, model.vocab_size)
+
     def test_the_best_weights_of_a_warm_up_are_the_ones_kept(self):
         student = self.student()
         student.take_text(self.text(30), "sea and tree and bird\n" * 5)
@@ -258,6 +280,17 @@ class Life(Home):
         time.sleep(0.4)
         self.assertEqual(being.memory.entry_count(), count)
         self.assertFalse(self.corpus.exists())
+
+    def test_a_memory_that_was_locked_for_a_while_is_learned_into_again(self):
+        being = self.grown()
+        locked = sqlite3.connect(being.memory.path, isolation_level=None)
+        self.addCleanup(locked.close)
+        being.memory._db.execute("PRAGMA busy_timeout = 50")
+        locked.execute("BEGIN EXCLUSIVE")
+        self.append("\nThe quartz lamp stands in the window.\n")
+        self.until(lambda: any("locked" in notice for notice in being.notices))
+        locked.execute("ROLLBACK")
+        self.until(lambda: being.memory.entries("text LIKE '%quartz%' AND learned"))
 
     def test_the_corpus_file_is_never_written(self):
         before = (self.corpus.read_bytes(), self.corpus.stat().st_mtime_ns)
