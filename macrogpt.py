@@ -4480,8 +4480,10 @@ class Organism:
                  for piece in split_long_line(line, self.config.max_line_chars)]
         if lines:
             self.memory.add_entry(source, Document(tuple(lines), True), session, recall)
-            self._text_version += 1
-            self._rouse()
+            # a burst begins anew with new text: were talk to do that, it might never end
+            if source != "chat" or not self.at_work or self.growth.phase != "grown":
+                self._text_version += 1
+                self._rouse()
 
     def teach(self, text: str) -> None:
         """Remember a sentence as a fact, and learn it soon."""
@@ -5765,9 +5767,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     out, err = (stream or open(os.devnull, "w", encoding="utf-8")  # either may have been closed
                 for stream in (sys.stdout, sys.stderr))
-    for stream in (out, err):
+    for stream, errors in ((sys.stdin, "surrogateescape"), (out, "replace"), (err, "replace")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            stream.reconfigure(encoding="utf-8", errors=errors)
     terminal = Terminal(out, err)
     for number in ENDING_SIGNALS[1:]:
         signal.signal(number, _raise_terminated)

@@ -310,6 +310,16 @@ class Life(Home):
         self.until(lambda: being.memory.unlearned_chars()[1] == 0)
         self.assertGreater(being.growth.step, step)
 
+    def test_one_who_talks_on_and_on_does_not_keep_it_from_learning(self):
+        being = self.grown("micro_steps=40")
+        self.append("\nThe quartz lamp stands in the window.\n")
+        for number in range(200):
+            "".join(being.reply(f"I like the number {number} and the letter after it."))
+            if being.memory.entries("text LIKE '%quartz%' AND learned"):
+                break
+            time.sleep(0.1)
+        self.assertLess(number, 199)
+
     def test_waiting_learns_what_is_there_however_little(self):
         being = self.grown("min_new_chars_to_train=10000")
         "".join(being.reply("The lamp is old."))
