@@ -3608,6 +3608,11 @@ def stem_weights(memory: Memory, stems: Iterable[str]) -> Dict[str, float]:
     return {s: log(1.0 + (total + 1.0) / (memory.stem_count(s) + 0.5)) for s in set(stems)}
 
 
+def is_of_the_owner(text: str) -> bool:
+    """Return whether it is about what the owner has, of which only the owner knows."""
+    return "my" in stems_of(text)
+
+
 def recall(memory: Memory, text: str, rng: random.Random) -> List[Recall]:
     """Return what fits the text, best first; equal ones in an order that rng decides."""
     asked = set(stems_of(text))
@@ -3625,6 +3630,7 @@ def _fits(entry: Entry, text: str, asked: Set[str],
           weights: Dict[str, float]) -> Iterator[Recall]:
     """Yield how well each turn of an exchange, or a plain or told sentence, answers the text."""
     document = Document(tuple(entry.text.splitlines()), entry.closed)
+    rarest = {_rarest(stems_of(text), weights)} if is_question(text) and is_of_the_owner(text) else set()
     if entry.source in TOLD:
         if is_question(text):
             words = " ".join(document.lines)
@@ -3634,7 +3640,9 @@ def _fits(entry: Entry, text: str, asked: Set[str],
         turns = document.turns()
         for (asker, words), (teller, answer) in zip(turns, turns[1:]):
             if (asker, teller) == ("H", "A"):
-                yield Recall(_likeness(asked, set(stems_of(words)), weights), entry, answer)
+                stems = set(stems_of(words))
+                trust = 1.0 if _shared(rarest, stems) == rarest else 0.8
+                yield Recall(trust * _likeness(asked, stems, weights), entry, answer)
     else:
         for line in document.lines:
             yield Recall(0.8 * _likeness(asked, set(stems_of(line)), weights), entry, line)
@@ -3677,11 +3685,17 @@ def _told_score(question: List[str], told: Set[str], weights: Dict[str, float]) 
     """Return how well a statement answers a question, 0 to 1.
 
     A statement without the question's rarest word is about something else, and comes to at most ½.
+    """
+    found = _shared({_rarest(question, weights)}, told)
+    return 0.5 * _coverage(set(question), told, weights) + (0.5 if found else 0.0)
+
+
+def _rarest(question: List[str], weights: Dict[str, float]) -> str:
+    """Return a question's most telling stem.
+
     The first word is left out of that: it says what is asked for, not what about.
     """
-    rarest = max(question[1:] or question, key=lambda s: (weights[s], s), default="")
-    return (0.5 * _coverage(set(question), told, weights)
-            + (0.5 if _shared({rarest}, told) else 0.0))
+    return max(question[1:] or question, key=lambda s: (weights[s], s), default="")
 
 
 def prompt_ids(tokenizer: EvolvingTokenizer, turns: Sequence[Tuple[str, str]], text: str,
@@ -4445,6 +4459,10 @@ class Organism:
         best = fits[0] if fits else None
         if best and best.score >= self.config.recall_score:
             yield from self._recalled(best)
+            return
+        if is_of_the_owner(text):  # what nobody told, nobody can know
+            self.last = Reply("", "nothing")
+            yield UNKNOWN_REPLY if is_question(text) else KEPT_REPLY
             return
         spoken_any = False
         if self.trusts_model():

@@ -440,6 +440,13 @@ class Processes(Home):
         asked = self.run_macrogpt("--no-train", text="What is my lamp called?\n")
         self.assertIn("Quartz", asked.stdout)
 
+    def test_asked_for_what_was_never_told_it_says_so_however_well_it_speaks(self):
+        self.run_macrogpt("train")
+        grown = ("--set", "trust_bpc=100", "--no-train")
+        self.run_macrogpt(*grown, text="My lamp is called Quartz.\n")
+        asked = self.run_macrogpt(*grown, text="What is my boat called?\nWhat is my river?\n")
+        self.assertEqual(asked.stdout, (m.UNKNOWN_REPLY + "\n") * 2)
+
     def test_another_shape_is_refused_with_the_way_out(self):
         self.run_macrogpt("train", "--steps", "1")
         refused = self.run_macrogpt("--set", "n_layer=3", "ask", "hello")
