@@ -3630,7 +3630,8 @@ def _fits(entry: Entry, text: str, asked: Set[str],
           weights: Dict[str, float]) -> Iterator[Recall]:
     """Yield how well each turn of an exchange, or a plain or told sentence, answers the text."""
     document = Document(tuple(entry.text.splitlines()), entry.closed)
-    rarest = {_rarest(stems_of(text), weights)} if is_question(text) and is_of_the_owner(text) else set()
+    strict = is_question(text) and is_of_the_owner(text)
+    rarest = {_rarest(stems_of(text), weights)} if strict else set()
     if entry.source in TOLD:
         if is_question(text):
             words = " ".join(document.lines)
