@@ -1,11 +1,16 @@
 """What several test files share: a way to run the program, and a folder for it to live in."""
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = os.path.join(ROOT, "macrogpt.py")
+
+# What is started in the background of a script ignores Ctrl+C, and so would what we start from here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The smallest organism worth a process: a warm-up of six steps takes a fraction of a second.
 TINY = tuple(word for setting in (
