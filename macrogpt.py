@@ -1399,11 +1399,6 @@ class PackedMatrix:
         return pack_tuples(rows_of(self.data, self.shape[1]))
 
     @functools.cached_property
-    def is_finite(self) -> bool:
-        """Whether every weight is a number that fixed point can hold."""
-        return math.isfinite(sum(self.data))
-
-    @functools.cached_property
     def lanes(self) -> Tuple[List[int], int, float]:
         """The columns as big ints, what their sum begins with, and the weight of one unit."""
         rows, dim = self.shape
@@ -1413,7 +1408,10 @@ class PackedMatrix:
         return columns, int.from_bytes(LANE_ORIGIN * rows, "little"), unit
 
     def times(self, x: Sequence[float]) -> List[float]:
-        """Return the product with one finite vector (dim,): numbers (rows,)."""
+        """Return the product with one vector (dim,): numbers (rows,).
+
+        Raises ArithmeticError or ValueError for what fixed point cannot hold: infinity and NaN.
+        """
         rows, (columns, start, unit) = self.shape[0], self.lanes
         top = max(max(x), -min(x)) / (1 << self.VECTOR_BITS) or 1.0
         total = sum(map(mul, columns, [int(v / top) for v in x]), start)
@@ -1538,9 +1536,10 @@ def dist_matmul_nt(x: array, w: Union[array, PackedMatrix], out: array, rows: in
                    cols: int) -> None:
     """Do what matmul_nt does; w may come packed."""
     packed = w if isinstance(w, PackedMatrix) else PackedMatrix(w, cols, inner)
-    if rows == 1 and packed is w and cols and inner and math.isfinite(sum(x)) and packed.is_finite:
-        out[:] = array(out.typecode, packed.times(x))
-        return
+    if rows == 1 and packed is w and cols and inner:
+        with contextlib.suppress(ArithmeticError, ValueError):
+            out[:] = array(out.typecode, packed.times(x))
+            return
     for r, row in enumerate(dots(pack_rows(x, rows, inner), packed.tuples)):
         out[r * cols:(r + 1) * cols] = array(out.typecode, row)
 
