@@ -701,15 +701,6 @@ def changes(old_keys: AbstractSet[int], corpus: Corpus) -> Tuple[List[Document],
     return added, set(old_keys) - {document.key for document in corpus.documents}
 
 
-def changed_lines(old: Iterable[Document],
-                  new: Iterable[Document]) -> Tuple[List[str], List[str]]:
-    """Return the lines only new has and the lines only old has, each once, in order."""
-    before = dict.fromkeys(line for document in old for line in document.lines)
-    after = dict.fromkeys(line for document in new for line in document.lines)
-    return ([line for line in after if line not in before],
-            [line for line in before if line not in after])
-
-
 # ──────────────────────────────────────────────────────────────────────────────────────
 # 2 · TOKENIZER — rows only append, so id 7 means the same text for ever   uses:
 # ──────────────────────────────────────────────────────────────────────────────────────
@@ -894,11 +885,6 @@ class EvolvingTokenizer:
             raise ValueError(f"token id {token_id} is outside the vocabulary; "
                              f"expected 0 to {self.vocab_size - 1}")
         return self._bytes_of_id[token_id]
-
-    def is_special(self, token_id: int) -> bool:
-        """Tell whether an id is a mark and not text; ValueError if out of range."""
-        self.token_bytes(token_id)
-        return token_id < FIRST_BYTE
 
     def encode(self, text: str, merge_limit: Optional[int] = None) -> List[int]:
         """Return the ids of `text` under the first `merge_limit` merges (None: all of them).
@@ -3750,7 +3736,6 @@ def spoken(model: GPT, tokenizer: EvolvingTokenizer, ids: Sequence[int], config:
 # sees its pipe close and goes. Learned weights are swapped in between two replies.
 
 FRAME_HEAD = struct.Struct("<II")
-MAX_FRAME_BYTES = 1 << 30
 
 
 def pack_frame(message: Dict[str, Any], blobs: Dict[str, bytes]) -> bytes:

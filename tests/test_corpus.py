@@ -429,13 +429,12 @@ class ReservoirTest(CorpusCase):
             self.assertLessEqual(len(removed), 2)
         self.assertEqual(added[-1].lines, ("an inserted line",))
 
-    def test_changes_are_the_documents_and_lines_that_differ(self) -> None:
+    def test_changes_are_the_documents_that_differ(self) -> None:
         old = self.write_documents([["one", "two"], ["three"], ["four"]], 100)
         new = self.write_documents([["four"], ["one", "five"], ["three"]], 100)
         added, removed = macrogpt.changes({document.key for document in old.documents}, new)
         self.assertEqual([document.lines for document in added], [("one", "five")])
         self.assertEqual(removed, {old.documents[0].key})
-        self.assertEqual(macrogpt.changed_lines(old.documents, new.documents), (["five"], ["two"]))
 
     def test_budgets_too_small_to_mean_anything_are_an_error(self) -> None:
         self.path.write_bytes(b"text\n")

@@ -162,8 +162,6 @@ class EncodingClaims(unittest.TestCase):
         self.assertEqual([tokenizer.token_bytes(1 + byte) for byte in range(256)],
                          [bytes([byte]) for byte in range(256)])
         self.assertEqual((tokenizer.token_bytes(257), tokenizer.token_bytes(258)), (b"hi", b"hi!"))
-        self.assertEqual([tokenizer.is_special(token_id) for token_id in (0, 1, 258)],
-                         [True, False, False])
         self.assertEqual((tokenizer.vocab_size, tokenizer.version), (259, 2))
 
     def test_decoding_an_encoding_gives_every_text_back(self) -> None:
@@ -336,7 +334,7 @@ class DecodingClaims(unittest.TestCase):
         tokenizer = macrogpt.EvolvingTokenizer()
         stream = macrogpt.StreamDecoder(tokenizer)
         for token_id in (-1, 257):
-            for call in (tokenizer.token_bytes, tokenizer.is_special, stream.feed,
+            for call in (tokenizer.token_bytes, stream.feed,
                          lambda each: tokenizer.decode([98, each])):
                 with self.assertRaisesRegex(ValueError, f"{token_id} .*expected 0 to 256"):
                     call(token_id)
