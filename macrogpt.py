@@ -32,6 +32,7 @@ Letters in shapes: B batch, T time (rows), C channels, H heads, D head width, V 
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import codecs
 import collections
@@ -41,11 +42,13 @@ import functools
 import hashlib
 import heapq
 import importlib
+import inspect
 import io
 import itertools
 import json
 import math
 import os
+import platform
 import queue
 import random
 import re
@@ -1021,9 +1024,93 @@ class StreamDecoder:
 # of floats (F32) or ints (I32), int and float scalars, `for … in range`, `if`, arithmetic and
 # exp/log/sqrt. Run as they stand they are the reference that every faster form must agree with.
 # Buffers are row-major; "adds" means +=, so that gradients of shared values sum by themselves.
+# Lists of a fixed length are local arrays; a Vector8 is eight floats that move as one, and loops
+# over a small constant range are unrolled, so that a block of a product can stay in registers.
 
 F32 = array
 I32 = array
+
+
+class Vector8(tuple):
+    """Eight floats, added and scaled together: one register of a compiled kernel."""
+
+    def __add__(self, other: Any) -> "Vector8":
+        return Vector8(map(add, self, other))
+
+    def __rmul__(self, factor: float) -> "Vector8":
+        return Vector8(factor * number for number in self)
+
+    __hash__ = tuple.__hash__
+
+
+def load8(x: Sequence[float], at: int) -> Vector8:
+    """Return the eight numbers from x[at] on."""
+    return Vector8(x[at:at + 8])
+
+
+def store8(x: Any, at: int, vector: Vector8) -> None:
+    """Put eight numbers into x from x[at] on."""
+    for i, number in enumerate(vector):
+        x[at + i] = number
+
+
+def splat8(number: float) -> Vector8:
+    """Return a number eight times."""
+    return Vector8((number,) * 8)
+
+
+def multiply(a: F32, b: F32, out: F32, rows: int, inner: int, cols: int, a_row: int, a_step: int,
+             b_step: int, b_col: int, keep: int) -> None:
+    """Set out[r, c], or add to it if keep, Σ a[r, k]·b[k, c] over k, in blocks of 6 by 16.
+
+    a[r, k] stands at r·a_row + k·a_step, b[k, c] at k·b_step + c·b_col; out is (rows, cols). A
+    panel of 16 columns and 256 steps of b lies packed in the first cache while all rows pass.
+    """
+    panel = [0.0] * 4096
+    part = [0.0] * 16
+    for k0 in range(0, inner, 256):
+        depth = min(inner - k0, 256)
+        for j0 in range(0, cols, 16):
+            width = min(cols - j0, 16)
+            for k in range(depth):
+                for j in range(width):
+                    panel[k * 16 + j] = b[(k0 + k) * b_step + (j0 + j) * b_col]
+                for j in range(width, 16):
+                    panel[k * 16 + j] = 0.0
+            for i0 in range(0, rows - 5, 6):
+                left = [splat8(0.0)] * 6
+                right = [splat8(0.0)] * 6
+                for k in range(depth):
+                    b0 = load8(panel, k * 16)
+                    b1 = load8(panel, k * 16 + 8)
+                    at = i0 * a_row + (k0 + k) * a_step
+                    for i in range(6):
+                        x = a[at + i * a_row]
+                        left[i] = left[i] + x * b0
+                        right[i] = right[i] + x * b1
+                for i in range(6):
+                    o = (i0 + i) * cols + j0
+                    store8(part, 0, left[i])
+                    store8(part, 8, right[i])
+                    for j in range(width):
+                        if keep + k0 > 0:
+                            out[o + j] += part[j]
+                        else:
+                            out[o + j] = part[j]
+            for i in range(rows - rows % 6, rows):
+                b0 = splat8(0.0)
+                b1 = splat8(0.0)
+                for k in range(depth):
+                    x = a[i * a_row + (k0 + k) * a_step]
+                    b0 = b0 + x * load8(panel, k * 16)
+                    b1 = b1 + x * load8(panel, k * 16 + 8)
+                store8(part, 0, b0)
+                store8(part, 8, b1)
+                for j in range(width):
+                    if keep + k0 > 0:
+                        out[i * cols + j0 + j] += part[j]
+                    else:
+                        out[i * cols + j0 + j] = part[j]
 
 
 def matmul_nt(x: F32, w: F32, out: F32, rows: int, inner: int, cols: int) -> None:
@@ -1302,9 +1389,9 @@ def adamw_step(w: F32, g: F32, m: F32, v: F32, first: int, n: int, rate: float, 
 
 
 KERNELS: Tuple[Callable[..., Any], ...] = (
-    matmul_nt, matmul_nn, matmul_tn, add_scaled, dot, gather_rows, scatter_rows, rmsnorm_forward,
-    rmsnorm_backward, rope_turn, attention_forward, attention_backward, attention_cached,
-    swiglu_forward, swiglu_backward, dropout_apply, cross_entropy_forward,
+    multiply, matmul_nt, matmul_nn, matmul_tn, add_scaled, dot, gather_rows, scatter_rows,
+    rmsnorm_forward, rmsnorm_backward, rope_turn, attention_forward, attention_backward,
+    attention_cached, swiglu_forward, swiglu_backward, dropout_apply, cross_entropy_forward,
     cross_entropy_backward, adamw_step)
 
 
@@ -1759,14 +1846,418 @@ def interpreted_engine(typecode: str = "f") -> Engine:
     return Engine("python", table, typecode, PackedMatrix, TupleCache)
 
 
-def choose_engine(wish: str) -> Engine:
-    """Return the engine that `MACROGPT_ENGINE` asks for: auto, native or python."""
-    if wish in ("auto", "python", ""):
+# the compiled engine
+
+C_TYPES = {"F32": "float *restrict", "I32": "const int *restrict", "int": "long", "float": "float",
+           "Vector8": "v8"}
+C_PRELUDE = """#include <math.h>
+typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
+"""
+C_FUNCTIONS = {"exp": "expf", "log": "logf", "sqrt": "sqrtf", "abs": "fabsf"}
+C_OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "/",
+               ast.Mod: "%", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==",
+               ast.NotEq: "!="}
+UNROLLED = 16  # a loop over a constant range up to this is written out
+
+
+class CKernel:
+    """A kernel as C.  What is outside the subset raises EngineError with the line and the reason.
+
+    Every name keeps one kind from its first assignment on; expressions come as (code, kind).
+    """
+
+    def __init__(self, tree: ast.FunctionDef) -> None:
+        self.name = tree.name
+        self.kinds = {arg.arg: self._named(arg.annotation) for arg in tree.args.args}
+        self.given = tuple(self.kinds.values())
+        self._locals: Dict[str, str] = {}
+        self._constants: Dict[str, int] = {}
+        self.result = "void" if isinstance(tree.returns, ast.Constant) else "float"
+        body = self._block(tree.body)
+        given = ", ".join(f"{C_TYPES[kind]} {name}"
+                          for name, kind in zip(self.kinds, self.given))
+        self.code = (f"{self.result} {self.name}({given}) {{\n"
+                     + "".join(self._locals.values()) + body + "}\n")
+
+    def _named(self, node: Any) -> str:
+        if not isinstance(node, ast.Name) or node.id not in C_TYPES:
+            self._refuse(node, "a parameter needs a type of the subset: " + ", ".join(C_TYPES))
+        return node.id
+
+    def _refuse(self, node: Any, reason: str) -> Any:
+        raise EngineError(f"kernel {self.name}, line {getattr(node, 'lineno', 1)}: {reason}; "
+                          f"it is outside the subset that can be compiled")
+
+    def _visit(self, prefix: str, node: Any) -> Any:
+        method = getattr(self, prefix + type(node).__name__, None)
+        return method(node) if method else self._refuse(node, type(node).__name__)
+
+    def _block(self, body: List[Any]) -> str:
+        return "".join(self._visit("_do_", node) for node in body)
+
+    def _value(self, node: Any) -> Tuple[str, str]:
+        return self._visit("_of_", node)
+
+    def _code(self, node: Any) -> str:
+        return self._value(node)[0]
+
+    def _declare(self, name: str, kind: str, size: int = 0) -> None:
+        if name not in self.kinds:
+            self.kinds[name] = kind
+            self._locals[name] = f"{C_TYPES[kind]} {name}{f'[{size}]' if size else ''};\n"
+
+    # statements
+
+    def _do_Expr(self, node: Any) -> str:
+        value = node.value
+        if isinstance(value, ast.Constant):  # the docstring
+            return ""
+        if isinstance(value, ast.Call) and getattr(value.func, "id", "") == "store8":
+            where, at, vector = map(self._code, value.args)
+            return f"*(v8 *)({where} + {at}) = {vector};\n"
+        return self._refuse(node, "an expression without effect")
+
+    def _do_Return(self, node: Any) -> str:
+        return f"return {self._code(node.value)};\n"
+
+    def _do_Assign(self, node: Any) -> str:
+        target, value = node.targets[0], node.value
+        if isinstance(value, ast.BinOp) and isinstance(value.left, ast.List):
+            (code, kind), size = self._value(value.left.elts[0]), value.right.value
+            self._declare(target.id, kind, size)
+            if size > UNROLLED:
+                return f"for (int i = 0; i < {size}; i++) {target.id}[i] = {code};\n"
+            return "".join(f"{target.id}[{i}] = {code};\n" for i in range(size))
+        code, kind = self._value(value)
+        if isinstance(target, ast.Name):
+            self._declare(target.id, kind)
+        return f"{self._code(target)} = {code};\n"
+
+    def _do_AugAssign(self, node: Any) -> str:
+        sign = C_OPERATORS[type(node.op)]
+        return f"{self._code(node.target)} {sign}= {self._code(node.value)};\n"
+
+    def _do_If(self, node: Any) -> str:
+        rest = f"else {{\n{self._block(node.orelse)}}}\n" if node.orelse else ""
+        return f"if ({self._code(node.test)}) {{\n{self._block(node.body)}}}\n{rest}"
+
+    def _do_While(self, node: Any) -> str:
+        return f"while ({self._code(node.test)}) {{\n{self._block(node.body)}}}\n"
+
+    def _do_For(self, node: Any) -> str:
+        name, bounds = node.target.id, node.iter.args
+        if len(bounds) == 1 and isinstance(bounds[0], ast.Constant) and bounds[0].value <= UNROLLED:
+            written = ""
+            for self._constants[name] in range(bounds[0].value):
+                written += self._block(node.body)
+            del self._constants[name]
+            return written
+        self._declare(name, "int")
+        codes = [self._code(bound) for bound in bounds]
+        first, last, step = (["0"] + codes + ["1"] if len(codes) == 1 else codes + ["1"])[:3]
+        return (f"for ({name} = {first}; {name} < {last}; {name} += {step}) {{\n"
+                f"{self._block(node.body)}}}\n")
+
+    # expressions
+
+    def _of_Constant(self, node: Any) -> Tuple[str, str]:
+        if isinstance(node.value, int):
+            return str(node.value), "int"
+        return f"{node.value!r}f", "float"
+
+    def _of_Name(self, node: Any) -> Tuple[str, str]:
+        if node.id in self._constants:
+            return str(self._constants[node.id]), "int"
+        return node.id, self.kinds.get(node.id) or self._refuse(node, f"unknown name {node.id}")
+
+    def _of_BinOp(self, node: Any) -> Tuple[str, str]:
+        (left, kind), (right, other) = self._value(node.left), self._value(node.right)
+        kinds = {kind, other, "float" if isinstance(node.op, ast.Div) else "int"}
+        cast = "(float)" if isinstance(node.op, ast.Div) and kind == "int" else ""
+        sign = C_OPERATORS.get(type(node.op)) or self._refuse(node, type(node.op).__name__)
+        joint = next(kind for kind in ("Vector8", "float", "int") if kind in kinds)
+        return f"({cast}{left} {sign} {right})", joint
+
+    def _of_UnaryOp(self, node: Any) -> Tuple[str, str]:
+        if not isinstance(node.op, ast.USub):
+            self._refuse(node, type(node.op).__name__)
+        code, kind = self._value(node.operand)
+        return f"(-{code})", kind
+
+    def _of_Compare(self, node: Any) -> Tuple[str, str]:
+        if len(node.ops) > 1 or type(node.ops[0]) not in C_OPERATORS:
+            self._refuse(node, "a comparison of more than two numbers")
+        sign = C_OPERATORS[type(node.ops[0])]
+        return f"({self._code(node.left)} {sign} {self._code(node.comparators[0])})", "int"
+
+    def _of_IfExp(self, node: Any) -> Tuple[str, str]:
+        (yes, kind), (no, other) = self._value(node.body), self._value(node.orelse)
+        return f"({self._code(node.test)} ? {yes} : {no})", "float" if "float" in (
+            kind, other) else "int"
+
+    def _of_Subscript(self, node: Any) -> Tuple[str, str]:
+        name, kind = self._value(node.value)
+        return f"{name}[{self._code(node.slice)}]", {"F32": "float", "I32": "int"}.get(kind, kind)
+
+    def _of_Call(self, node: Any) -> Tuple[str, str]:
+        name = getattr(node.func, "id", "")
+        values = [self._value(arg) for arg in node.args]
+        codes = [code for code, _ in values]
+        if name in C_FUNCTIONS:
+            return f"{C_FUNCTIONS[name]}({codes[0]})", "float"
+        if name in ("min", "max"):
+            sign = "<" if name == "min" else ">"
+            return f"({codes[0]} {sign} {codes[1]} ? {codes[0]} : {codes[1]})", values[0][1]
+        if name == "load8":
+            return f"(*(v8 *)({codes[0]} + {codes[1]}))", "Vector8"
+        if name == "splat8":
+            return f"((v8){{0}} + {codes[0]})", "Vector8"
+        return self._refuse(node, f"a call of {name or 'something'}")
+
+
+def c_source(kernels: Sequence[Callable[..., Any]]) -> str:
+    """Return the C of the kernels.  Raises EngineError, also where there is no source to read."""
+    try:
+        trees = [ast.parse(inspect.getsource(kernel)).body[0] for kernel in kernels]
+    except (OSError, SyntaxError) as error:
+        raise EngineError(f"the kernels' source cannot be read ({error}); keep macrogpt.py whole")
+    return C_PRELUDE + "".join(CKernel(tree).code for tree in trees)  # type: ignore[arg-type]
+
+
+C_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-std=gnu99", "-w")
+COMPILE_SECONDS = 60.0
+ANSWER_SECONDS = 5.0
+
+
+def _run(command: Sequence[str], seconds: float) -> str:
+    """Return what a command says; EngineError when it fails, hangs or is not there."""
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True,
+                              timeout=seconds, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise EngineError(f"{command[0]} cannot be used ({error}); "
+                          f"set CC to a C compiler") from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).decode("utf-8", "replace").strip().splitlines()
+        raise EngineError(f"{command[0]} failed with code {done.returncode}"
+                          f"{': ' + said[-1] if said else ''}; set CC to a C compiler that works")
+    return done.stdout.decode("utf-8", "replace")
+
+
+def find_compiler() -> Optional[str]:
+    """Return the path of the C compiler: $CC, else cc, gcc or clang; None where there is none."""
+    if os.name != "posix":  # elsewhere a C long is no Python int of 64 bits
+        return None
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    if sys.platform == "darwin":  # without its tools, cc there opens a dialog
+        try:
+            _run(["xcode-select", "-p"], ANSWER_SECONDS)
+        except EngineError:
+            return None
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def _cpu_features() -> str:
+    """Return what tells apart processors that the same machine code may not suit."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return "".join(sorted({line for line in file if line.startswith(
+                ("flags", "Features", "model name"))}))
+    except OSError:
+        return platform.processor()
+
+
+def _library_name(compiler: str) -> str:
+    """Return a name that changes with program, compiler, flags and processor."""
+    status = os.stat(compiler)
+    with open(os.path.abspath(__file__), "rb") as file:
+        digest = hashlib.sha256(file.read())
+    facts = (C_FLAGS, os.path.realpath(compiler), status.st_size, status.st_mtime_ns,
+             platform.machine(), _cpu_features())
+    digest.update(repr(facts).encode())
+    return f"kernels-{digest.hexdigest()[:32]}.so"
+
+
+def cache_folder() -> Optional[str]:
+    """Return the folder for compiled kernels, ours alone; None where there can be none."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = os.path.join(base, "macrogpt")
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        status = os.lstat(folder)
+    except OSError:
+        return None
+    ours = status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    return folder if stat.S_ISDIR(status.st_mode) and ours and os.access(folder, os.W_OK) else None
+
+
+def _compile(compiler: str, folder: str) -> str:
+    """Return the path, in folder, of a new library that has passed its check."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        source, thing, library = (os.path.join(place, name) for name in ("k.c", "k.o", "k.so"))
+        with open(source, "w", encoding="utf-8") as file:
+            file.write(c_source(KERNELS))
+        # two steps: fast-math at the link would change the arithmetic of the whole process
+        _run([compiler, *C_FLAGS, "-c", source, "-o", thing], COMPILE_SECONDS)
+        _run([compiler, "-shared", thing, "-o", library, "-lm"], COMPILE_SECONDS)
+        _run([sys.executable, "-c", CHECK_CODE, os.path.abspath(__file__), library],
+             COMPILE_SECONDS)  # a crash in there only costs that process
+        final = os.path.join(folder, _library_name(compiler))
+        os.replace(library, final)
+        return final
+
+
+CHECK_CODE = """
+import importlib, os, sys
+folder, name = os.path.split(sys.argv[1])
+sys.path.insert(0, folder)
+importlib.import_module(os.path.splitext(name)[0]).check_library(sys.argv[2])
+"""
+
+
+def load_kernels(path: str) -> Dict[str, Callable[..., Any]]:
+    """Return the kernels of a compiled library, to be called like those in Python."""
+    import ctypes
+    library, kinds = ctypes.CDLL(path), {"int": ctypes.c_long, "float": ctypes.c_float}
+    table = {}
+    for kernel in KERNELS:
+        function = getattr(library, kernel.__name__)
+        *given, result = kernel.__annotations__.values()
+        function.argtypes = [kinds.get(kind, ctypes.c_void_p) for kind in given]
+        function.restype = kinds.get(result)
+        table[kernel.__name__] = _by_address(function, given)
+    return table
+
+
+def _by_address(function: Any, kinds: Sequence[str]) -> Callable[..., Any]:
+    """Return a function that takes buffers where the compiled one takes addresses."""
+    def call(*args: Any) -> Any:
+        held = [array("i", arg) if kind == "I32" and type(arg) is not array else arg
+                for kind, arg in zip(kinds, args)]
+        return function(*[arg.buffer_info()[0] if type(arg) is array else arg for arg in held])
+    return call
+
+
+def sample_calls(rng: random.Random) -> Iterator[Tuple[str, List[Any]]]:
+    """Yield a small call of every kernel, with numbers from rng."""
+    def some(n: int) -> array:
+        return array("f", [rng.gauss(0.0, 1.0) for _ in range(n)])
+
+    def ints(*numbers: int) -> array:
+        return array("i", numbers)
+    rows, dim, heads, width = 7, 24, 3, 8
+    for keep in (0, 1):
+        yield "multiply", [some(13 * 300), some(300 * 21), some(13 * 21), 13, 300, 21, 300, 1, 1,
+                           300, keep]
+    for name in ("matmul_nt", "matmul_nn", "matmul_tn"):
+        yield name, [some(rows * 9), some(9 * dim), some(rows * dim), rows, 9, dim]
+    yield "add_scaled", [some(dim), some(dim), dim, 0.7]
+    yield "dot", [some(dim), some(dim), dim]
+    yield "gather_rows", [some(4 * dim), ints(3, 0, 3), some(3 * dim), 3, dim]
+    yield "scatter_rows", [some(3 * dim), ints(3, 0, 3), some(4 * dim), 3, dim]
+    yield "rmsnorm_forward", [some(rows * dim), some(rows * dim), some(rows), rows, dim, 1e-5]
+    yield "rmsnorm_backward", [some(rows * dim), some(rows * dim), some(rows), some(rows * dim),
+                               rows, dim]
+    yield "rope_turn", [some(rows * dim), some(rows * width), some(rows * dim), rows, dim, 16,
+                        width, -1.0]
+    qkv, out, lse = some(rows * 3 * dim), some(rows * dim), some(rows * heads)
+    shape = [ints(0, 3, rows), 2, heads, width]
+    attention_forward(qkv, out, lse, *shape)
+    yield "attention_forward", [qkv, some(rows * dim), some(rows * heads), *shape]
+    yield "attention_backward", [some(rows * dim), qkv, out, lse, some(rows * 3 * dim), *shape]
+    yield "attention_cached", [some(dim), some(10 * dim), some(10 * dim), some(dim), 6, 10, heads,
+                               width]
+    yield "swiglu_forward", [some(rows * 2 * dim), some(rows * dim), rows, dim]
+    yield "swiglu_backward", [some(rows * dim), some(rows * 2 * dim), some(rows * 2 * dim), rows,
+                              dim]
+    yield "dropout_apply", [some(dim), some(dim), dim, 0.3, 12345]
+    logits, targets = some(3 * dim), ints(5, -1, 23)
+    lse, losses = some(3), some(3)
+    cross_entropy_forward(logits, targets, lse, losses, 3, dim)
+    yield "cross_entropy_forward", [logits, targets, some(3), some(3), 3, dim]
+    yield "cross_entropy_backward", [logits, targets, lse, some(3 * dim), 3, dim, 0.5]
+    moments = [array("f", map(abs, some(dim))) for _ in range(2)]
+    yield "adamw_step", [some(dim), some(dim), *moments, 2, dim, 0.01, 0.9, 0.99, 1e-8, 0.1, 1.5,
+                         2.5, 0.8]
+
+
+def check_library(path: str) -> None:
+    """Compare every compiled kernel with its Python.  Raises EngineError when they differ."""
+    compiled, plain = load_kernels(path), {kernel.__name__: kernel for kernel in KERNELS}
+    for name, args in sample_calls(random.Random(1)):
+        other = [array(arg.typecode, arg) if isinstance(arg, array) else arg for arg in args]
+        results = [compiled[name](*args)], [plain[name](*other)]
+        for mine, theirs in zip([*args, array("f", [results[0][0] or 0.0])],
+                                [*other, array("f", [results[1][0] or 0.0])]):
+            if isinstance(mine, array) and not all(
+                    abs(a - b) <= 1e-4 * (1.0 + abs(b)) for a, b in zip(mine, theirs)):
+                raise EngineError(f"the compiled {name} does not do what its Python does; "
+                                  f"try another compiler with CC")
+
+
+def native_engine(build: bool = True) -> Engine:
+    """Return the engine of compiled kernels.  Raises EngineError when there can be none.
+
+    Without build only a library that was compiled and checked before will do.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise EngineError("no C compiler was found; install one, or set CC")
+    folder = cache_folder()
+    try:
+        path = os.path.join(folder, _library_name(compiler)) if folder else ""
+        if path and os.path.exists(path):
+            with contextlib.suppress(OSError, AttributeError):  # what cannot be loaded is made anew
+                return _native(load_kernels(path))
+        if not build:
+            raise EngineError("the kernels have not been compiled yet; train once")
+        if folder:
+            return _native(load_kernels(_compile(compiler, folder)))
+        with tempfile.TemporaryDirectory() as place:  # what is loaded needs no file any more
+            return _native(load_kernels(_compile(compiler, place)))
+    except (OSError, ImportError, AttributeError) as error:
+        raise EngineError(f"the compiled kernels cannot be used ({error}); "
+                          f"set CC to another compiler") from None
+
+
+def _native(table: Dict[str, Callable[..., Any]]) -> Engine:
+    """Return the engine of a table of compiled kernels, products by way of `multiply`."""
+    product = table["multiply"]
+    plain_nt = table["matmul_nt"]
+
+    def matmul_nt(x: array, w: array, out: array, rows: int, inner: int, cols: int) -> None:
+        if rows == 1:
+            plain_nt(x, w, out, rows, inner, cols)
+        else:
+            product(x, w, out, rows, inner, cols, inner, 1, 1, inner, 0)
+
+    def matmul_nn(g: array, w: array, dx: array, rows: int, inner: int, cols: int) -> None:
+        product(g, w, dx, rows, inner, cols, inner, 1, cols, 1, 1)
+
+    def matmul_tn(g: array, x: array, dw: array, rows: int, inner: int, cols: int) -> None:
+        product(g, x, dw, rows, inner, cols, 1, rows, cols, 1, 1)
+    products = {f.__name__: f for f in (matmul_nt, matmul_nn, matmul_tn)}
+    return Engine("native", {**table, **products})
+
+
+def choose_engine(wish: str, build: bool = False,
+                  tell: Callable[[str], None] = lambda notice: None) -> Engine:
+    """Return the engine that `MACROGPT_ENGINE` asks for: auto, native or python.
+
+    auto takes compiled kernels where they are there already or, if `build`, can be made.
+    """
+    if wish not in ("auto", "native", "python", ""):
+        raise ConfigError(f"MACROGPT_ENGINE={wish!r} is not known; use auto, native or python")
+    if wish == "python":
         return interpreted_engine()
-    if wish == "native":
-        raise EngineError("MACROGPT_ENGINE=native: there is no compiled engine in this version; "
-                          "use auto or python")
-    raise ConfigError(f"MACROGPT_ENGINE={wish!r} is not known; use auto, native or python")
+    try:
+        return native_engine(build or wish == "native")
+    except EngineError as error:
+        if wish == "native":
+            raise EngineError(f"MACROGPT_ENGINE=native: {error}; or use auto or python") from None
+        if build and find_compiler():
+            tell(f"kernels stay interpreted: {error}")
+        return interpreted_engine()
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
@@ -4244,9 +4735,12 @@ def trainer_main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(AttributeError, OSError):
         os.nice(10)
-    engine = choose_engine(os.environ.get("MACROGPT_ENGINE", ""))
+    notices: List[str] = []
+    engine = choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True, notices.append)
     child = TrainerChild(sys.stdin.buffer, sys.stdout.buffer, engine)
     try:
+        for notice in notices:
+            child._send("notice", text=notice)
         child.run()
     except BrokenPipeError:
         pass
@@ -4740,6 +5234,9 @@ class Organism:
         self._tell(f"step {message['step']} gave a loss of {message['loss']} and was skipped; "
                    f"a lower learning_rate may help")
         self.memory.log("step skipped", **message)
+
+    def _on_notice(self, blobs: Dict[str, bytes], text: str) -> None:
+        self._tell(text)
 
     def _on_failed(self, blobs: Dict[str, bytes], error: str) -> None:
         raise TrainerError(error)
@@ -5490,11 +5987,12 @@ def doctor_checks(app: App) -> Iterator[Tuple[str, bool, str]]:
     """Yield (name, whether it is well, what was found)."""
     yield "python", sys.version_info >= (3, 9), sys.version.split()[0]
     try:
-        yield "engine", True, choose_engine(os.environ.get("MACROGPT_ENGINE", "")).name
+        notices: List[str] = []
+        engine = choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True, notices.append)
+        yield "engine", True, " · ".join([engine.name, *notices])
     except MacroGPTError as error:
         yield "engine", False, str(error)
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    yield "compiler", True, f"{compiler or 'none'} (this version does not use one)"
+    yield "compiler", True, find_compiler() or "none: kernels are interpreted"
     for module, use in (("readline", "arrow keys and history"), ("ctypes", "compiled kernels")):
         try:
             importlib.import_module(module)
@@ -5535,10 +6033,12 @@ def command_bench(app: App, words: List[str]) -> int:
     """Measure this machine: training, generation, start-up, first reply, memory search."""
     if words:
         raise UsageError(f"bench takes no words, found {words[0]!r}; sizes are set with --set")
-    config, engine = app.config, choose_engine(os.environ.get("MACROGPT_ENGINE", ""))
+    config, best = app.config, choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True,
+                                             app.terminal.note)
+    engines = [best] if best.name == "python" else [best, interpreted_engine()]
     app.terminal.note("measuring; leave the machine alone for a while")
     facts = {"config": dataclasses.asdict(config), "peak_gflops": None,
-             "engines": {engine.name: bench_engine(config, engine)},
+             "engines": {engine.name: bench_engine(config, engine) for engine in engines},
              "multiply_add_ns": {"sum_map_mul": bench_sum_map_mul()},
              **bench_process(config), **bench_search(config)}
     app.report(facts, bench_lines(facts))

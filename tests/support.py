@@ -8,6 +8,9 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = os.path.join(ROOT, "macrogpt.py")
 
+# Where kernels are compiled to, once for all tests; the home of each test is its own.
+CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+
 # What is started in the background of a script ignores Ctrl+C, and so would what we start from here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -37,7 +40,8 @@ def environment(home, changes=None):
     """Return this process's environment with a home of its own and nothing that steers a run."""
     kept = {name: value for name, value in os.environ.items()
             if name not in ("NO_COLOR", "MACROGPT_DEBUG", "PYTHONWARNINGS", "COLUMNS")}
-    return {**kept, "HOME": home, "USERPROFILE": home, "TERM": "xterm", **(changes or {})}
+    return {**kept, "HOME": home, "USERPROFILE": home, "TERM": "xterm", "XDG_CACHE_HOME": CACHE,
+            **(changes or {})}
 
 
 def command(args, cwd):

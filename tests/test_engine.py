@@ -1,11 +1,18 @@
 """Claims about the kernels, their fast twins, the packed matrices, the caches and the engines."""
+import ast
 import math
+import os
 import random
+import subprocess
+import sys
+import textwrap
 import unittest
 from array import array
 from fractions import Fraction
+from unittest import mock
 
 import macrogpt as m
+from support import ROOT, Folder
 
 TWINS = dict(m.TWINS)
 KERNELS = {kernel.__name__: kernel for kernel in m.KERNELS}
@@ -365,7 +372,8 @@ class KernelsAddOrSetAsTheySay(KernelCase):
 
     def test_what_was_in_the_result_before_stays_below_or_is_gone(self):
         for engine in (m.reference_engine("d"), m.interpreted_engine("d")):
-            tested = {"dot", "adamw_step"}  # they return a number, and move their own state
+            # these return a number, move their own state, do both as they are told
+            tested = {"dot", "adamw_step", "multiply"}
             for name, adds, at, args in self.calls(engine):
                 with self.subTest(engine=engine.name, kernel=name):
                     on_zeros = copied(args)
@@ -577,14 +585,230 @@ class EnginesAreTables(unittest.TestCase):
         self.assertTrue(engine.recording)
 
     def test_an_engine_is_chosen_by_name_or_refused_with_a_remedy(self):
-        for wish in ("auto", "python", ""):
-            engine = m.choose_engine(wish)
-            self.assertEqual((engine.name, engine.typecode), ("python", "f"))
-        with self.assertRaisesRegex(m.EngineError, "native.*use auto or python"):
-            m.choose_engine("native")
+        self.assertEqual(m.choose_engine("python").name, "python")
+        with mock.patch.dict(os.environ, {"CC": "no-such-compiler"}):
+            for wish in ("auto", ""):
+                engine = m.choose_engine(wish, True)
+                self.assertEqual((engine.name, engine.typecode), ("python", "f"))
+            with self.assertRaisesRegex(m.EngineError, "native.*CC.*use auto or python"):
+                m.choose_engine("native")
         for wish in ("gpu", "Python", " "):
             with self.assertRaisesRegex(m.ConfigError, "MACROGPT_ENGINE.*use auto"):
                 m.choose_engine(wish)
+
+
+def refused(source):
+    """Return what is said of a kernel that is outside the subset."""
+    try:
+        m.CKernel(ast.parse(textwrap.dedent(source)).body[0])
+    except m.EngineError as error:
+        return str(error)
+    return ""
+
+
+class TheTranslator(unittest.TestCase):
+    def test_what_is_outside_the_subset_is_refused_with_its_line_and_reason(self):
+        head = "def odd(x: F32, n: int) -> None:\n"
+        for body, signs in (
+                ("    for i in range(n):\n        print(i)\n", ("line 3",)),
+                ("    y = open(n)\n", ("line 2", "open")),
+                ("    y = z + 1\n", ("line 2", "z")),
+                ("    y = n ** 2\n", ("line 2", "Pow")),
+                ("    with n:\n        n = 1\n", ("line 2", "With")),
+                ("    y = [i for i in x]\n", ("line 2", "ListComp")),
+                ("    n = 0 < n < 3\n", ("line 2", "comparison")),
+                ("    y = ~n\n", ("line 2", "Invert")),
+                ("    y = lambda: n\n", ("line 2", "Lambda")),
+                ("    y = x.append\n", ("line 2", "Attribute"))):
+            said = refused(head + body)
+            for sign in ("kernel odd", *signs):
+                self.assertIn(sign, said, body)
+        self.assertIn("type of the subset", refused("def odd(x) -> None:\n    x = 1\n"))
+        self.assertIn("type of the subset", refused("def odd(x: str) -> None:\n    x = 1\n"))
+
+    def test_small_constant_loops_are_written_out_and_others_stay_loops(self):
+        tree = ast.parse("def f(x: F32, n: int) -> None:\n    for i in range(3):\n"
+                         "        x[i] = n / 2\n    for i in range(n):\n        x[i] += 1.5\n")
+        code = m.CKernel(tree.body[0]).code
+        for line in ("x[0] = ((float)n / 2);", "x[2] = ((float)n / 2);",
+                     "for (i = 0; i < n; i += 1) {", "x[i] += 1.5f;"):
+            self.assertIn(line, code)
+
+    def test_every_kernel_is_in_the_subset(self):
+        source = m.c_source(m.KERNELS)
+        for name in KERNELS:
+            self.assertRegex(source, rf"\n(void|float) {name}\(")
+
+
+@unittest.skipIf(m.find_compiler() is None, "there is no C compiler here")
+class TheCompiledKernels(KernelCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.engine = m.native_engine()
+        path = os.path.join(m.cache_folder(), m._library_name(m.find_compiler()))
+        cls.kernels = m.load_kernels(path)
+
+    def parity(self, name, args, tolerance=2e-5):
+        plain, compiled = copied(args), copied(args)
+        results = KERNELS[name](*plain), self.kernels[name](*compiled)
+        if results[0] is not None:
+            self.assertAlmostEqual(*results, delta=tolerance * (1.0 + abs(results[0])))
+        for i, (a, b) in enumerate(zip(compiled, plain)):
+            if isinstance(a, array):
+                self.assert_near(a, b, tolerance * (1.0 + largest(b)), (name, i))
+
+    def test_every_kernel_does_the_same_both_ways(self):
+        for seed in range(6):
+            names = set()
+            for name, args in m.sample_calls(random.Random(seed)):
+                self.parity(name, args)
+                names.add(name)
+            self.assertEqual(names, set(KERNELS))
+
+    def test_products_of_every_shape_are_the_same_both_ways(self):
+        rng = random.Random(50)
+        sizes = (0, 1, 2, 5, 6, 7, 12, 15, 16, 17, 33)
+        for _ in range(150):
+            rows, inner, cols = (rng.choice(sizes) for _ in range(3))
+            a, b = numbers(rng, "f", rows * inner), numbers(rng, "f", inner * cols)
+            for name in ("matmul_nt", "matmul_nn", "matmul_tn"):
+                plain, mine = (array("f", [0.5] * (rows * cols)) for _ in range(2))
+                KERNELS[name](a, b, plain, rows, inner, cols)
+                getattr(self.engine, name)(a, b, mine, rows, inner, cols)
+                if inner:
+                    self.assert_near(mine, plain, 1e-5 * (1 + largest(a) * largest(b) * inner),
+                                     (name, rows, inner, cols))
+
+    def test_huge_logits_and_long_rows_keep_their_sums(self):
+        for scale in (0.0, 1.0, 80.0, 1e4):
+            rng = random.Random(51)
+            logits = array("f", [rng.gauss(0.0, scale) for _ in range(3 * 700)])
+            targets = whole([0, 699, -1])
+            self.parity("cross_entropy_forward", (logits, targets, array("f", [0.0] * 3),
+                                                  array("f", [0.0] * 3), 3, 700))
+            gates = array("f", [rng.gauss(0.0, scale) for _ in range(2 * 40)])
+            self.parity("swiglu_forward", (gates, array("f", [0.0] * 40), 1, 40))
+
+    def test_attention_of_every_shape_is_the_same_both_ways(self):
+        rng = random.Random(52)
+        for heads, width, lengths in ((1, 2, (1,)), (2, 18, (5, 1, 9)), (3, 8, (17,)),
+                                      (1, 32, (33, 2)), (4, 6, (8, 8)), (2, 4, (0, 3))):
+            dim, starts = heads * width, [0]
+            for length in lengths:
+                starts.append(starts[-1] + length)
+            total, shape = starts[-1], (whole(starts), len(lengths), heads, width)
+            qkv, out, lse = (numbers(rng, "f", n) for n in (total * 3 * dim, total * dim,
+                                                            total * heads))
+            self.parity("attention_forward", (qkv, out, lse, *shape))
+            m.attention_forward(qkv, out, lse, *shape)
+            g, dqkv = numbers(rng, "f", total * dim), numbers(rng, "f", total * 3 * dim)
+            self.parity("attention_backward", (g, qkv, out, lse, dqkv, *shape))
+
+    def test_a_training_run_gives_the_same_losses_in_both_engines(self):
+        def losses(engine):
+            rng = random.Random(5)
+            shape = m.Shape.of(m.Config().replace(["n_embd=24", "n_head=2", "block_size=16"]))
+            model, adam = m.GPT(shape, 40, engine, rng), m.AdamW.of(m.Config())
+            for _ in range(50):
+                windows = [[rng.randrange(40) for _ in range(rng.randint(2, 17))]
+                           for _ in range(3)]
+                yield m.train_step(model, adam, windows, 0.005, 0.1, rng).loss
+        for mine, plain in zip(losses(self.engine), losses(m.interpreted_engine())):
+            self.assertAlmostEqual(mine, plain, delta=1e-4 * plain)
+
+    def test_what_it_says_from_the_cache_is_what_it_says_of_the_whole(self):
+        model = m.GPT(m.Shape.of(m.Config()), 60, self.engine, random.Random(3))
+        ids, cache = [random.Random(4).randrange(60) for _ in range(40)], model.new_cache()
+        with self.engine.no_grad():
+            whole_text = model.logits(ids)
+        for t, token in enumerate(ids):
+            self.assert_near(model.feed(cache, [token]), whole_text.row(t), 1e-5)
+
+
+@unittest.skipUnless(os.name == "posix" and m.find_compiler(), "there is no C compiler here")
+class FindingAndTrustingTheCompiler(Folder, unittest.TestCase):
+    def setUp(self):
+        super().setUp()
+        changes = mock.patch.dict(os.environ, {"XDG_CACHE_HOME": self.folder})
+        changes.start()
+        self.addCleanup(changes.stop)
+        self.cache = self.path("macrogpt")
+
+    def script(self, text):
+        path = self.write("compiler", "#!/bin/sh\n" + text)
+        os.chmod(path, 0o700)
+        os.environ["CC"] = path
+
+    def test_what_was_compiled_once_is_loaded_ever_after(self):
+        self.assertEqual(m.choose_engine("auto").name, "python")
+        self.assertEqual(m.choose_engine("auto", True).name, "native")
+        self.assertEqual(os.stat(self.cache).st_mode & 0o777, 0o700)
+        names = os.listdir(self.cache)
+        self.assertEqual(len(names), 1, "nothing but the library is left")
+        with mock.patch.object(m, "_compile", side_effect=AssertionError):
+            self.assertEqual(m.choose_engine("auto").name, "native")
+
+    def test_a_compiler_that_fails_means_interpreted_and_one_line(self):
+        for text in ("exit 1\n", "echo no >&2; exit 7\n", "exit 0\n", "kill -9 $$\n"):
+            self.script(text)
+            told = []
+            self.assertEqual(m.choose_engine("auto", True, told.append).name, "python", text)
+            self.assertEqual(len(told), 1)
+            self.assertNotIn("\n", told[0])
+            with self.assertRaisesRegex(m.EngineError, "MACROGPT_ENGINE=native"):
+                m.choose_engine("native")
+
+    def test_a_compiler_that_never_ends_is_given_up(self):
+        self.script("exec sleep 100\n")
+        with mock.patch.object(m, "COMPILE_SECONDS", 0.3):
+            self.assertEqual(m.choose_engine("auto", True).name, "python")
+
+    def test_kernels_that_compute_something_else_are_not_trusted(self):
+        real = m.find_compiler()
+        self.script(f"""for word; do case $word in *.c) sed -i 's/+= 1.0f/+= 2.0f/; \
+s/sqrtf(/expf(/' $word;; esac; done; exec {real} "$@"\n""")
+        told = []
+        self.assertEqual(m.choose_engine("auto", True, told.append).name, "python")
+        self.assertEqual(len(told), 1)
+        self.assertEqual(os.listdir(self.cache), [])
+
+    def test_garbage_in_the_cache_is_never_used_and_made_anew(self):
+        m.native_engine()
+        name, = os.listdir(self.cache)
+        os.unlink(os.path.join(self.cache, name))
+        self.write(os.path.join("macrogpt", name), "garbage")
+        code = ("import macrogpt as m; "
+                "print(*(m.choose_engine('auto', build).name for build in (False, True)))")
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                              timeout=60, check=True)
+        self.assertEqual(done.stdout.split(), [b"python", b"native"])
+
+    def test_a_cache_that_is_no_folder_of_ours_is_left_alone(self):
+        self.write("macrogpt", "a file")
+        self.assertIsNone(m.cache_folder())
+        self.assertEqual(m.choose_engine("auto", True).name, "native")
+        os.unlink(self.cache)
+        os.mkdir(self.cache, 0o777)
+        os.chmod(self.cache, 0o777)
+        self.assertIsNone(m.cache_folder())
+        other = self.path("other")
+        os.mkdir(other)
+        os.rmdir(self.cache)
+        os.symlink(other, self.cache)
+        self.assertIsNone(m.cache_folder())
+
+    def test_two_that_compile_at_once_both_succeed(self):
+        code = ("import macrogpt as m; import sys; "
+                "sys.exit(m.choose_engine('auto', True).name != 'native')")
+        both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(2)]
+        self.assertEqual([process.wait(60) for process in both], [0, 0])
+        self.assertEqual(len(os.listdir(self.cache)), 1)
+
+    def test_denormals_stay_numbers_after_loading(self):
+        m.native_engine()
+        self.assertGreater(5e-324, 0.0)
+        self.assertEqual(array("f", [1e-40])[0] / 2.0 > 0.0, True)
+        self.assertGreater(2.0 ** -1074 * random.Random(1).choice([1.0]), 0.0)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,8 @@ class Mistakes(ProcessCase):
         self.mistake(1, "export", "there", "--format", "gguf", signs=["export", "not there yet"])
 
     def test_an_engine_that_is_not_to_be_had_is_one_line(self):
-        self.mistake(1, "stats", env={"MACROGPT_ENGINE": "native"}, signs=["MACROGPT_ENGINE"])
+        self.mistake(1, "stats", env={"MACROGPT_ENGINE": "native", "CC": "false"},
+                     signs=["MACROGPT_ENGINE", "false"])
         self.mistake(2, "stats", env={"MACROGPT_ENGINE": "steam"}, signs=["steam"])
 
     def test_a_traceback_is_shown_only_with_debug(self):
