@@ -1278,6 +1278,189 @@ def attention_backward(g: F32, qkv: F32, out: F32, lse: F32, dqkv: F32, starts: 
                         dqkv[k + dim + c] += weight * g[o + c]
 
 
+def clear(x: F32, at: int, n: int) -> None:
+    """Set n numbers of x, from x[at] on, to zero."""
+    for i in range(at, at + n):
+        x[i] = 0.0
+
+
+def copy_columns(x: F32, at: int, step: int, rows: int, width: int, out: F32, to: int,
+                 stride: int) -> None:
+    """Lay the rows x[at + r·step:][:width] into out from `to` on as columns, padded to stride."""
+    for c in range(width):
+        for r in range(rows):
+            out[to + c * stride + r] = x[at + r * step + c]
+        for r in range(rows, stride):
+            out[to + c * stride + r] = 0.0
+
+
+def copy_rows(x: F32, at: int, step: int, rows: int, width: int, out: F32, to: int,
+              wide: int) -> None:
+    """Lay the rows x[at + r·step:][:width] into out from `to` on, padded to wide."""
+    for r in range(rows):
+        for c in range(width):
+            out[to + r * wide + c] = x[at + r * step + c]
+        for c in range(width, wide):
+            out[to + r * wide + c] = 0.0
+
+
+def tile_scores(x: F32, queries: int, wide: int, columns: int, stride: int, width: int, n: int,
+                to: int) -> None:
+    """Set x[to + i·stride + j] to the product of row i, of four, with column j, of n."""
+    for j in range(0, n, 8):
+        scores = [splat8(0.0)] * 4
+        for c in range(width):
+            column = load8(x, columns + c * stride + j)
+            for i in range(4):
+                scores[i] = scores[i] + x[queries + i * wide + c] * column
+        for i in range(4):
+            store8(x, to + i * stride + j, scores[i])
+
+
+def tile_mix(x: F32, weights: int, stride: int, rows: int, wide: int, n: int, to: int) -> None:
+    """Set four rows at `to` to the first n rows at `rows`, mixed by four rows of weights."""
+    for c in range(0, wide, 8):
+        sums = [splat8(0.0)] * 4
+        for j in range(n):
+            row = load8(x, rows + j * wide + c)
+            for i in range(4):
+                sums[i] = sums[i] + x[weights + i * stride + j] * row
+        for i in range(4):
+            store8(x, to + i * wide + c, sums[i])
+
+
+def tile_spread(x: F32, weights: int, stride: int, rows: int, wide: int, n: int, to: int) -> None:
+    """Add to each of n rows at `to` the four rows at `rows`, by its four weights."""
+    for c in range(0, wide, 8):
+        four = [splat8(0.0)] * 4
+        for i in range(4):
+            four[i] = load8(x, rows + i * wide + c)
+        for j in range(n):
+            total = load8(x, to + j * wide + c)
+            for i in range(4):
+                total = total + x[weights + i * stride + j] * four[i]
+            store8(x, to + j * wide + c, total)
+
+
+def softmax_row(x: F32, at: int, n: int, scale: float) -> float:
+    """Make n scores at x[at] weights that sum to 1; return the log of Σ exp(scale·score)."""
+    top = -1e30
+    for j in range(at, at + n):
+        top = max(top, x[j])
+    total = 0.0
+    for j in range(at, at + n):
+        weight = exp((x[j] - top) * scale)
+        x[j] = weight
+        total += weight
+    share = 1.0 / total
+    for j in range(at, at + n):
+        x[j] *= share
+    return top * scale + log(total)
+
+
+def slopes_row(x: F32, weights: int, slopes: int, n: int, scale: float, total: float,
+               common: float) -> None:
+    """Make n scores weights again, from their log-sum, and n passed gradients those of scores."""
+    for j in range(n):
+        weight = exp(x[weights + j] * scale - total)
+        x[weights + j] = weight
+        x[slopes + j] = weight * (x[slopes + j] - common) * scale
+
+
+def add_rows(x: F32, at: int, wide: int, rows: int, width: int, out: F32, to: int,
+             step: int) -> None:
+    """Add rows of x, `wide` apart, to rows of out, `step` apart."""
+    for r in range(rows):
+        for c in range(width):
+            out[to + r * step + c] += x[at + r * wide + c]
+
+
+def attention_forward_tiled(qkv: F32, out: F32, lse: F32, starts: I32, segments: int, heads: int,
+                            width: int, x: F32) -> None:
+    """Do what attention_forward does, four queries by eight keys at a time.
+
+    x is room for one head: keys as columns, values as rows padded to eights, four queries, their
+    weights, their results.  A segment of n rows needs (n + 8)·(5·width + 64) numbers.
+    """
+    dim = heads * width
+    wide = (width + 7) // 8 * 8
+    scale = 1.0 / sqrt(width)
+    for s in range(segments):
+        size = starts[s + 1] - starts[s]
+        stride = (size + 7) // 8 * 8
+        values = width * stride
+        queries = values + size * wide
+        weights = queries + 4 * wide
+        mixed = weights + 4 * stride
+        for h in range(heads):
+            at = starts[s] * 3 * dim + h * width
+            copy_columns(qkv, at + dim, 3 * dim, size, width, x, 0, stride)
+            copy_rows(qkv, at + 2 * dim, 3 * dim, size, width, x, values, wide)
+            for first in range(0, size, 4):
+                rows = min(size - first, 4)
+                copy_rows(qkv, at + first * 3 * dim, 3 * dim, rows, width, x, queries, wide)
+                tile_scores(x, queries, wide, 0, stride, width, first + rows, weights)
+                for i in range(rows):
+                    w = weights + i * stride
+                    r = starts[s] + first + i
+                    lse[r * heads + h] = softmax_row(x, w, first + i + 1, scale)
+                    clear(x, w + first + i + 1, rows - i - 1)
+                tile_mix(x, weights, stride, values, wide, first + rows, mixed)
+                for i in range(rows):
+                    for c in range(width):
+                        out[(starts[s] + first + i) * dim + h * width + c] = x[mixed + i * wide + c]
+
+
+def attention_backward_tiled(g: F32, qkv: F32, out: F32, lse: F32, dqkv: F32, starts: I32,
+                             segments: int, heads: int, width: int, x: F32) -> None:
+    """Do what attention_backward does, four queries by eight keys at a time; x as before."""
+    dim = heads * width
+    wide = (width + 7) // 8 * 8
+    scale = 1.0 / sqrt(width)
+    for s in range(segments):
+        size = starts[s + 1] - starts[s]
+        stride = (size + 7) // 8 * 8
+        values = width * stride
+        keys = 2 * values
+        dkeys = keys + size * wide
+        dvalues = dkeys + size * wide
+        queries = dvalues + size * wide
+        grads = queries + 4 * wide
+        weights = grads + 4 * wide
+        slopes = weights + 4 * stride
+        mixed = slopes + 4 * stride
+        for h in range(heads):
+            at = starts[s] * 3 * dim + h * width
+            copy_columns(qkv, at + dim, 3 * dim, size, width, x, 0, stride)
+            copy_columns(qkv, at + 2 * dim, 3 * dim, size, width, x, values, stride)
+            copy_rows(qkv, at + dim, 3 * dim, size, width, x, keys, wide)
+            clear(x, dkeys, 2 * size * wide)
+            for first in range(0, size, 4):
+                rows = min(size - first, 4)
+                o = (starts[s] + first) * dim + h * width
+                copy_rows(qkv, at + first * 3 * dim, 3 * dim, rows, width, x, queries, wide)
+                copy_rows(g, o, dim, rows, width, x, grads, wide)
+                tile_scores(x, queries, wide, 0, stride, width, first + rows, weights)
+                tile_scores(x, grads, wide, values, stride, width, first + rows, slopes)
+                for i in range(rows):
+                    common = 0.0
+                    for c in range(width):
+                        common += g[o + i * dim + c] * out[o + i * dim + c]
+                    seen = first + i + 1
+                    slopes_row(x, weights + i * stride, slopes + i * stride, seen, scale,
+                               lse[(starts[s] + first + i) * heads + h], common)
+                    clear(x, weights + i * stride + seen, rows - i - 1)
+                    clear(x, slopes + i * stride + seen, rows - i - 1)
+                clear(x, weights + rows * stride, (4 - rows) * stride)
+                clear(x, slopes + rows * stride, (4 - rows) * stride)
+                tile_mix(x, slopes, stride, keys, wide, first + rows, mixed)
+                tile_spread(x, slopes, stride, queries, wide, first + rows, dkeys)
+                tile_spread(x, weights, stride, grads, wide, first + rows, dvalues)
+                add_rows(x, mixed, wide, rows, width, dqkv, at + first * 3 * dim, 3 * dim)
+            add_rows(x, dkeys, wide, size, width, dqkv, at + dim, 3 * dim)
+            add_rows(x, dvalues, wide, size, width, dqkv, at + 2 * dim, 3 * dim)
+
+
 def attention_cached(q: F32, keys: F32, values: F32, out: F32, length: int, block: int,
                      heads: int, width: int) -> None:
     """Set out (H·D) to the attention of one query over the first `length` slots of a cache.
@@ -1388,19 +1571,32 @@ def adamw_step(w: F32, g: F32, m: F32, v: F32, first: int, n: int, rate: float, 
         w[i] -= rate * (m[i] * fix1 / (sqrt(v[i] * fix2) + eps) + decay * w[i])
 
 
+def multiply_adds(out: F32, n: int, factor: float) -> None:
+    """Do n times 96 independent multiply-adds on out (96,), and nothing else: a core's peak."""
+    sums = [splat8(1.0)] * 12
+    one = load8(out, 0)
+    for k in range(n):
+        for i in range(12):
+            sums[i] = one + factor * sums[i]
+    for i in range(12):
+        store8(out, 8 * i, sums[i])
+
+
 KERNELS: Tuple[Callable[..., Any], ...] = (
-    multiply, matmul_nt, matmul_nn, matmul_tn, add_scaled, dot, gather_rows, scatter_rows,
-    rmsnorm_forward, rmsnorm_backward, rope_turn, attention_forward, attention_backward,
-    attention_cached, swiglu_forward, swiglu_backward, dropout_apply, cross_entropy_forward,
-    cross_entropy_backward, adamw_step)
+    multiply_adds, multiply, matmul_nt, matmul_nn, matmul_tn, add_scaled, dot, gather_rows, scatter_rows,
+    rmsnorm_forward, rmsnorm_backward, rope_turn, attention_forward, attention_backward, clear,
+    copy_columns, copy_rows, tile_scores, tile_mix, tile_spread, softmax_row, slopes_row, add_rows,
+    attention_forward_tiled, attention_backward_tiled, attention_cached, swiglu_forward,
+    swiglu_backward, dropout_apply, cross_entropy_forward, cross_entropy_backward, adamw_step)
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
 # 4 · ENGINE — the same sums, by the fastest road there is   uses: 0 3
 # ──────────────────────────────────────────────────────────────────────────────────────
 #
-# An Engine is a table of kernels and the kind of buffer they work on. The interpreted engine
-# replaces the kernels that dominate by twins in idiomatic Python. Their one trick: the standard
+# An Engine is a table of kernels and the kind of buffer they work on. The compiled one has the
+# same kernels, translated to C from the source above; it stands at the end of this section. The
+# interpreted one, for machines without a compiler, replaces the kernels that dominate by twins in idiomatic Python. Their one trick: the standard
 # library has no fast dot product before 3.12, but math.dist runs in C over two tuples, and
 #     a·b = ½|a|² + ½|b|² − ½|a − b|²
 # Measured a multiply-add: plain loops 90 ns, sum(map(mul, a, b)) 25 ns, math.dist 7 ns. The sum is
@@ -1419,7 +1615,7 @@ class Engine:
                  cache: Optional[Callable[..., Any]] = None) -> None:
         self.name, self.typecode, self.recording = name, typecode, True
         self.pack, self.cache = pack, cache or FlatCache
-        self._itemsize = array(typecode).itemsize
+        self._zero = array(typecode, [0.0])
         vars(self).update(kernels)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -1427,7 +1623,7 @@ class Engine:
 
     def buffer(self, n: int) -> array:
         """Return n zeros."""
-        return array(self.typecode, bytes(n * self._itemsize))
+        return self._zero * n
 
     def buffer_of(self, numbers: Iterable[float]) -> array:
         """Return a buffer that holds the numbers."""
@@ -1846,7 +2042,9 @@ def interpreted_engine(typecode: str = "f") -> Engine:
     return Engine("python", table, typecode, PackedMatrix, TupleCache)
 
 
-# the compiled engine
+# The compiled engine: a walk over the syntax tree of each kernel writes C, the system's compiler
+# makes a library of it, a child process compares every kernel in it with its Python, and only then
+# gets the library its name in the cache. The key is the whole program, the compiler, the processor.
 
 C_TYPES = {"F32": "float *restrict", "I32": "const int *restrict", "int": "long", "float": "float",
            "Vector8": "v8"}
@@ -1864,10 +2062,11 @@ class CKernel:
     """A kernel as C.  What is outside the subset raises EngineError with the line and the reason.
 
     Every name keeps one kind from its first assignment on; expressions come as (code, kind).
+    A kernel may call those above it, whose results `above` holds.
     """
 
-    def __init__(self, tree: ast.FunctionDef) -> None:
-        self.name = tree.name
+    def __init__(self, tree: ast.FunctionDef, above: Optional[Dict[str, str]] = None) -> None:
+        self.name, self._above = tree.name, above or {}
         self.kinds = {arg.arg: self._named(arg.annotation) for arg in tree.args.args}
         self.given = tuple(self.kinds.values())
         self._locals: Dict[str, str] = {}
@@ -1915,6 +2114,8 @@ class CKernel:
         if isinstance(value, ast.Call) and getattr(value.func, "id", "") == "store8":
             where, at, vector = map(self._code, value.args)
             return f"*(v8 *)({where} + {at}) = {vector};\n"
+        if isinstance(value, ast.Call):
+            return f"{self._code(value)};\n"
         return self._refuse(node, "an expression without effect")
 
     def _do_Return(self, node: Any) -> str:
@@ -2012,6 +2213,8 @@ class CKernel:
             return f"(*(v8 *)({codes[0]} + {codes[1]}))", "Vector8"
         if name == "splat8":
             return f"((v8){{0}} + {codes[0]})", "Vector8"
+        if name in self._above:
+            return f"{name}({', '.join(codes)})", self._above[name]
         return self._refuse(node, f"a call of {name or 'something'}")
 
 
@@ -2021,10 +2224,15 @@ def c_source(kernels: Sequence[Callable[..., Any]]) -> str:
         trees = [ast.parse(inspect.getsource(kernel)).body[0] for kernel in kernels]
     except (OSError, SyntaxError) as error:
         raise EngineError(f"the kernels' source cannot be read ({error}); keep macrogpt.py whole")
-    return C_PRELUDE + "".join(CKernel(tree).code for tree in trees)  # type: ignore[arg-type]
+    source, results = C_PRELUDE, {}
+    for tree in trees:
+        kernel = CKernel(tree, results)  # type: ignore[arg-type]
+        source, results[kernel.name] = source + kernel.code, kernel.result
+    return source
 
 
-C_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-std=gnu99", "-w")
+C_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-std=gnu99", "-w",
+           "-fno-semantic-interposition")
 COMPILE_SECONDS = 60.0
 ANSWER_SECONDS = 5.0
 
@@ -2118,6 +2326,9 @@ importlib.import_module(os.path.splitext(name)[0]).check_library(sys.argv[2])
 def load_kernels(path: str) -> Dict[str, Callable[..., Any]]:
     """Return the kernels of a compiled library, to be called like those in Python."""
     import ctypes
+    with contextlib.suppress(AttributeError, OSError):  # glibc: freed buffers stay ours, so that
+        for option in (-1, -3):  # a step finds its memory without a page fault (1.2 times faster)
+            ctypes.CDLL(None).mallopt(option, 1 << 30)
     library, kinds = ctypes.CDLL(path), {"int": ctypes.c_long, "float": ctypes.c_float}
     table = {}
     for kernel in KERNELS:
@@ -2165,6 +2376,21 @@ def sample_calls(rng: random.Random) -> Iterator[Tuple[str, List[Any]]]:
     attention_forward(qkv, out, lse, *shape)
     yield "attention_forward", [qkv, some(rows * dim), some(rows * heads), *shape]
     yield "attention_backward", [some(rows * dim), qkv, out, lse, some(rows * 3 * dim), *shape]
+    room = [0.0] * ((rows + 8) * (5 * width + 64))
+    yield "attention_forward_tiled", [qkv, some(rows * dim), some(rows * heads), *shape,
+                                      array("f", room)]
+    yield "attention_backward_tiled", [some(rows * dim), qkv, out, lse, some(rows * 3 * dim),
+                                       *shape, array("f", room)]
+    yield "multiply_adds", [some(96), 5, 0.25]
+    yield "clear", [some(dim), 2, 9]
+    yield "copy_columns", [some(60), 3, 11, 5, 6, some(60), 2, 8]
+    yield "copy_rows", [some(60), 3, 11, 5, 6, some(60), 2, 8]
+    yield "tile_scores", [some(200), 1, 8, 40, 16, 6, 11, 130]
+    yield "tile_mix", [some(250), 1, 16, 70, 8, 11, 200]
+    yield "tile_spread", [some(250), 1, 16, 70, 8, 11, 110]
+    yield "softmax_row", [some(dim), 3, 11, 0.5]
+    yield "slopes_row", [some(dim), 0, 12, 11, 0.5, 1.5, 0.2]
+    yield "add_rows", [some(60), 1, 9, 5, 6, some(60), 3, 11]
     yield "attention_cached", [some(dim), some(10 * dim), some(10 * dim), some(dim), 6, 10, heads,
                                width]
     yield "swiglu_forward", [some(rows * 2 * dim), some(rows * dim), rows, dim]
@@ -2236,8 +2462,21 @@ def _native(table: Dict[str, Callable[..., Any]]) -> Engine:
 
     def matmul_tn(g: array, x: array, dw: array, rows: int, inner: int, cols: int) -> None:
         product(g, x, dw, rows, inner, cols, 1, rows, cols, 1, 1)
-    products = {f.__name__: f for f in (matmul_nt, matmul_nn, matmul_tn)}
-    return Engine("native", {**table, **products})
+    def room(starts: Sequence[int], width: int) -> array:
+        longest = max([last - first for first, last in zip(starts, starts[1:])], default=0)
+        return array("f", bytes(4 * (longest + 8) * (5 * width + 64)))
+
+    def attention_forward(qkv: array, out: array, lse: array, starts: Sequence[int],
+                          segments: int, heads: int, width: int) -> None:
+        table["attention_forward_tiled"](qkv, out, lse, starts, segments, heads, width,
+                                         room(starts, width))
+
+    def attention_backward(g: array, qkv: array, out: array, lse: array, dqkv: array,
+                           starts: Sequence[int], segments: int, heads: int, width: int) -> None:
+        table["attention_backward_tiled"](g, qkv, out, lse, dqkv, starts, segments, heads, width,
+                                          room(starts, width))
+    tiled = (matmul_nt, matmul_nn, matmul_tn, attention_forward, attention_backward)
+    return Engine("native", {**table, **{f.__name__: f for f in tiled}})
 
 
 def choose_engine(wish: str, build: bool = False,
@@ -2788,6 +3027,7 @@ class GPT:
         self.shape, self.engine = shape, engine
         self.params: Dict[str, MatrixParam] = {}
         self.deltas: List[Delta] = []
+        self._angles: Tuple[Tuple[int, int], array] = (0, 0), engine.buffer(0)
         dim, calm = shape.n_embd, (2 * shape.n_layer) ** -0.5
         wide, narrow = MATRIX_GAIN * dim ** -0.5, MATRIX_GAIN * shape.n_ff ** -0.5
         self._create("embedding", vocab_size, dim, EMBEDDING_SIGMA, rng, decays=False)
@@ -2846,7 +3086,7 @@ class GPT:
                 drop: Callable[[VectorValue], VectorValue] = lambda x: x) -> VectorValue:
         """Return x (T, C) after every block; attend(layer, qkv) mixes the rows."""
         shape, width = self.shape, self.shape.n_embd // self.shape.n_head
-        angles = self.engine.buffer_of(rope_angles(first_pos, x.rows, width, shape.rope_base))
+        angles = self._angles_of(first_pos, x.rows)
         for i in range(shape.n_layer):
             qkv = self._project(f"{i}.qkv", rmsnorm(x, shape.norm_eps))
             qkv = rope_turned(qkv, angles, width, turned=2 * shape.n_embd)
@@ -2854,6 +3094,14 @@ class GPT:
             gates = self._project(f"{i}.gate_up", rmsnorm(x, shape.norm_eps))
             x = added(x, drop(self._project(f"{i}.down", swiglu(gates))))
         return x
+
+    def _angles_of(self, first_pos: int, rows: int) -> array:
+        """Return the rotary angles of some rows; those asked for last are kept."""
+        if self._angles[0] != (first_pos, rows):
+            shape = self.shape
+            self._angles = (first_pos, rows), self.engine.buffer_of(rope_angles(
+                first_pos, rows, shape.n_embd // shape.n_head, shape.rope_base))
+        return self._angles[1]
 
     def _head(self, x: VectorValue) -> VectorValue:
         """Return logits (T, V) for the last block's output (T, C)."""
@@ -6037,8 +6285,9 @@ def command_bench(app: App, words: List[str]) -> int:
                                              app.terminal.note)
     engines = [best] if best.name == "python" else [best, interpreted_engine()]
     app.terminal.note("measuring; leave the machine alone for a while")
-    facts = {"config": dataclasses.asdict(config), "peak_gflops": None,
-             "engines": {engine.name: bench_engine(config, engine) for engine in engines},
+    peak = bench_peak(best)
+    facts = {"config": dataclasses.asdict(config), "peak_gflops": peak,
+             "engines": {engine.name: bench_engine(config, engine, peak) for engine in engines},
              "multiply_add_ns": {"sum_map_mul": bench_sum_map_mul()},
              **bench_process(config), **bench_search(config)}
     app.report(facts, bench_lines(facts))
@@ -6057,27 +6306,43 @@ def _timed(work: Callable[[], Any], seconds: float, least: int = 3) -> List[floa
     return times
 
 
-def bench_engine(config: Config, engine: Engine) -> Dict[str, Any]:
+INTERPRETED_STEP = 100_000_000  # weights times tokens that take some seconds interpreted
+
+
+def bench_peak(engine: Engine) -> Optional[float]:
+    """Return the GFLOP/s of one core at independent multiply-adds; None for interpreted kernels."""
+    if engine.name == "python":
+        return None
+    out, rounds = engine.buffer(96), 100_000
+    return 192e-9 * rounds / min(_timed(lambda: engine.multiply_adds(out, rounds, 0.5), 0.3))
+
+
+def bench_engine(config: Config, engine: Engine, peak: Optional[float]) -> Dict[str, Any]:
     """Return the speeds of one engine; floating-point operations are 6 a weight and token."""
     rng = random.Random(config.seed)
     model = GPT(Shape.of(config), config.bench_vocab, engine, rng)
     block, batch, optimizer = config.block_size, config.batch_size, AdamW.of(config)
+    weights = sum(p.rows * p.dim for p in model.params.values())
+    if engine.name == "python":  # a large model would take it minutes a step: fewer tokens then
+        block = min(block, max(1, INTERPRETED_STEP // weights))
+        batch = min(batch, max(1, INTERPRETED_STEP // weights // block))
     windows = [[rng.randrange(config.bench_vocab) for _ in range(block + 1)] for _ in range(batch)]
     train = _timed(lambda: train_step(model, optimizer, windows, 0.001, 0.0, rng),
                    config.bench_seconds)
     made = _timed(lambda: _bench_generate(model, config, block), config.bench_seconds)
-    half = _timed(lambda: _bench_generate(model, config, block // 2), config.bench_seconds / 2)
+    half = _timed(lambda: _bench_generate(model, config, max(1, block // 2)), config.bench_seconds / 2)
     exchange = [window[:71] for window in windows]
     talk = _timed(lambda: train_step(model, optimizer, exchange, 0.001, 0.0, rng),
                   config.bench_seconds / 2)
-    tokens, weights = batch * block, sum(p.rows * p.dim for p in model.params.values())
+    tokens = batch * block
+    gflops = 6e-9 * weights * tokens / min(train)
     return {"train_tokens_per_s": tokens / min(train),
             "train_tokens_per_s_median": tokens / statistics.median(train),
             "train_exchanges_tokens_per_s": len(exchange) * 70 / min(talk) if block >= 70 else None,
             "generate_tokens_per_s": block / min(made),
             "generate_tokens_per_s_median": block / statistics.median(made),
-            "generate_half_window_tokens_per_s": (block // 2) / min(half),
-            "gflops": 6e-9 * weights * tokens / min(train), "share_of_peak": None, "threads": 1}
+            "generate_half_window_tokens_per_s": max(1, block // 2) / min(half),
+            "gflops": gflops, "share_of_peak": peak and gflops / peak, "threads": 1}
 
 
 def _bench_generate(model: GPT, config: Config, count: int) -> None:
@@ -6139,11 +6404,13 @@ def bench_search(config: Config) -> Dict[str, Any]:
 
 def bench_lines(facts: Dict[str, Any]) -> List[str]:
     """Return the measurements as a table."""
-    rows = [("engine", "training tokens/s", "median", "generated tokens/s", "median", "GFLOP/s")]
+    rows = [("engine", "training tokens/s", "median", "generated tokens/s", "median", "GFLOP/s",
+             "of peak")]
     speeds = ("train_tokens_per_s", "train_tokens_per_s_median", "generate_tokens_per_s",
               "generate_tokens_per_s_median")
     for name, e in facts["engines"].items():
-        rows.append((name, *(f"{e[speed]:.0f}" for speed in speeds), f"{e['gflops']:.2f}"))
+        share = "" if e["share_of_peak"] is None else f"{e['share_of_peak']:.0%}"
+        rows.append((name, *(f"{e[speed]:.0f}" for speed in speeds), f"{e['gflops']:.2f}", share))
     lines = ["  ".join(f"{cell:>18}" for cell in row) for row in rows]
     for name, e in facts["engines"].items():
         if e["train_exchanges_tokens_per_s"]:

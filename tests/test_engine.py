@@ -16,6 +16,9 @@ from support import ROOT, Folder
 
 TWINS = dict(m.TWINS)
 KERNELS = {kernel.__name__: kernel for kernel in m.KERNELS}
+PARTS = {"multiply_adds", "multiply", "clear", "copy_columns", "copy_rows", "tile_scores",
+         "tile_mix", "tile_spread", "softmax_row", "slopes_row", "add_rows", "attention_forward_tiled",
+         "attention_backward_tiled"}  # of compiled products and attention: tested as those
 CLOSE = {"f": 3e-6, "d": 1e-10}
 SHAPES = [(1, 1, 1), (1, 7, 3), (5, 1, 1), (3, 9, 13), (8, 8, 8), (2, 3, 1), (0, 3, 2), (11, 5, 17),
           (4, 3, 0)]  # rows, inner, columns
@@ -372,8 +375,7 @@ class KernelsAddOrSetAsTheySay(KernelCase):
 
     def test_what_was_in_the_result_before_stays_below_or_is_gone(self):
         for engine in (m.reference_engine("d"), m.interpreted_engine("d")):
-            # these return a number, move their own state, do both as they are told
-            tested = {"dot", "adamw_step", "multiply"}
+            tested = {"dot", "adamw_step", *PARTS}  # these return a number, move their own state
             for name, adds, at, args in self.calls(engine):
                 with self.subTest(engine=engine.name, kernel=name):
                     on_zeros = copied(args)
