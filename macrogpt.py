@@ -1583,11 +1583,12 @@ def multiply_adds(out: F32, n: int, factor: float) -> None:
 
 
 KERNELS: Tuple[Callable[..., Any], ...] = (
-    multiply_adds, multiply, matmul_nt, matmul_nn, matmul_tn, add_scaled, dot, gather_rows, scatter_rows,
-    rmsnorm_forward, rmsnorm_backward, rope_turn, attention_forward, attention_backward, clear,
-    copy_columns, copy_rows, tile_scores, tile_mix, tile_spread, softmax_row, slopes_row, add_rows,
-    attention_forward_tiled, attention_backward_tiled, attention_cached, swiglu_forward,
-    swiglu_backward, dropout_apply, cross_entropy_forward, cross_entropy_backward, adamw_step)
+    multiply_adds, multiply, matmul_nt, matmul_nn, matmul_tn, add_scaled, dot, gather_rows,
+    scatter_rows, rmsnorm_forward, rmsnorm_backward, rope_turn, attention_forward,
+    attention_backward, clear, copy_columns, copy_rows, tile_scores, tile_mix, tile_spread,
+    softmax_row, slopes_row, add_rows, attention_forward_tiled, attention_backward_tiled,
+    attention_cached, swiglu_forward, swiglu_backward, dropout_apply, cross_entropy_forward,
+    cross_entropy_backward, adamw_step)
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
@@ -1596,8 +1597,9 @@ KERNELS: Tuple[Callable[..., Any], ...] = (
 #
 # An Engine is a table of kernels and the kind of buffer they work on. The compiled one has the
 # same kernels, translated to C from the source above; it stands at the end of this section. The
-# interpreted one, for machines without a compiler, replaces the kernels that dominate by twins in idiomatic Python. Their one trick: the standard
-# library has no fast dot product before 3.12, but math.dist runs in C over two tuples, and
+# interpreted one, for machines without a compiler, replaces the kernels that dominate by twins in
+# idiomatic Python. Their one trick: the standard library has no fast dot product before 3.12, but
+# math.dist runs in C over two tuples, and
 #     a·b = ½|a|² + ½|b|² − ½|a − b|²
 # Measured a multiply-add: plain loops 90 ns, sum(map(mul, a, b)) 25 ns, math.dist 7 ns. The sum is
 # formed in double precision, so what cancels is far below float32's own rounding.
@@ -6326,11 +6328,13 @@ def bench_engine(config: Config, engine: Engine, peak: Optional[float]) -> Dict[
     if engine.name == "python":  # a large model would take it minutes a step: fewer tokens then
         block = min(block, max(1, INTERPRETED_STEP // weights))
         batch = min(batch, max(1, INTERPRETED_STEP // weights // block))
-    windows = [[rng.randrange(config.bench_vocab) for _ in range(block + 1)] for _ in range(batch)]
+    windows = [[rng.randrange(config.bench_vocab) for _ in range(block + 1)]
+               for _ in range(batch)]
     train = _timed(lambda: train_step(model, optimizer, windows, 0.001, 0.0, rng),
                    config.bench_seconds)
     made = _timed(lambda: _bench_generate(model, config, block), config.bench_seconds)
-    half = _timed(lambda: _bench_generate(model, config, max(1, block // 2)), config.bench_seconds / 2)
+    few = max(1, block // 2)
+    half = _timed(lambda: _bench_generate(model, config, few), config.bench_seconds / 2)
     exchange = [window[:71] for window in windows]
     talk = _timed(lambda: train_step(model, optimizer, exchange, 0.001, 0.0, rng),
                   config.bench_seconds / 2)
@@ -6341,7 +6345,7 @@ def bench_engine(config: Config, engine: Engine, peak: Optional[float]) -> Dict[
             "train_exchanges_tokens_per_s": len(exchange) * 70 / min(talk) if block >= 70 else None,
             "generate_tokens_per_s": block / min(made),
             "generate_tokens_per_s_median": block / statistics.median(made),
-            "generate_half_window_tokens_per_s": max(1, block // 2) / min(half),
+            "generate_half_window_tokens_per_s": few / min(half),
             "gflops": gflops, "share_of_peak": peak and gflops / peak, "threads": 1}
 
 
