@@ -1618,6 +1618,7 @@ class Engine:
         self.name, self.typecode, self.recording = name, typecode, True
         self.pack, self.cache = pack, cache or FlatCache
         self._zero = array(typecode, [0.0])
+        self.compiled: Dict[str, Callable[..., Any]] = {}
         vars(self).update(kernels)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -2478,7 +2479,9 @@ def _native(table: Dict[str, Callable[..., Any]]) -> Engine:
         table["attention_backward_tiled"](g, qkv, out, lse, dqkv, starts, segments, heads, width,
                                           room(starts, width))
     tiled = (matmul_nt, matmul_nn, matmul_tn, attention_forward, attention_backward)
-    return Engine("native", {**table, **{f.__name__: f for f in tiled}})
+    engine = Engine("native", {**table, **{f.__name__: f for f in tiled}})
+    engine.compiled = table
+    return engine
 
 
 def choose_engine(wish: str, build: bool = False,

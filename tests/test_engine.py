@@ -642,13 +642,14 @@ class TheTranslator(unittest.TestCase):
             self.assertRegex(source, rf"\n(void|float) {name}\(")
 
 
-@unittest.skipIf(m.find_compiler() is None, "there is no C compiler here")
 class TheCompiledKernels(KernelCase):
     @classmethod
     def setUpClass(cls):
-        cls.engine = m.native_engine()
-        path = os.path.join(m.cache_folder(), m._library_name(m.find_compiler()))
-        cls.kernels = m.load_kernels(path)
+        try:
+            cls.engine = m.native_engine()
+        except m.EngineError as error:
+            raise unittest.SkipTest(str(error)) from None
+        cls.kernels = cls.engine.compiled
 
     def parity(self, name, args, tolerance=2e-5):
         plain, compiled = copied(args), copied(args)
@@ -727,8 +728,14 @@ class TheCompiledKernels(KernelCase):
             self.assert_near(model.feed(cache, [token]), whole_text.row(t), 1e-5)
 
 
-@unittest.skipUnless(os.name == "posix" and m.find_compiler(), "there is no C compiler here")
 class FindingAndTrustingTheCompiler(Folder, unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        try:
+            m.native_engine()
+        except m.EngineError as error:
+            raise unittest.SkipTest(str(error)) from None
+
     def setUp(self):
         super().setUp()
         changes = mock.patch.dict(os.environ, {"XDG_CACHE_HOME": self.folder})

@@ -14,7 +14,7 @@ import time
 import unittest
 
 import macrogpt as m
-from support import TINY, Folder, run_macrogpt, start_macrogpt
+from support import CORPUS, TINY, Folder, run_macrogpt, start_macrogpt
 
 PATIENCE_SECONDS = 10.0
 ONE_ERROR = re.compile(r"macrogpt: \S[^\n]*\n")
@@ -305,14 +305,18 @@ class Piped(ProcessCase):
         self.assertNotIn("Zephyrine", said)
 
     def test_sessions_are_made_and_picked_by_name_and_a_name_is_only_a_name(self):
-        before = set(os.listdir(os.path.dirname(self.folder)))
+        outer, self.folder = self.folder, self.path("deep", "inner")
+        os.makedirs(self.folder)
+        self.db = self.path("memory.sqlite3")
+        self.write("nonames.txt", CORPUS)
+        before = [set(files) for _, _, files in os.walk(outer)]
         for name, count in (("../../x", 1), ("main", 2), ("../../x", 1), ("ü 'quoted\"; --", 1)):
             self.chat(*["hello"] * count, args=("--no-train", "--session", name))
         facts = self.report("sessions")
         self.assertEqual({s["name"]: s["messages"] for s in facts["sessions"]},
                          {"../../x": 4, "main": 4, "ü 'quoted\"; --": 2})
-        self.assertEqual(set(os.listdir(os.path.dirname(self.folder))) - before, set())
-        self.assertEqual(set(os.listdir(self.folder)), {"nonames.txt", "memory.sqlite3"})
+        before[-1].add("memory.sqlite3")
+        self.assertEqual([set(files) for _, _, files in os.walk(outer)], before)
 
     def test_without_a_corpus_a_small_first_one_is_written_and_said(self):
         os.unlink(self.corpus)
