@@ -2465,6 +2465,7 @@ def _native(table: Dict[str, Callable[..., Any]]) -> Engine:
 
     def matmul_tn(g: array, x: array, dw: array, rows: int, inner: int, cols: int) -> None:
         product(g, x, dw, rows, inner, cols, 1, rows, cols, 1, 1)
+
     def room(starts: Sequence[int], width: int) -> array:
         longest = max([last - first for first, last in zip(starts, starts[1:])], default=0)
         return array("f", bytes(4 * (longest + 8) * (5 * width + 64)))
@@ -4989,11 +4990,12 @@ def trainer_main() -> int:
     with contextlib.suppress(AttributeError, OSError):
         os.nice(10)
     notices: List[str] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # it may have to leave while compiling
     engine = choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True, notices.append)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     child = TrainerChild(sys.stdin.buffer, sys.stdout.buffer, engine)
     try:
-        for notice in notices:
-            child._send("notice", text=notice)
+        child._send("ready", notices=notices)
         child.run()
     except BrokenPipeError:
         pass
@@ -5069,7 +5071,7 @@ class Organism:
         self._stamp: Optional[FileStamp] = None
         self._thread: Optional[threading.Thread] = None
         self._loop: Optional[asyncio.AbstractEventLoop] = None
-        self._text_version, self._child_text_version = 1, 0
+        self._text_version, self._child_text_version, self._child_ready = 1, 0, False
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
 
     # the corpus
@@ -5423,7 +5425,7 @@ class Organism:
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=debug,
             start_new_session=os.name == "posix")
         listener = asyncio.ensure_future(self._listen(child))
-        self._child_text_version = 0
+        self._child_text_version, self._child_ready = 0, False
         layers = self.memory.layers()
         try:
             self._send(child, {"do": "start", "config": dataclasses.asdict(self.config),
@@ -5488,8 +5490,10 @@ class Organism:
                    f"a lower learning_rate may help")
         self.memory.log("step skipped", **message)
 
-    def _on_notice(self, blobs: Dict[str, bytes], text: str) -> None:
-        self._tell(text)
+    def _on_ready(self, blobs: Dict[str, bytes], notices: List[str]) -> None:
+        self._child_ready = True
+        for notice in notices:
+            self._tell(notice)
 
     def _on_failed(self, blobs: Dict[str, bytes], error: str) -> None:
         raise TrainerError(error)
@@ -5526,6 +5530,8 @@ class Organism:
     async def _dismiss(self, child: Any, listener: "asyncio.Future[None]") -> None:
         """Ask the child for what it has not yet sent, take it in, and see it go."""
         with contextlib.suppress(OSError, RuntimeError):
+            if not self._child_ready:  # it is still compiling, and has learned nothing
+                child.terminate()
             self._send(child, {"do": "stop"}, {})
             child.stdin.close()
         with contextlib.suppress(asyncio.TimeoutError, MacroGPTError):

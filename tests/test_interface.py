@@ -369,6 +369,24 @@ class Training(ProcessCase):
         self.assertEqual((after["phase"], after["warmup_step"]), ("grown", before["warmup_step"]))
         self.assertEqual(second.communicate(b"hello\n", timeout=20)[0].count(b"\n"), 1)
 
+    @unittest.skipUnless(os.name == "posix", "compiled kernels are a thing of POSIX")
+    def test_leaving_while_kernels_are_compiled_takes_no_time(self):
+        compiler = self.write("compiler", "#!/bin/sh\nexec sleep 30\n")
+        os.chmod(compiler, 0o700)
+        began = time.monotonic()
+        said = self.chat("hello", args=(), env={"CC": compiler, "XDG_CACHE_HOME": self.folder,
+                                                "MACROGPT_ENGINE": "auto"})
+        self.assertEqual(len(said), 1)
+        self.assertLess(time.monotonic() - began, 8.0)  # half a second where nothing else runs
+
+    @unittest.skipUnless(os.name == "posix", "compiled kernels are a thing of POSIX")
+    def test_with_a_compiler_that_fails_it_learns_interpreted_and_says_so(self):
+        done = self.run_here("train", "--steps", "1", env={
+            "CC": "false", "XDG_CACHE_HOME": self.folder, "MACROGPT_ENGINE": "auto"})
+        self.assertEqual(done.returncode, 0)
+        self.assertIn(b"1 steps", done.stdout)
+        self.assertEqual(done.stderr.count(b"interpreted"), 1)
+
     def test_an_organism_keeps_the_shape_it_was_born_with_and_only_birth_settles_it(self):
         def shape():
             done = run_macrogpt("stats", "--json", cwd=self.folder)
