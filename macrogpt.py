@@ -1092,10 +1092,11 @@ def multiply(a: F32, b: F32, out: F32, rows: int, inner: int, cols: int, a_row: 
                     o = (i0 + i) * cols + j0
                     store8(part, 0, left[i])
                     store8(part, 8, right[i])
-                    for j in range(width):
-                        if keep + k0 > 0:
+                    if keep + k0 > 0:
+                        for j in range(width):
                             out[o + j] += part[j]
-                        else:
+                    else:
+                        for j in range(width):
                             out[o + j] = part[j]
             for i in range(rows - rows % 6, rows):
                 b0 = splat8(0.0)
@@ -1106,10 +1107,11 @@ def multiply(a: F32, b: F32, out: F32, rows: int, inner: int, cols: int, a_row: 
                     b1 = b1 + x * load8(panel, k * 16 + 8)
                 store8(part, 0, b0)
                 store8(part, 8, b1)
-                for j in range(width):
-                    if keep + k0 > 0:
+                if keep + k0 > 0:
+                    for j in range(width):
                         out[i * cols + j0 + j] += part[j]
-                    else:
+                else:
+                    for j in range(width):
                         out[i * cols + j0 + j] = part[j]
 
 
