@@ -181,6 +181,8 @@ class Config:
     max_delta_modules: int = _setting(12, "deltas kept before the oldest is folded in", 1, 1000)
     delta_seal_chars: int = _setting(20_000, "new characters a delta takes before it is sealed", 1)
     # organism
+    threads: int = _setting(0, "threads of compiled kernels; 0 is one less than there are cores", 0,
+                            256)
     commit_seconds: float = _setting(20.0, "seconds between commits of the trainer", 0.1)
     tick_seconds: float = _setting(0.5, "seconds between looks at the corpus file", 0.05, 60.0)
     seed: int = _setting(1, "the seed of everything random", 0)
@@ -1619,9 +1621,9 @@ class Engine:
                  cache: Optional[Callable[..., Any]] = None) -> None:
         self.name, self.typecode, self.recording = name, typecode, True
         self.pack, self.cache = pack, cache or FlatCache
-        self._zero = array(typecode, [0.0])
-        self.compiled: Dict[str, Callable[..., Any]] = {}
-        vars(self).update(kernels)
+        self._zero, self.threads = array(typecode, [0.0]), 1
+        own = dir(type(self))
+        vars(self).update((name, kernel) for name, kernel in kernels.items() if name not in own)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         raise AttributeError(f"engine has no kernel {name!r}")
@@ -2439,52 +2441,90 @@ def native_engine(build: bool = True) -> Engine:
         path = os.path.join(folder, _library_name(compiler)) if folder else ""
         if path and os.path.exists(path):
             with contextlib.suppress(OSError, AttributeError):  # what cannot be loaded is made anew
-                return _native(load_kernels(path))
+                return NativeEngine(load_kernels(path))
         if not build:
             raise EngineError("the kernels have not been compiled yet; train once")
         if folder:
-            return _native(load_kernels(_compile(compiler, folder)))
+            return NativeEngine(load_kernels(_compile(compiler, folder)))
         with tempfile.TemporaryDirectory() as place:  # what is loaded needs no file any more
-            return _native(load_kernels(_compile(compiler, place)))
+            return NativeEngine(load_kernels(_compile(compiler, place)))
     except (OSError, ImportError, AttributeError) as error:
         raise EngineError(f"the compiled kernels cannot be used ({error}); "
                           f"set CC to another compiler") from None
 
 
-def _native(table: Dict[str, Callable[..., Any]]) -> Engine:
-    """Return the engine of a table of compiled kernels, products by way of `multiply`."""
-    product = table["multiply"]
-    plain_nt = table["matmul_nt"]
+PARALLEL_WORK = 4_000_000  # multiply-adds from which a second thread is worth its waking (50 µs)
 
-    def matmul_nt(x: array, w: array, out: array, rows: int, inner: int, cols: int) -> None:
+
+class NativeEngine(Engine):
+    """The engine of a table of compiled kernels; products and attention are done in tiles.
+
+    Kernels run without the interpreter's lock, so `threads` of them may work side by side. Each
+    computes rows or segments of its own, so that the result does not depend on their number.
+    """
+
+    def __init__(self, compiled: Dict[str, Callable[..., Any]]) -> None:
+        super().__init__("native", compiled)
+        self.compiled, self.threads = compiled, 1
+
+    @functools.cached_property
+    def _pool(self) -> Any:
+        from concurrent.futures import ThreadPoolExecutor
+        return ThreadPoolExecutor(max(1, self.threads - 1))
+
+    def _share(self, count: int, step: int, work: Callable[[int, int], Any], size: int) -> None:
+        """Do work(first, last) on all of range(count), in pieces that are multiples of step."""
+        piece = -(-count // (step * self.threads)) * step
+        if self.threads == 1 or size < PARALLEL_WORK or piece >= count:
+            work(0, count)
+            return
+        others = [self._pool.submit(work, first, min(first + piece, count))
+                  for first in range(piece, count, piece)]
+        work(0, piece)
+        for other in others:
+            other.result()
+
+    def _product(self, a: array, b: array, out: array, rows: int, inner: int, cols: int,
+                 *steps: int) -> None:
+        at, to = a.buffer_info()[0], out.buffer_info()[0]
+
+        def some_rows(first: int, last: int) -> None:
+            self.compiled["multiply"](at + 4 * first * steps[0], b, to + 4 * first * cols,
+                                      last - first, inner, cols, *steps)
+        self._share(rows, 6, some_rows, rows * inner * cols)
+
+    def matmul_nt(self, x: array, w: array, out: array, rows: int, inner: int, cols: int) -> None:
+        """Do what the kernel of this name does."""
         if rows == 1:
-            plain_nt(x, w, out, rows, inner, cols)
+            self.compiled["matmul_nt"](x, w, out, rows, inner, cols)
         else:
-            product(x, w, out, rows, inner, cols, inner, 1, 1, inner, 0)
+            self._product(x, w, out, rows, inner, cols, inner, 1, 1, inner, 0)
 
-    def matmul_nn(g: array, w: array, dx: array, rows: int, inner: int, cols: int) -> None:
-        product(g, w, dx, rows, inner, cols, inner, 1, cols, 1, 1)
+    def matmul_nn(self, g: array, w: array, dx: array, rows: int, inner: int, cols: int) -> None:
+        """Do what the kernel of this name does."""
+        self._product(g, w, dx, rows, inner, cols, inner, 1, cols, 1, 1)
 
-    def matmul_tn(g: array, x: array, dw: array, rows: int, inner: int, cols: int) -> None:
-        product(g, x, dw, rows, inner, cols, 1, rows, cols, 1, 1)
+    def matmul_tn(self, g: array, x: array, dw: array, rows: int, inner: int, cols: int) -> None:
+        """Do what the kernel of this name does."""
+        self._product(g, x, dw, rows, inner, cols, 1, rows, cols, 1, 1)
 
-    def room(starts: Sequence[int], width: int) -> array:
+    def attention_forward(self, *args: Any) -> None:
+        """Do what the kernel of this name does."""
+        self._attend("attention_forward_tiled", *args)
+
+    def attention_backward(self, *args: Any) -> None:
+        """Do what the kernel of this name does."""
+        self._attend("attention_backward_tiled", *args)
+
+    def _attend(self, name: str, *args: Any) -> None:
+        *buffers, starts, segments, heads, width = args
+        starts = array("i", starts)
         longest = max([last - first for first, last in zip(starts, starts[1:])], default=0)
-        return array("f", bytes(4 * (longest + 8) * (5 * width + 64)))
 
-    def attention_forward(qkv: array, out: array, lse: array, starts: Sequence[int],
-                          segments: int, heads: int, width: int) -> None:
-        table["attention_forward_tiled"](qkv, out, lse, starts, segments, heads, width,
-                                         room(starts, width))
-
-    def attention_backward(g: array, qkv: array, out: array, lse: array, dqkv: array,
-                           starts: Sequence[int], segments: int, heads: int, width: int) -> None:
-        table["attention_backward_tiled"](g, qkv, out, lse, dqkv, starts, segments, heads, width,
-                                          room(starts, width))
-    tiled = (matmul_nt, matmul_nn, matmul_tn, attention_forward, attention_backward)
-    engine = Engine("native", {**table, **{f.__name__: f for f in tiled}})
-    engine.compiled = table
-    return engine
+        def some_segments(first: int, last: int) -> None:
+            room = self._zero * ((longest + 8) * (5 * width + 64))
+            self.compiled[name](*buffers, starts[first:last + 1], last - first, heads, width, room)
+        self._share(segments, 1, some_segments, longest * longest * segments * heads * width)
 
 
 def choose_engine(wish: str, build: bool = False,
@@ -4624,6 +4664,7 @@ class Student:
     def __init__(self, config: Config, growth: Growth, layers: Dict[str, Layer],
                  engine: Engine) -> None:
         self.config, self.growth, self.engine = config, growth, engine
+        engine.threads = config.threads or max(1, (os.cpu_count() or 2) - 1)
         self.optimizer, self.rng = AdamW.of(config), random.Random(f"{config.seed}:{growth.step}")
         self.tokenizer, self.model = build_model(config, layers, engine)
         self.delta_names = delta_names(layers)
@@ -6336,6 +6377,7 @@ def bench_engine(config: Config, engine: Engine, peak: Optional[float]) -> Dict[
     model = GPT(Shape.of(config), config.bench_vocab, engine, rng)
     block, batch, optimizer = config.block_size, config.batch_size, AdamW.of(config)
     weights = sum(p.rows * p.dim for p in model.params.values())
+    engine.threads = 1 if engine.name == "python" else config.threads or 1
     if engine.name == "python":  # a large model would take it minutes a step: fewer tokens then
         block = min(block, max(1, INTERPRETED_STEP // weights))
         batch = min(batch, max(1, INTERPRETED_STEP // weights // block))
@@ -6357,7 +6399,8 @@ def bench_engine(config: Config, engine: Engine, peak: Optional[float]) -> Dict[
             "generate_tokens_per_s": block / min(made),
             "generate_tokens_per_s_median": block / statistics.median(made),
             "generate_half_window_tokens_per_s": few / min(half),
-            "gflops": gflops, "share_of_peak": peak and gflops / peak, "threads": 1}
+            "gflops": gflops, "share_of_peak": peak and gflops / peak,
+            "threads": engine.threads}
 
 
 def _bench_generate(model: GPT, config: Config, count: int) -> None:

@@ -682,6 +682,26 @@ class TheCompiledKernels(KernelCase):
                     self.assert_near(mine, plain, 1e-5 * (1 + largest(a) * largest(b) * inner),
                                      (name, rows, inner, cols))
 
+    def test_the_number_of_threads_changes_no_bit(self):
+        rng, results = random.Random(53), []
+        x, w, g = (numbers(rng, "f", n) for n in (200 * 70, 90 * 70, 200 * 90))
+        qkv = numbers(rng, "f", 120 * 48)
+        shape = (whole([0, 40, 41, 120]), 3, 2, 8)
+        for threads in (1, 2, 3, 5):
+            engine = m.NativeEngine(self.kernels)
+            engine.threads = threads
+            with mock.patch.object(m, "PARALLEL_WORK", 0):
+                out, dx, dw, mixed, dqkv = (
+                    engine.buffer(n) for n in (200 * 90, 200 * 70, 90 * 70, 120 * 16, 120 * 48))
+                lse = engine.buffer(240)
+                engine.matmul_nt(x, w, out, 200, 70, 90)
+                engine.matmul_nn(g, w, dx, 200, 90, 70)
+                engine.matmul_tn(g, x, dw, 90, 200, 70)
+                engine.attention_forward(qkv, mixed, lse, *shape)
+                engine.attention_backward(mixed, qkv, mixed, lse, dqkv, *shape)
+            results.append((out, dx, dw, mixed, lse, dqkv))
+        self.assertEqual(results, [results[0]] * 4)
+
     def test_huge_logits_and_long_rows_keep_their_sums(self):
         for scale in (0.0, 1.0, 80.0, 1e4):
             rng = random.Random(51)
