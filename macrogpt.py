@@ -2364,9 +2364,8 @@ def sample_calls(rng: random.Random) -> Iterator[Tuple[str, List[Any]]]:
     def ints(*numbers: int) -> array:
         return array("i", numbers)
     rows, dim, heads, width = 7, 24, 3, 8
-    for keep in (0, 1):
-        yield "multiply", [some(13 * 300), some(300 * 21), some(13 * 21), 13, 300, 21, 300, 1, 1,
-                           300, keep]
+    yield "multiply", [some(7 * 260), some(260 * 17), some(7 * 17), 7, 260, 17, 260, 1, 1, 260, 0]
+    yield "multiply", [some(9 * 13), some(9 * 17), some(13 * 17), 13, 9, 17, 1, 13, 17, 1, 1]
     for name in ("matmul_nt", "matmul_nn", "matmul_tn"):
         yield name, [some(rows * 9), some(9 * dim), some(rows * dim), rows, 9, dim]
     yield "add_scaled", [some(dim), some(dim), dim, 0.7]

@@ -661,7 +661,7 @@ class TheCompiledKernels(KernelCase):
                 self.assert_near(a, b, tolerance * (1.0 + largest(b)), (name, i))
 
     def test_every_kernel_does_the_same_both_ways(self):
-        for seed in range(6):
+        for seed in range(3):
             names = set()
             for name, args in m.sample_calls(random.Random(seed)):
                 self.parity(name, args)
