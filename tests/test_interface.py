@@ -96,8 +96,8 @@ class Mistakes(ProcessCase):
         self.mistake(1, "export", "there", "--format", "gguf", signs=["export", "not there yet"])
 
     def test_an_engine_that_is_not_to_be_had_is_one_line(self):
-        self.mistake(1, "stats", env={"MACROGPT_ENGINE": "native", "CC": "false"},
-                     signs=["MACROGPT_ENGINE", "false"])
+        self.mistake(1, "stats", env={"MACROGPT_ENGINE": "native", "CC": "no-such-compiler"},
+                     signs=["MACROGPT_ENGINE", "CC"])
         self.mistake(2, "stats", env={"MACROGPT_ENGINE": "steam"}, signs=["steam"])
 
     def test_a_traceback_is_shown_only_with_debug(self):
@@ -381,8 +381,10 @@ class Training(ProcessCase):
 
     @unittest.skipUnless(os.name == "posix", "compiled kernels are a thing of POSIX")
     def test_with_a_compiler_that_fails_it_learns_interpreted_and_says_so(self):
+        compiler = self.write("compiler", "#!/bin/sh\nexit 1\n")
+        os.chmod(compiler, 0o700)
         done = self.run_here("train", "--steps", "1", env={
-            "CC": "false", "XDG_CACHE_HOME": self.folder, "MACROGPT_ENGINE": "auto"})
+            "CC": compiler, "XDG_CACHE_HOME": self.folder, "MACROGPT_ENGINE": "auto"})
         self.assertEqual(done.returncode, 0)
         self.assertIn(b"1 steps", done.stdout)
         self.assertEqual(done.stderr.count(b"interpreted"), 1)

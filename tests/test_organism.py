@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -346,6 +347,8 @@ class Life(Home):
 
     def children(self):
         """Return the process ids of trainers that this process started."""
+        if shutil.which("ps") is None:
+            self.skipTest("there is no ps to list child processes")
         found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())],
                                capture_output=True, text=True).stdout
         pids = [int(line.split()[0]) for line in found.splitlines() if "trainer" in line]
