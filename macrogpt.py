@@ -6398,8 +6398,8 @@ def bench_engine(config: Config, engine: Engine, peak: Optional[float]) -> Dict[
             "generate_tokens_per_s": block / min(made),
             "generate_tokens_per_s_median": block / statistics.median(made),
             "generate_half_window_tokens_per_s": few / min(half),
-            "gflops": gflops, "share_of_peak": peak and gflops / peak,
-            "threads": engine.threads}
+            "gflops": gflops, "threads": engine.threads,
+            "share_of_peak": peak and gflops / (peak * engine.threads)}
 
 
 def _bench_generate(model: GPT, config: Config, count: int) -> None:
