@@ -1288,24 +1288,12 @@ def clear(x: F32, at: int, n: int) -> None:
         x[i] = 0.0
 
 
-def copy_columns(x: F32, at: int, step: int, rows: int, width: int, out: F32, to: int,
-                 stride: int) -> None:
-    """Lay the rows x[at + r·step:][:width] into out from `to` on as columns, padded to stride."""
-    for c in range(width):
-        for r in range(rows):
-            out[to + c * stride + r] = x[at + r * step + c]
-        for r in range(rows, stride):
-            out[to + c * stride + r] = 0.0
-
-
-def copy_rows(x: F32, at: int, step: int, rows: int, width: int, out: F32, to: int,
-              wide: int) -> None:
-    """Lay the rows x[at + r·step:][:width] into out from `to` on, padded to wide."""
+def copy_block(x: F32, at: int, step: int, rows: int, width: int, out: F32, to: int, row_step: int,
+               col_step: int) -> None:
+    """Set out[to + r·row_step + c·col_step] to x[at + r·step + c] for rows by width numbers."""
     for r in range(rows):
         for c in range(width):
-            out[to + r * wide + c] = x[at + r * step + c]
-        for c in range(width, wide):
-            out[to + r * wide + c] = 0.0
+            out[to + r * row_step + c * col_step] = x[at + r * step + c]
 
 
 def tile_scores(x: F32, queries: int, wide: int, columns: int, stride: int, width: int, n: int,
@@ -1383,7 +1371,7 @@ def attention_forward_tiled(qkv: F32, out: F32, lse: F32, starts: I32, segments:
                             width: int, x: F32) -> None:
     """Do what attention_forward does, four queries by eight keys at a time.
 
-    x is room for one head: keys as columns, values as rows padded to eights, four queries, their
+    x is room for one head: keys as columns, values as rows an even eight apart, four queries, their
     weights, their results.  A segment of n rows needs (n + 8)·(5·width + 64) numbers.
     """
     dim = heads * width
@@ -1398,11 +1386,11 @@ def attention_forward_tiled(qkv: F32, out: F32, lse: F32, starts: I32, segments:
         mixed = weights + 4 * stride
         for h in range(heads):
             at = starts[s] * 3 * dim + h * width
-            copy_columns(qkv, at + dim, 3 * dim, size, width, x, 0, stride)
-            copy_rows(qkv, at + 2 * dim, 3 * dim, size, width, x, values, wide)
+            copy_block(qkv, at + dim, 3 * dim, size, width, x, 0, 1, stride)
+            copy_block(qkv, at + 2 * dim, 3 * dim, size, width, x, values, wide, 1)
             for first in range(0, size, 4):
                 rows = min(size - first, 4)
-                copy_rows(qkv, at + first * 3 * dim, 3 * dim, rows, width, x, queries, wide)
+                copy_block(qkv, at + first * 3 * dim, 3 * dim, rows, width, x, queries, wide, 1)
                 tile_scores(x, queries, wide, 0, stride, width, first + rows, weights)
                 for i in range(rows):
                     w = weights + i * stride
@@ -1410,9 +1398,8 @@ def attention_forward_tiled(qkv: F32, out: F32, lse: F32, starts: I32, segments:
                     lse[r * heads + h] = softmax_row(x, w, first + i + 1, scale)
                     clear(x, w + first + i + 1, rows - i - 1)
                 tile_mix(x, weights, stride, values, wide, first + rows, mixed)
-                for i in range(rows):
-                    for c in range(width):
-                        out[(starts[s] + first + i) * dim + h * width + c] = x[mixed + i * wide + c]
+                o = (starts[s] + first) * dim + h * width
+                copy_block(x, mixed, wide, rows, width, out, o, dim, 1)
 
 
 def attention_backward_tiled(g: F32, qkv: F32, out: F32, lse: F32, dqkv: F32, starts: I32,
@@ -1435,15 +1422,15 @@ def attention_backward_tiled(g: F32, qkv: F32, out: F32, lse: F32, dqkv: F32, st
         mixed = slopes + 4 * stride
         for h in range(heads):
             at = starts[s] * 3 * dim + h * width
-            copy_columns(qkv, at + dim, 3 * dim, size, width, x, 0, stride)
-            copy_columns(qkv, at + 2 * dim, 3 * dim, size, width, x, values, stride)
-            copy_rows(qkv, at + dim, 3 * dim, size, width, x, keys, wide)
+            copy_block(qkv, at + dim, 3 * dim, size, width, x, 0, 1, stride)
+            copy_block(qkv, at + 2 * dim, 3 * dim, size, width, x, values, 1, stride)
+            copy_block(qkv, at + dim, 3 * dim, size, width, x, keys, wide, 1)
             clear(x, dkeys, 2 * size * wide)
             for first in range(0, size, 4):
                 rows = min(size - first, 4)
                 o = (starts[s] + first) * dim + h * width
-                copy_rows(qkv, at + first * 3 * dim, 3 * dim, rows, width, x, queries, wide)
-                copy_rows(g, o, dim, rows, width, x, grads, wide)
+                copy_block(qkv, at + first * 3 * dim, 3 * dim, rows, width, x, queries, wide, 1)
+                copy_block(g, o, dim, rows, width, x, grads, wide, 1)
                 tile_scores(x, queries, wide, 0, stride, width, first + rows, weights)
                 tile_scores(x, grads, wide, values, stride, width, first + rows, slopes)
                 for i in range(rows):
@@ -1589,7 +1576,7 @@ def multiply_adds(out: F32, n: int, factor: float) -> None:
 KERNELS: Tuple[Callable[..., Any], ...] = (
     multiply_adds, multiply, matmul_nt, matmul_nn, matmul_tn, add_scaled, dot, gather_rows,
     scatter_rows, rmsnorm_forward, rmsnorm_backward, rope_turn, attention_forward,
-    attention_backward, clear, copy_columns, copy_rows, tile_scores, tile_mix, tile_spread,
+    attention_backward, clear, copy_block, tile_scores, tile_mix, tile_spread,
     softmax_row, slopes_row, add_rows, attention_forward_tiled, attention_backward_tiled,
     attention_cached, swiglu_forward, swiglu_backward, dropout_apply, cross_entropy_forward,
     cross_entropy_backward, adamw_step)
@@ -1681,7 +1668,7 @@ class PackedMatrix:
         widest = max([sum(map(abs, row)) for row in rows_of(self.data, dim)], default=0.0)
         unit = widest / ((1 << self.SUM_BITS - self.VECTOR_BITS) - dim) or 1.0
         columns = [_lanes_of([round(w / unit) for w in self.data[c::dim]]) for c in range(dim)]
-        return columns, int.from_bytes(LANE_ORIGIN * rows, "little"), unit
+        return columns, int.from_bytes(struct.pack("<d", LANE_ORIGIN) * rows, "little"), unit
 
     def times(self, x: Sequence[float]) -> List[float]:
         """Return the product with one vector (dim,): numbers (rows,).
@@ -1692,11 +1679,11 @@ class PackedMatrix:
         top = max(max(x), -min(x)) / (1 << self.VECTOR_BITS) or 1.0
         total = sum(map(mul, columns, [int(v / top) for v in x]), start)
         lanes = struct.unpack(f"<{rows}d", total.to_bytes(8 * rows, "little"))
-        origin, unit = 1.5 * 2.0 ** 52, unit * top
+        origin, unit = LANE_ORIGIN, unit * top
         return [(lane - origin) * unit for lane in lanes]
 
 
-LANE_ORIGIN = struct.pack("<d", 1.5 * 2.0 ** 52)
+LANE_ORIGIN = 1.5 * 2.0 ** 52
 
 
 def _lanes_of(numbers: Sequence[int]) -> int:
@@ -2244,8 +2231,8 @@ COMPILE_SECONDS = 60.0
 ANSWER_SECONDS = 5.0
 
 
-def _run(command: Sequence[str], seconds: float) -> str:
-    """Return what a command says; EngineError when it fails, hangs or is not there."""
+def _run(command: Sequence[str], seconds: float) -> None:
+    """Run a command to its end; EngineError when it fails, hangs or is not there."""
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True,
                               timeout=seconds, check=False)
@@ -2256,7 +2243,6 @@ def _run(command: Sequence[str], seconds: float) -> str:
         said = (done.stderr or done.stdout).decode("utf-8", "replace").strip().splitlines()
         raise EngineError(f"{command[0]} failed with code {done.returncode}"
                           f"{': ' + said[-1] if said else ''}; set CC to a C compiler that works")
-    return done.stdout.decode("utf-8", "replace")
 
 
 def find_compiler() -> Optional[str]:
@@ -2389,8 +2375,8 @@ def sample_calls(rng: random.Random) -> Iterator[Tuple[str, List[Any]]]:
                                        *shape, array("f", room)]
     yield "multiply_adds", [some(96), 5, 0.25]
     yield "clear", [some(dim), 2, 9]
-    yield "copy_columns", [some(60), 3, 11, 5, 6, some(60), 2, 8]
-    yield "copy_rows", [some(60), 3, 11, 5, 6, some(60), 2, 8]
+    yield "copy_block", [some(60), 3, 11, 5, 6, some(60), 2, 8, 1]
+    yield "copy_block", [some(60), 3, 11, 5, 6, some(60), 2, 1, 8]
     yield "tile_scores", [some(200), 1, 8, 40, 16, 6, 11, 130]
     yield "tile_mix", [some(250), 1, 16, 70, 8, 11, 200]
     yield "tile_spread", [some(250), 1, 16, 70, 8, 11, 110]
@@ -4386,34 +4372,39 @@ def is_of_the_owner(text: str) -> bool:
 
 def recall(memory: Memory, text: str, rng: random.Random) -> List[Recall]:
     """Return what fits the text, best first; equal ones in an order that rng decides."""
-    asked = set(stems_of(text))
+    question, asks = stems_of(text), is_question(text)
+    asked = set(question)
     found = memory.candidates(sorted(asked))
     others = {s for entry in found for s in stems_of(entry.text)}
     weights = stem_weights(memory, asked)
     common = weights.values()
     default = sum(common) / len(common) if common else 1.0
     weights.update((s, default) for s in others - asked)
-    fits = [fit for entry in found for fit in _fits(entry, text, asked, weights)]
+    rarest = {_rarest(question, weights)} if asks else set()
+    vital = rarest if is_of_the_owner(text) else set()
+    fits = [fit for entry in found for fit in _fits(entry, asked, rarest, vital, weights)]
     return sorted(fits, key=lambda fit: (-round(fit.score, 2), rng.random()))
 
 
-def _fits(entry: Entry, text: str, asked: Set[str],
+def _fits(entry: Entry, asked: Set[str], rarest: Set[str], vital: Set[str],
           weights: Dict[str, float]) -> Iterator[Recall]:
-    """Yield how well each turn of an exchange, or a plain or told sentence, answers the text."""
+    """Yield how well each turn of an exchange, or a plain or told sentence, answers the text.
+
+    rarest is the most telling stem of a question, empty where nothing is asked; without what is
+    vital another's answer is trusted less.
+    """
     document = Document(tuple(entry.text.splitlines()), entry.closed)
-    strict = is_question(text) and is_of_the_owner(text)
-    rarest = {_rarest(stems_of(text), weights)} if strict else set()
     if entry.source in TOLD:
-        if is_question(text):
+        if rarest:
             words = " ".join(document.lines)
-            yield Recall(_told_score(stems_of(text), set(stems_of(words)), weights), entry,
+            yield Recall(_told_score(asked, rarest, set(stems_of(words)), weights), entry,
                          f'You said: "{words}"')
     elif document.is_exchange:
         turns = document.turns()
         for (asker, words), (teller, answer) in zip(turns, turns[1:]):
             if (asker, teller) == ("H", "A"):
                 stems = set(stems_of(words))
-                trust = 1.0 if _shared(rarest, stems) == rarest else 0.8
+                trust = 1.0 if _shared(vital, stems) == vital else 0.8
                 yield Recall(trust * _likeness(asked, stems, weights), entry, answer)
     else:
         for line in document.lines:
@@ -4453,13 +4444,13 @@ def _coverage(asked: Set[str], told: Set[str], weights: Dict[str, float]) -> flo
     return _mass(_shared(asked, told), weights) / whole if whole else 0.0
 
 
-def _told_score(question: List[str], told: Set[str], weights: Dict[str, float]) -> float:
+def _told_score(asked: Set[str], rarest: Set[str], told: Set[str],
+                weights: Dict[str, float]) -> float:
     """Return how well a statement answers a question, 0 to 1.
 
     A statement without the question's rarest word is about something else, and comes to at most ½.
     """
-    found = _shared({_rarest(question, weights)}, told)
-    return 0.5 * _coverage(set(question), told, weights) + (0.5 if found else 0.0)
+    return 0.5 * _coverage(asked, told, weights) + (0.5 if _shared(rarest, told) else 0.0)
 
 
 def _rarest(question: List[str], weights: Dict[str, float]) -> str:
@@ -5428,14 +5419,14 @@ class Organism:
     def _may_learn(self) -> bool:
         """Return whether there is something to learn, and the lease to learn it is ours."""
         self._refresh()
-        self.barred = self._plan() is not None and not self.memory.take_lease(
+        due = self._plan() is not None
+        self.barred = due and not self.memory.take_lease(
             self._owner, LEASE_SECONDS, holder_alive)
         if self.barred:
             self._tell("another macrogpt trains this memory; here it only listens")
-        if self.barred or self._plan() is None:
+        if self.barred or not due:
             self._settle()
-            return False
-        return True
+        return due and not self.barred
 
     async def _rest(self, seconds: Optional[float]) -> None:
         """Sleep until the bell rings, and at most so many seconds."""
