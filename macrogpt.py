@@ -1061,6 +1061,16 @@ def splat8(number: float) -> Vector8:
     return Vector8((number,) * 8)
 
 
+def put_part(part: F32, n: int, out: F32, at: int, keep: int) -> None:
+    """Set n numbers of out, from out[at] on, to those of part, or add them if keep."""
+    if keep > 0:
+        for i in range(n):
+            out[at + i] += part[i]
+    else:
+        for i in range(n):
+            out[at + i] = part[i]
+
+
 def multiply(a: F32, b: F32, out: F32, rows: int, inner: int, cols: int, a_row: int, a_step: int,
              b_step: int, b_col: int, keep: int) -> None:
     """Set out[r, c], or add to it if keep, Σ a[r, k]·b[k, c] over k, in blocks of 6 by 16.
@@ -1091,15 +1101,9 @@ def multiply(a: F32, b: F32, out: F32, rows: int, inner: int, cols: int, a_row: 
                         left[i] = left[i] + x * b0
                         right[i] = right[i] + x * b1
                 for i in range(6):
-                    o = (i0 + i) * cols + j0
                     store8(part, 0, left[i])
                     store8(part, 8, right[i])
-                    if keep + k0 > 0:
-                        for j in range(width):
-                            out[o + j] += part[j]
-                    else:
-                        for j in range(width):
-                            out[o + j] = part[j]
+                    put_part(part, width, out, (i0 + i) * cols + j0, keep + k0)
             for i in range(rows - rows % 6, rows):
                 b0 = splat8(0.0)
                 b1 = splat8(0.0)
@@ -1109,12 +1113,7 @@ def multiply(a: F32, b: F32, out: F32, rows: int, inner: int, cols: int, a_row: 
                     b1 = b1 + x * load8(panel, k * 16 + 8)
                 store8(part, 0, b0)
                 store8(part, 8, b1)
-                if keep + k0 > 0:
-                    for j in range(width):
-                        out[i * cols + j0 + j] += part[j]
-                else:
-                    for j in range(width):
-                        out[i * cols + j0 + j] = part[j]
+                put_part(part, width, out, i * cols + j0, keep + k0)
 
 
 def matmul_nt(x: F32, w: F32, out: F32, rows: int, inner: int, cols: int) -> None:
@@ -1574,8 +1573,8 @@ def multiply_adds(out: F32, n: int, factor: float) -> None:
 
 
 KERNELS: Tuple[Callable[..., Any], ...] = (
-    multiply_adds, multiply, matmul_nt, matmul_nn, matmul_tn, add_scaled, dot, gather_rows,
-    scatter_rows, rmsnorm_forward, rmsnorm_backward, rope_turn, attention_forward,
+    multiply_adds, put_part, multiply, matmul_nt, matmul_nn, matmul_tn, add_scaled, dot,
+    gather_rows, scatter_rows, rmsnorm_forward, rmsnorm_backward, rope_turn, attention_forward,
     attention_backward, clear, copy_block, tile_scores, tile_mix, tile_spread,
     softmax_row, slopes_row, add_rows, attention_forward_tiled, attention_backward_tiled,
     attention_cached, swiglu_forward, swiglu_backward, dropout_apply, cross_entropy_forward,
@@ -2374,6 +2373,8 @@ def sample_calls(rng: random.Random) -> Iterator[Tuple[str, List[Any]]]:
     yield "attention_backward_tiled", [some(rows * dim), qkv, out, lse, some(rows * 3 * dim),
                                        *shape, array("f", room)]
     yield "multiply_adds", [some(96), 5, 0.25]
+    yield "put_part", [some(16), 11, some(40), 3, 0]
+    yield "put_part", [some(16), 11, some(40), 3, 1]
     yield "clear", [some(dim), 2, 9]
     yield "copy_block", [some(60), 3, 11, 5, 6, some(60), 2, 8, 1]
     yield "copy_block", [some(60), 3, 11, 5, 6, some(60), 2, 1, 8]

@@ -16,7 +16,7 @@ from support import ROOT, Folder
 
 TWINS = dict(m.TWINS)
 KERNELS = {kernel.__name__: kernel for kernel in m.KERNELS}
-PARTS = {"multiply_adds", "multiply", "clear", "copy_block", "tile_scores",
+PARTS = {"multiply_adds", "put_part", "multiply", "clear", "copy_block", "tile_scores",
          "tile_mix", "tile_spread", "softmax_row", "slopes_row", "add_rows", "attention_forward_tiled",
          "attention_backward_tiled"}  # of compiled products and attention: tested as those
 CLOSE = {"f": 3e-6, "d": 1e-10}
