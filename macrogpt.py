@@ -1045,6 +1045,30 @@ class Vector8(tuple):
     __hash__ = tuple.__hash__
 
 
+def two_to(k: float) -> float:
+    """Return 2 to a whole number from −127 to 127; 0 for −127."""
+    return 2.0 ** k if k > -127.0 else 0.0
+
+
+def exponential(x: float) -> float:
+    """Return e**x, with a relative error below 4e-7 in float32; 0 below −87.4, e**88 above 88.
+
+    x = k·ln 2 + r, with |r| below 0.35 for a polynomial: compiled kernels take it for exp, since
+    it has no branch that would keep a loop from running on whole vectors.
+    """
+    x = min(max(x, -88.0), 88.0)
+    k = round(x * 1.44269504)
+    r = x - k * 0.693147182
+    tail = 0.5 + r * (0.16666667 + r * (0.041666665 + r * (0.0083334519 + r * 0.0013888888)))
+    return (1.0 + r * (1.0 + r * tail)) * two_to(k)
+
+
+def sigmoid(x: float) -> float:
+    """Return 1/(1 + e**−x), which no x makes overflow."""
+    small = exp(-abs(x))
+    return 1.0 / (1.0 + small) if x >= 0.0 else small / (1.0 + small)
+
+
 def load8(x: Sequence[float], at: int) -> Vector8:
     """Return the eight numbers from x[at] on."""
     return Vector8(x[at:at + 8])
@@ -1063,57 +1087,68 @@ def splat8(number: float) -> Vector8:
 
 def put_part(part: F32, n: int, out: F32, at: int, keep: int) -> None:
     """Set n numbers of out, from out[at] on, to those of part, or add them if keep."""
-    if keep > 0:
-        for i in range(n):
-            out[at + i] += part[i]
+    for i in range(n):
+        out[at + i] = part[i] + (out[at + i] if keep > 0 else 0.0)
+
+
+def put8(vector: Vector8, out: F32, at: int, n: int, keep: int) -> None:
+    """Set n numbers of out, at most eight, from out[at] on, to the vector's; add them if keep."""
+    part = [0.0] * 8
+    if n >= 8:
+        if keep > 0:
+            store8(out, at, load8(out, at) + vector)
+        else:
+            store8(out, at, vector)
     else:
-        for i in range(n):
-            out[at + i] = part[i]
+        store8(part, 0, vector)
+        put_part(part, n, out, at, keep)
+
+
+BLOCK_ROWS, BLOCK_VECTORS = 6, 2  # what 16 vector registers hold; 32 of them hold 8 by 3
 
 
 def multiply(a: F32, b: F32, out: F32, rows: int, inner: int, cols: int, a_row: int, a_step: int,
              b_step: int, b_col: int, keep: int) -> None:
-    """Set out[r, c], or add to it if keep, Σ a[r, k]·b[k, c] over k, in blocks of 6 by 16.
+    """Set out[r, c], or add to it if keep, Σ a[r, k]·b[k, c] over k, in blocks held in registers.
 
     a[r, k] stands at r·a_row + k·a_step, b[k, c] at k·b_step + c·b_col; out is (rows, cols). A
-    panel of 16 columns and 256 steps of b lies packed in the first cache while all rows pass.
+    panel of a block's columns and 256 steps of b lies packed in the first cache while all rows
+    pass.
     """
-    panel = [0.0] * 4096
-    part = [0.0] * 16
+    panel = [0.0] * (2048 * BLOCK_VECTORS)
+    line = [splat8(0.0)] * BLOCK_VECTORS
+    wide = 8 * BLOCK_VECTORS
     for k0 in range(0, inner, 256):
         depth = min(inner - k0, 256)
-        for j0 in range(0, cols, 16):
-            width = min(cols - j0, 16)
+        for j0 in range(0, cols, wide):
+            width = min(cols - j0, wide)
             for k in range(depth):
                 for j in range(width):
-                    panel[k * 16 + j] = b[(k0 + k) * b_step + (j0 + j) * b_col]
-                for j in range(width, 16):
-                    panel[k * 16 + j] = 0.0
-            for i0 in range(0, rows - 5, 6):
-                left = [splat8(0.0)] * 6
-                right = [splat8(0.0)] * 6
+                    panel[k * wide + j] = b[(k0 + k) * b_step + (j0 + j) * b_col]
+                for j in range(width, wide):
+                    panel[k * wide + j] = 0.0
+            for i0 in range(0, rows - BLOCK_ROWS + 1, BLOCK_ROWS):
+                sums = [splat8(0.0)] * (BLOCK_ROWS * BLOCK_VECTORS)
                 for k in range(depth):
-                    b0 = load8(panel, k * 16)
-                    b1 = load8(panel, k * 16 + 8)
+                    for v in range(BLOCK_VECTORS):
+                        line[v] = load8(panel, k * wide + 8 * v)
                     at = i0 * a_row + (k0 + k) * a_step
-                    for i in range(6):
+                    for i in range(BLOCK_ROWS):
                         x = a[at + i * a_row]
-                        left[i] = left[i] + x * b0
-                        right[i] = right[i] + x * b1
-                for i in range(6):
-                    store8(part, 0, left[i])
-                    store8(part, 8, right[i])
-                    put_part(part, width, out, (i0 + i) * cols + j0, keep + k0)
-            for i in range(rows - rows % 6, rows):
-                b0 = splat8(0.0)
-                b1 = splat8(0.0)
+                        for v in range(BLOCK_VECTORS):
+                            sums[i * BLOCK_VECTORS + v] = sums[i * BLOCK_VECTORS + v] + x * line[v]
+                for i in range(BLOCK_ROWS):
+                    for v in range(BLOCK_VECTORS):
+                        put8(sums[i * BLOCK_VECTORS + v], out, (i0 + i) * cols + j0 + 8 * v,
+                             width - 8 * v, keep + k0)
+            for i in range(rows - rows % BLOCK_ROWS, rows):
+                rest = [splat8(0.0)] * BLOCK_VECTORS
                 for k in range(depth):
                     x = a[i * a_row + (k0 + k) * a_step]
-                    b0 = b0 + x * load8(panel, k * 16)
-                    b1 = b1 + x * load8(panel, k * 16 + 8)
-                store8(part, 0, b0)
-                store8(part, 8, b1)
-                put_part(part, width, out, i * cols + j0, keep + k0)
+                    for v in range(BLOCK_VECTORS):
+                        rest[v] = rest[v] + x * load8(panel, k * wide + 8 * v)
+                for v in range(BLOCK_VECTORS):
+                    put8(rest[v], out, i * cols + j0 + 8 * v, width - 8 * v, keep + k0)
 
 
 def matmul_nt(x: F32, w: F32, out: F32, rows: int, inner: int, cols: int) -> None:
@@ -1204,13 +1239,13 @@ def rope_turn(x: F32, table: F32, out: F32, rows: int, dim: int, turned: int, wi
     table (rows, width) holds cos and sin of each pair of a head; sign −1 turns back.
     """
     for r in range(rows):
-        for c in range(0, turned, 2):
-            i = r * dim + c
-            t = r * width + c % width
-            cosine = table[t]
-            sine = sign * table[t + 1]
-            out[i] += x[i] * cosine - x[i + 1] * sine
-            out[i + 1] += x[i] * sine + x[i + 1] * cosine
+        for head in range(0, turned, width):
+            for c in range(0, width, 2):
+                i = r * dim + head + c
+                cosine = table[r * width + c]
+                sine = sign * table[r * width + c + 1]
+                out[i] += x[i] * cosine - x[i + 1] * sine
+                out[i + 1] += x[i] * sine + x[i + 1] * cosine
         for c in range(turned, dim):
             out[r * dim + c] += x[r * dim + c]
 
@@ -1295,64 +1330,78 @@ def copy_block(x: F32, at: int, step: int, rows: int, width: int, out: F32, to: 
             out[to + r * row_step + c * col_step] = x[at + r * step + c]
 
 
+TILE = 8  # queries that attention looks at together; keys come in sixteens
+
+
 def tile_scores(x: F32, queries: int, wide: int, columns: int, stride: int, width: int, n: int,
                 to: int) -> None:
-    """Set x[to + i·stride + j] to the product of row i, of four, with column j, of n."""
+    """Set x[to + i·stride + j] to the product of row i, of a tile, with column j, of n."""
     for j in range(0, n, 8):
-        scores = [splat8(0.0)] * 4
+        scores = [splat8(0.0)] * TILE
         for c in range(width):
             column = load8(x, columns + c * stride + j)
-            for i in range(4):
+            for i in range(TILE):
                 scores[i] = scores[i] + x[queries + i * wide + c] * column
-        for i in range(4):
+        for i in range(TILE):
             store8(x, to + i * stride + j, scores[i])
 
 
 def tile_mix(x: F32, weights: int, stride: int, rows: int, wide: int, n: int, to: int) -> None:
-    """Set four rows at `to` to the first n rows at `rows`, mixed by four rows of weights."""
+    """Set a tile's rows at `to` to the first n rows at `rows`, mixed by a tile's weights."""
     for c in range(0, wide, 8):
-        sums = [splat8(0.0)] * 4
+        sums = [splat8(0.0)] * TILE
         for j in range(n):
             row = load8(x, rows + j * wide + c)
-            for i in range(4):
+            for i in range(TILE):
                 sums[i] = sums[i] + x[weights + i * stride + j] * row
-        for i in range(4):
+        for i in range(TILE):
             store8(x, to + i * wide + c, sums[i])
 
 
 def tile_spread(x: F32, weights: int, stride: int, rows: int, wide: int, n: int, to: int) -> None:
-    """Add to each of n rows at `to` the four rows at `rows`, by its four weights."""
+    """Add to each of n rows at `to` a tile's rows at `rows`, by its weights."""
     for c in range(0, wide, 8):
-        four = [splat8(0.0)] * 4
-        for i in range(4):
-            four[i] = load8(x, rows + i * wide + c)
+        part = [splat8(0.0)] * TILE
+        for i in range(TILE):
+            part[i] = load8(x, rows + i * wide + c)
         for j in range(n):
             total = load8(x, to + j * wide + c)
-            for i in range(4):
-                total = total + x[weights + i * stride + j] * four[i]
+            for i in range(TILE):
+                total = total + x[weights + i * stride + j] * part[i]
             store8(x, to + j * wide + c, total)
 
 
-def softmax_row(x: F32, at: int, n: int, scale: float) -> float:
-    """Make n scores at x[at] weights that sum to 1; return the log of Σ exp(scale·score)."""
+def softmax_row(x: F32, at: int, n: int, blocks: int, scale: float) -> float:
+    """Make n scores at x[at] weights that sum to 1; return the log of Σ exp(scale·score).
+
+    The rest of so many blocks of 16 numbers becomes 0: whole blocks leave no loop a remainder.
+    """
+    for j in range(at + n, at + 16 * blocks):
+        x[j] = -1e30
     top = -1e30
-    for j in range(at, at + n):
-        top = max(top, x[j])
+    for j in range(16 * blocks):
+        top = max(top, x[at + j])
     total = 0.0
-    for j in range(at, at + n):
-        weight = exp((x[j] - top) * scale)
-        x[j] = weight
+    for j in range(16 * blocks):
+        weight = exp((x[at + j] - top) * scale)
+        x[at + j] = weight
         total += weight
     share = 1.0 / total
-    for j in range(at, at + n):
-        x[j] *= share
+    for j in range(16 * blocks):
+        x[at + j] *= share
     return top * scale + log(total)
 
 
-def slopes_row(x: F32, weights: int, slopes: int, n: int, scale: float, total: float,
+def slopes_row(x: F32, weights: int, slopes: int, n: int, blocks: int, scale: float, total: float,
                common: float) -> None:
-    """Make n scores weights again, from their log-sum, and n passed gradients those of scores."""
-    for j in range(n):
+    """Make n scores weights again, from their log-sum, and n passed gradients those of scores.
+
+    The rest of so many blocks of 16 numbers of both becomes 0.
+    """
+    for j in range(n, 16 * blocks):
+        x[weights + j] = -1e30
+        x[slopes + j] = 0.0
+    for j in range(16 * blocks):
         weight = exp(x[weights + j] * scale - total)
         x[weights + j] = weight
         x[slopes + j] = weight * (x[slopes + j] - common) * scale
@@ -1368,34 +1417,34 @@ def add_rows(x: F32, at: int, wide: int, rows: int, width: int, out: F32, to: in
 
 def attention_forward_tiled(qkv: F32, out: F32, lse: F32, starts: I32, segments: int, heads: int,
                             width: int, x: F32) -> None:
-    """Do what attention_forward does, four queries by eight keys at a time.
+    """Do what attention_forward does, a tile of queries at a time.
 
-    x is room for one head: keys as columns, values as rows an even eight apart, four queries, their
-    weights, their results.  A segment of n rows needs (n + 8)·(5·width + 64) numbers.
+    x is room for one head: keys as columns, values as rows an even eight apart, some queries, their
+    weights, their results.  A segment of n rows needs (n + 16)·(5·width + 80) numbers.
     """
     dim = heads * width
     wide = (width + 7) // 8 * 8
     scale = 1.0 / sqrt(width)
     for s in range(segments):
         size = starts[s + 1] - starts[s]
-        stride = (size + 7) // 8 * 8
+        stride = (size + 15) // 16 * 16
         values = width * stride
         queries = values + size * wide
-        weights = queries + 4 * wide
-        mixed = weights + 4 * stride
+        weights = queries + TILE * wide
+        mixed = weights + TILE * stride
         for h in range(heads):
             at = starts[s] * 3 * dim + h * width
             copy_block(qkv, at + dim, 3 * dim, size, width, x, 0, 1, stride)
             copy_block(qkv, at + 2 * dim, 3 * dim, size, width, x, values, wide, 1)
-            for first in range(0, size, 4):
-                rows = min(size - first, 4)
+            for first in range(0, size, TILE):
+                rows = min(size - first, TILE)
+                blocks = (first + rows + 15) // 16
                 copy_block(qkv, at + first * 3 * dim, 3 * dim, rows, width, x, queries, wide, 1)
                 tile_scores(x, queries, wide, 0, stride, width, first + rows, weights)
                 for i in range(rows):
-                    w = weights + i * stride
                     r = starts[s] + first + i
-                    lse[r * heads + h] = softmax_row(x, w, first + i + 1, scale)
-                    clear(x, w + first + i + 1, rows - i - 1)
+                    lse[r * heads + h] = softmax_row(x, weights + i * stride, first + i + 1, blocks,
+                                                     scale)
                 tile_mix(x, weights, stride, values, wide, first + rows, mixed)
                 o = (starts[s] + first) * dim + h * width
                 copy_block(x, mixed, wide, rows, width, out, o, dim, 1)
@@ -1403,30 +1452,31 @@ def attention_forward_tiled(qkv: F32, out: F32, lse: F32, starts: I32, segments:
 
 def attention_backward_tiled(g: F32, qkv: F32, out: F32, lse: F32, dqkv: F32, starts: I32,
                              segments: int, heads: int, width: int, x: F32) -> None:
-    """Do what attention_backward does, four queries by eight keys at a time; x as before."""
+    """Do what attention_backward does, a tile of queries at a time; x as before."""
     dim = heads * width
     wide = (width + 7) // 8 * 8
     scale = 1.0 / sqrt(width)
     for s in range(segments):
         size = starts[s + 1] - starts[s]
-        stride = (size + 7) // 8 * 8
+        stride = (size + 15) // 16 * 16
         values = width * stride
         keys = 2 * values
         dkeys = keys + size * wide
         dvalues = dkeys + size * wide
         queries = dvalues + size * wide
-        grads = queries + 4 * wide
-        weights = grads + 4 * wide
-        slopes = weights + 4 * stride
-        mixed = slopes + 4 * stride
+        grads = queries + TILE * wide
+        weights = grads + TILE * wide
+        slopes = weights + TILE * stride
+        mixed = slopes + TILE * stride
         for h in range(heads):
             at = starts[s] * 3 * dim + h * width
             copy_block(qkv, at + dim, 3 * dim, size, width, x, 0, 1, stride)
             copy_block(qkv, at + 2 * dim, 3 * dim, size, width, x, values, 1, stride)
             copy_block(qkv, at + dim, 3 * dim, size, width, x, keys, wide, 1)
             clear(x, dkeys, 2 * size * wide)
-            for first in range(0, size, 4):
-                rows = min(size - first, 4)
+            for first in range(0, size, TILE):
+                rows = min(size - first, TILE)
+                blocks = (first + rows + 15) // 16
                 o = (starts[s] + first) * dim + h * width
                 copy_block(qkv, at + first * 3 * dim, 3 * dim, rows, width, x, queries, wide, 1)
                 copy_block(g, o, dim, rows, width, x, grads, wide, 1)
@@ -1436,13 +1486,10 @@ def attention_backward_tiled(g: F32, qkv: F32, out: F32, lse: F32, dqkv: F32, st
                     common = 0.0
                     for c in range(width):
                         common += g[o + i * dim + c] * out[o + i * dim + c]
-                    seen = first + i + 1
-                    slopes_row(x, weights + i * stride, slopes + i * stride, seen, scale,
-                               lse[(starts[s] + first + i) * heads + h], common)
-                    clear(x, weights + i * stride + seen, rows - i - 1)
-                    clear(x, slopes + i * stride + seen, rows - i - 1)
-                clear(x, weights + rows * stride, (4 - rows) * stride)
-                clear(x, slopes + rows * stride, (4 - rows) * stride)
+                    slopes_row(x, weights + i * stride, slopes + i * stride, first + i + 1, blocks,
+                               scale, lse[(starts[s] + first + i) * heads + h], common)
+                clear(x, weights + rows * stride, (TILE - rows) * stride)
+                clear(x, slopes + rows * stride, (TILE - rows) * stride)
                 tile_mix(x, slopes, stride, keys, wide, first + rows, mixed)
                 tile_spread(x, slopes, stride, queries, wide, first + rows, dkeys)
                 tile_spread(x, weights, stride, grads, wide, first + rows, dvalues)
@@ -1451,36 +1498,218 @@ def attention_backward_tiled(g: F32, qkv: F32, out: F32, lse: F32, dqkv: F32, st
             add_rows(x, dvalues, wide, size, width, dqkv, at + 2 * dim, 3 * dim)
 
 
-def attention_cached(q: F32, keys: F32, values: F32, out: F32, length: int, block: int,
-                     heads: int, width: int) -> None:
-    """Set out (H·D) to the attention of one query over the first `length` slots of a cache.
+def attention_cached(q: F32, at: int, keys: F32, values: F32, out: F32, to: int, length: int,
+                     block: int, heads: int, width: int, x: F32, spare: int) -> None:
+    """Set H·D numbers of out, from out[to] on, to the attention of one query over a cache.
 
-    keys and values are (H, block, D); q holds H·D numbers.
+    The query's H·D numbers begin at q[at]; keys and values are (H·D, block), of which `length`
+    slots are filled. x has room for block + 16 numbers from x[spare] on.
     """
     scale = 1.0 / sqrt(width)
+    blocks = (length + 15) // 16
     for h in range(heads):
-        top = -1e30
+        clear(x, spare, length)
+        for c in range(h * width, (h + 1) * width):
+            for j in range(length):
+                x[spare + j] += q[at + c] * keys[c * block + j]
+        softmax_row(x, spare, length, blocks, scale)
+        for c in range(h * width, (h + 1) * width):
+            total = 0.0
+            for j in range(length):
+                total += x[spare + j] * values[c * block + j]
+            out[to + c] = total
+
+
+def row_product(w: F32, x: F32, at: int, out: F32, to: int, rows: int, inner: int) -> None:
+    """Set out, from out[to] on, to w (rows, inner) times the numbers of x from x[at] on."""
+    for r in range(rows):
         total = 0.0
-        for c in range(width):
-            out[h * width + c] = 0.0
-        for j in range(length):
-            k = (h * block + j) * width
-            score = 0.0
-            for c in range(width):
-                score += q[h * width + c] * keys[k + c]
-            score *= scale
-            if score > top:
-                shrink = exp(top - score)
-                total *= shrink
-                for c in range(width):
-                    out[h * width + c] *= shrink
-                top = score
-            weight = exp(score - top)
-            total += weight
-            for c in range(width):
-                out[h * width + c] += weight * values[k + c]
-        for c in range(width):
-            out[h * width + c] /= total
+        for k in range(inner):
+            total += w[r * inner + k] * x[at + k]
+        out[to + r] = total
+
+
+def normed_row(x: F32, out: F32, dim: int, factor: float, eps: float) -> None:
+    """Set out to dim numbers of x over their root mean square, times a factor."""
+    total = 0.0
+    for c in range(dim):
+        total += x[c] * x[c]
+    scale = factor / sqrt(total / dim + eps)
+    for c in range(dim):
+        out[c] = x[c] * scale
+
+
+def decode_block(x: F32, qkv: F32, mix: F32, gates: F32, down: F32, angles: F32, keys: F32,
+                 values: F32, room: F32, dim: int, heads: int, hidden: int, slot: int, length: int,
+                 block: int, eps: float) -> None:
+    """Pass one token's residual x (C) through a block of the model, all but its caches' logic.
+
+    Weights are (3·C, C), (C, C), (2·F, C), (C, F); keys and values (C, block) take the token in
+    at `slot`, and `length` slots are then filled; room has 5·C + 3·F + block + 16 numbers.
+    """
+    width = dim // heads
+    normed_row(x, room, dim, 1.0, eps)
+    row_product(qkv, room, 0, room, dim, 3 * dim, dim)
+    for first in range(dim, 3 * dim, width):
+        for c in range(0, width, 2):
+            even = room[first + c]
+            odd = room[first + c + 1]
+            room[first + c] = even * angles[c] - odd * angles[c + 1]
+            room[first + c + 1] = even * angles[c + 1] + odd * angles[c]
+    for c in range(dim):
+        keys[c * block + slot] = room[2 * dim + c]
+        values[c * block + slot] = room[3 * dim + c]
+    attention_cached(room, dim, keys, values, room, 0, length, block, heads, width, room, 4 * dim)
+    row_product(mix, room, 0, room, dim, dim, dim)
+    for c in range(dim):
+        x[c] += room[dim + c]
+    normed_row(x, room, dim, 1.0, eps)
+    row_product(gates, room, 0, room, dim, 2 * hidden, dim)
+    up = dim + hidden
+    for c in range(hidden):
+        gate = room[dim + c]
+        room[dim + c] = gate * sigmoid(gate) * room[up + c]
+    row_product(down, room, dim, room, up, dim, hidden)
+    for c in range(dim):
+        x[c] += room[up + c]
+
+
+def decode_head(x: F32, table: F32, logits: F32, room: F32, dim: int, vocab: int, gain: float,
+                eps: float) -> None:
+    """Set logits (V) to the products of a token's normed residual x (C) with table (V, C)."""
+    normed_row(x, room, dim, gain, eps)
+    row_product(table, room, 0, logits, 0, vocab, dim)
+
+
+def penalise(x: F32, n: int, history: I32, recent: int, penalty: float, presence: float,
+             frequency: float) -> None:
+    """Lower those of n logits whose ids are in history; x[n:2·n] is room to count them."""
+    clear(x, n, n)
+    for i in range(recent):
+        x[n + history[i]] += 1.0
+    for i in range(recent):
+        t = history[i]
+        if x[n + t] > 0.0:
+            cost = x[n + t] * frequency + presence
+            x[t] = (x[t] / penalty if x[t] > 0.0 else x[t] * penalty) - cost
+            x[n + t] = 0.0
+
+
+def penalise_repeats(x: F32, n: int, past: I32, size: int, multiplier: float, log_base: float,
+                     allowed: int, most: float) -> None:
+    """Lower, of n logits, those that would prolong a repetition in past by more than allowed.
+
+    After m ids that stood earlier too, what followed there costs multiplier·base**(m − allowed),
+    in which the power is at most `most`; x[n:2·n] is room, all zero, and is left so.
+    """
+    for i in range(1, size):
+        m = 0
+        while past[i - 1 - m] == past[size - 1 - m] if m < i else 0 > 1:
+            m += 1
+        x[n + past[i]] = max(x[n + past[i]], m + 0.0)
+    for i in range(1, size):
+        t = past[i]
+        if x[n + t] >= max(allowed, 1):
+            x[t] -= multiplier * exp(log_base * min(x[n + t] - allowed, most))
+        x[n + t] = 0.0
+
+
+def largest(x: F32, n: int, count: int, to: int) -> None:
+    """Set x[to + 1] and on to the count largest of n numbers, falling; after them their indices.
+
+    Of equal numbers the first comes first. The indices begin at x[to + count + 2].
+    """
+    ids = to + count + 1
+    for j in range(count + 1):
+        x[to + j] = -3e38
+    x[to] = 3e38
+    for i in range(n):
+        if x[i] > x[to + count]:
+            j = count
+            while x[to + j - 1] < x[i]:
+                x[to + j] = x[to + j - 1]
+                x[ids + j] = x[ids + j - 1]
+                j -= 1
+            x[to + j] = x[i]
+            x[ids + j] = i
+
+
+def softened(x: F32, at: int, count: int, to: int) -> float:
+    """Set x[to] and on to the exponentials of count falling logits less the first; return Σ."""
+    total = 0.0
+    for j in range(count):
+        x[to + j] = exp(x[at + j] - x[at])
+        total += x[to + j]
+    return total
+
+
+def typical_part(x: F32, at: int, ids: int, count: int, share: float, to: int) -> int:
+    """Keep, of count falling logits and their ids, those of typical surprise; return how many.
+
+    x[to] and on has room for 2·count numbers.
+    """
+    total = softened(x, at, count, to)
+    entropy = 0.0
+    for j in range(count):
+        x[to + count + j] = log(total) + x[at] - x[at + j]
+        entropy += x[to + j] / total * x[to + count + j]
+    for j in range(count):
+        x[to + count + j] = abs(x[to + count + j] - entropy)
+    mass = 0.0
+    while mass < share * total:
+        best = 0
+        for j in range(count):
+            if x[to + count + j] < x[to + count + best]:
+                best = j
+        mass += x[to + best] if x[to + count + best] < 1e30 else total
+        x[to + count + best] = 2e30
+    kept = 0
+    for j in range(count):
+        if x[to + count + j] > 1e30:
+            x[at + kept] = x[at + j]
+            x[ids + kept] = x[ids + j]
+            kept += 1
+    return kept
+
+
+def sample_token(logits: F32, n: int, history: I32, recent: int, x: F32, penalty: float,
+                 presence: float, frequency: float, past: I32, size: int, multiplier: float,
+                 log_base: float, allowed: int, most: float, top_k: int, typical: float,
+                 top_p: float, min_p: float, temperature: float, chance: float) -> int:
+    """Return the id that the usual chain of samplers draws at chance, from 0 to below 1.
+
+    The chain: penalties for the recent ids, DRY, top-k, typical, top-p, min-p, temperature, as the
+    filters of section 9 define them.  x has room for 2·n + 4·top_k + 4 numbers.
+    """
+    count = min(top_k, n)
+    for i in range(n):
+        x[i] = logits[i]
+    penalise(x, n, history, recent, penalty, presence, frequency)
+    if multiplier > 0.0:
+        penalise_repeats(x, n, past, size, multiplier, log_base, allowed, most)
+    largest(x, n, count, 2 * n)
+    at = 2 * n + 1
+    ids = at + count + 1
+    room = ids + count
+    if typical < 1.0:
+        count = typical_part(x, at, ids, count, typical, room)
+    total = softened(x, at, count, room)
+    mass = 0.0
+    kept = 0
+    for j in range(count):
+        if mass < top_p * total:
+            if x[room + j] >= min_p:
+                kept = j + 1
+        mass += x[room + j]
+    for j in range(kept):
+        x[at + j] /= temperature
+    total = chance * softened(x, at, kept, room)
+    best = 0
+    mass = x[room]
+    while mass <= total:
+        best += 1
+        mass += x[room + best] if best < kept else 3e38
+    return int(x[ids + min(best, kept - 1)])
 
 
 def swiglu_forward(x: F32, out: F32, rows: int, dim: int) -> None:
@@ -1488,9 +1717,7 @@ def swiglu_forward(x: F32, out: F32, rows: int, dim: int) -> None:
     for r in range(rows):
         for c in range(dim):
             gate = x[r * 2 * dim + c]
-            small = exp(-abs(gate))  # never overflows, whatever the gate
-            sigmoid = 1.0 / (1.0 + small) if gate >= 0.0 else small / (1.0 + small)
-            out[r * dim + c] = gate * sigmoid * x[r * 2 * dim + dim + c]
+            out[r * dim + c] = gate * sigmoid(gate) * x[r * 2 * dim + dim + c]
 
 
 def swiglu_backward(g: F32, x: F32, dx: F32, rows: int, dim: int) -> None:
@@ -1499,25 +1726,25 @@ def swiglu_backward(g: F32, x: F32, dx: F32, rows: int, dim: int) -> None:
         for c in range(dim):
             i = r * 2 * dim + c
             gate = x[i]
-            small = exp(-abs(gate))
-            sigmoid = 1.0 / (1.0 + small) if gate >= 0.0 else small / (1.0 + small)
+            opened = sigmoid(gate)
             grad = g[r * dim + c]
-            dx[i] += grad * x[i + dim] * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-            dx[i + dim] += grad * gate * sigmoid
+            dx[i] += grad * x[i + dim] * opened * (1.0 + gate * (1.0 - opened))
+            dx[i + dim] += grad * gate * opened
 
 
 def dropout_apply(x: F32, out: F32, n: int, rate: float, seed: int) -> None:
     """Add to out x with a share `rate` of its numbers dropped and the others scaled up.
 
-    The mask is a function of seed alone, so the backward pass is the same call.
-    Source: a 32-bit linear congruential generator with Numerical Recipes' constants.
+    The mask is a function of seed and place, so the backward pass is the same call, and no number
+    waits for the one before it: each place is hashed by two multiplications modulo 2**32.
     """
-    state = seed
     scale = 1.0 / (1.0 - rate)
+    least = rate * 4294967296.0
     for i in range(n):
-        state = (state * 1664525 + 1013904223) % 4294967296
-        if state >= rate * 4294967296.0:
-            out[i] += x[i] * scale
+        state = (i * 1640531527 + seed) % 4294967296
+        state = (state ^ state >> 15) * 747796405 % 4294967296
+        state = (state ^ state >> 13) * 1181783497 % 4294967296
+        out[i] += x[i] * scale if state ^ state >> 16 >= least else 0.0
 
 
 def cross_entropy_forward(logits: F32, targets: I32, lse: F32, losses: F32, rows: int,
@@ -1563,8 +1790,10 @@ def adamw_step(w: F32, g: F32, m: F32, v: F32, first: int, n: int, rate: float, 
 
 def multiply_adds(out: F32, n: int, factor: float) -> None:
     """Do n times 96 independent multiply-adds on out (96,), and nothing else: a core's peak."""
-    sums = [splat8(1.0)] * 12
-    one = load8(out, 0)
+    sums = [splat8(0.0)] * 12
+    one = splat8(1.0)
+    for i in range(12):
+        sums[i] = load8(out, 8 * i)
     for k in range(n):
         for i in range(12):
             sums[i] = one + factor * sums[i]
@@ -1573,11 +1802,13 @@ def multiply_adds(out: F32, n: int, factor: float) -> None:
 
 
 KERNELS: Tuple[Callable[..., Any], ...] = (
-    multiply_adds, put_part, multiply, matmul_nt, matmul_nn, matmul_tn, add_scaled, dot,
-    gather_rows, scatter_rows, rmsnorm_forward, rmsnorm_backward, rope_turn, attention_forward,
-    attention_backward, clear, copy_block, tile_scores, tile_mix, tile_spread,
-    softmax_row, slopes_row, add_rows, attention_forward_tiled, attention_backward_tiled,
-    attention_cached, swiglu_forward, swiglu_backward, dropout_apply, cross_entropy_forward,
+    exponential, sigmoid, multiply_adds, put_part, put8, multiply, matmul_nt, matmul_nn, matmul_tn,
+    add_scaled, dot, gather_rows, scatter_rows, rmsnorm_forward, rmsnorm_backward, rope_turn,
+    attention_forward, attention_backward, clear, copy_block, tile_scores, tile_mix,
+    tile_spread, softmax_row, slopes_row, add_rows, attention_forward_tiled,
+    attention_backward_tiled, attention_cached, row_product, normed_row, decode_block,
+    decode_head, penalise, penalise_repeats, largest, softened, typical_part, sample_token,
+    swiglu_forward, swiglu_backward, dropout_apply, cross_entropy_forward,
     cross_entropy_backward, adamw_step)
 
 
@@ -1599,14 +1830,15 @@ class Engine:
     """A table of kernels, reached as attributes, and the buffers they run on.
 
     typecode is "f" in life; "d" (interpreted only) lets tests difference to full precision.
-    `recording` tells the autograd whether to build graphs.
+    `recording` tells the autograd whether to build graphs, `fused` the model to decode a token by
+    one kernel a block.
     """
 
     def __init__(self, name: str, kernels: Dict[str, Callable[..., Any]], typecode: str = "f",
                  pack: Callable[..., Any] = lambda data, rows, dim: data,
                  cache: Optional[Callable[..., Any]] = None) -> None:
         self.name, self.typecode, self.recording = name, typecode, True
-        self.pack, self.cache = pack, cache or FlatCache
+        self.pack, self.cache, self.fused = pack, cache or FlatCache, cache is None
         self._zero, self.threads = array(typecode, [0.0]), 1
         own = dir(type(self))
         vars(self).update((name, kernel) for name, kernel in kernels.items() if name not in own)
@@ -1693,7 +1925,7 @@ def _lanes_of(numbers: Sequence[int]) -> int:
 
 
 class FlatCache:
-    """Keys and values of one layer in flat buffers (H, block, D), slot by slot."""
+    """Keys and values of one layer in flat buffers (H·D, block): a column is a slot."""
 
     def __init__(self, engine: Engine, block: int, heads: int, width: int) -> None:
         self.engine, self.shape = engine, (block, heads, width)
@@ -1701,15 +1933,14 @@ class FlatCache:
 
     def write(self, slot: int, keys: array, values: array) -> None:
         """Store one token's keys and values, H·D numbers each, in place of what was in the slot."""
-        block, heads, width = self.shape
-        for h in range(heads):
-            at = (h * block + slot) * width
-            self.keys[at:at + width] = keys[h * width:(h + 1) * width]
-            self.values[at:at + width] = values[h * width:(h + 1) * width]
+        block = self.shape[0]
+        self.keys[slot::block], self.values[slot::block] = keys, values
 
     def attend(self, q: array, length: int, out: array) -> None:
         """Set out (H·D) to the attention of the query over the first `length` slots."""
-        self.engine.attention_cached(q, self.keys, self.values, out, length, *self.shape)
+        room = self.engine.buffer(self.shape[0] + 16)
+        self.engine.attention_cached(q, 0, self.keys, self.values, out, 0, length, *self.shape,
+                                     room, 0)
 
 
 class TupleCache:
@@ -2044,10 +2275,11 @@ C_TYPES = {"F32": "float *restrict", "I32": "const int *restrict", "int": "long"
 C_PRELUDE = """#include <math.h>
 typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
 """
-C_FUNCTIONS = {"exp": "expf", "log": "logf", "sqrt": "sqrtf", "abs": "fabsf"}
+C_FUNCTIONS = {"exp": "exponential", "round": "rintf", "log": "logf", "sqrt": "sqrtf",
+               "abs": "fabsf"}
 C_OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "/",
                ast.Mod: "%", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==",
-               ast.NotEq: "!="}
+               ast.NotEq: "!=", ast.BitXor: "^", ast.RShift: ">>"}
 UNROLLED = 16  # a loop over a constant range up to this is written out
 
 
@@ -2058,17 +2290,19 @@ class CKernel:
     A kernel may call those above it, whose results `above` holds.
     """
 
-    def __init__(self, tree: ast.FunctionDef, above: Optional[Dict[str, str]] = None) -> None:
-        self.name, self._above = tree.name, above or {}
+    def __init__(self, tree: ast.FunctionDef, above: Optional[Dict[str, str]] = None,
+                 constants: Optional[Dict[str, int]] = None) -> None:
+        self.name, self._above, self._constants = tree.name, above or {}, dict(constants or {})
         self.kinds = {arg.arg: self._named(arg.annotation) for arg in tree.args.args}
         self.given = tuple(self.kinds.values())
         self._locals: Dict[str, str] = {}
-        self._constants: Dict[str, int] = {}
-        self.result = "void" if isinstance(tree.returns, ast.Constant) else "float"
+        self.result = getattr(tree.returns, "id", "void")
         body = self._block(tree.body)
         given = ", ".join(f"{C_TYPES[kind]} {name}"
                           for name, kind in zip(self.kinds, self.given))
-        self.code = (f"{self.result} {self.name}({given}) {{\n"
+        inner = "static inline " if "Vector8" in self.given else ""  # no caller from outside
+        result = C_TYPES.get(self.result, self.result)
+        self.code = (f"{inner}{result} {self.name}({given}) {{\n"
                      + "".join(self._locals.values()) + body + "}\n")
 
     def _named(self, node: Any) -> str:
@@ -2117,7 +2351,7 @@ class CKernel:
     def _do_Assign(self, node: Any) -> str:
         target, value = node.targets[0], node.value
         if isinstance(value, ast.BinOp) and isinstance(value.left, ast.List):
-            (code, kind), size = self._value(value.left.elts[0]), value.right.value
+            (code, kind), size = self._value(value.left.elts[0]), self._constant(value.right)
             self._declare(target.id, kind, size)
             if size > UNROLLED:
                 return f"for (int i = 0; i < {size}; i++) {target.id}[i] = {code};\n"
@@ -2140,9 +2374,10 @@ class CKernel:
 
     def _do_For(self, node: Any) -> str:
         name, bounds = node.target.id, node.iter.args
-        if len(bounds) == 1 and isinstance(bounds[0], ast.Constant) and bounds[0].value <= UNROLLED:
+        count = self._constant(bounds[0]) if len(bounds) == 1 else 0
+        if 0 < count <= UNROLLED:
             written = ""
-            for self._constants[name] in range(bounds[0].value):
+            for self._constants[name] in range(count):
                 written += self._block(node.body)
             del self._constants[name]
             return written
@@ -2153,6 +2388,12 @@ class CKernel:
                 f"{self._block(node.body)}}}\n")
 
     # expressions
+
+    def _constant(self, node: Any) -> int:
+        """Return the value of a constant, or of a product of two; 0 for what varies."""
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            return self._constant(node.left) * self._constant(node.right)
+        return self._constants.get(getattr(node, "id", ""), getattr(node, "value", 0))
 
     def _of_Constant(self, node: Any) -> Tuple[str, str]:
         if isinstance(node.value, int):
@@ -2199,6 +2440,10 @@ class CKernel:
         codes = [code for code, _ in values]
         if name in C_FUNCTIONS:
             return f"{C_FUNCTIONS[name]}({codes[0]})", "float"
+        if name == "int":
+            return f"((long){codes[0]})", "int"
+        if name == "two_to":
+            return f"((union {{int i; float f;}}){{((int){codes[0]} + 127) << 23}}).f", "float"
         if name in ("min", "max"):
             sign = "<" if name == "min" else ">"
             return f"({codes[0]} {sign} {codes[1]} ? {codes[0]} : {codes[1]})", values[0][1]
@@ -2211,21 +2456,27 @@ class CKernel:
         return self._refuse(node, f"a call of {name or 'something'}")
 
 
-def c_source(kernels: Sequence[Callable[..., Any]]) -> str:
-    """Return the C of the kernels.  Raises EngineError, also where there is no source to read."""
+def c_source(kernels: Sequence[Callable[..., Any]], registers: int = 16) -> str:
+    """Return the C of the kernels, for a processor with so many vector registers.
+
+    Raises EngineError, also where there is no source to read.
+    """
     try:
         trees = [ast.parse(inspect.getsource(kernel)).body[0] for kernel in kernels]
     except (OSError, SyntaxError) as error:
         raise EngineError(f"the kernels' source cannot be read ({error}); keep macrogpt.py whole")
     source, results = C_PRELUDE, {}
+    rows, vectors = (8, 3) if registers >= 32 else (BLOCK_ROWS, BLOCK_VECTORS)
+    blocks = {"BLOCK_ROWS": rows, "BLOCK_VECTORS": vectors, "TILE": TILE}
     for tree in trees:
-        kernel = CKernel(tree, results)  # type: ignore[arg-type]
+        kernel = CKernel(tree, results, blocks)  # type: ignore[arg-type]
         source, results[kernel.name] = source + kernel.code, kernel.result
     return source
 
 
-C_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-std=gnu99", "-w",
-           "-fno-semantic-interposition")
+C_FLAGS = ("-O3", "-ffast-math", "-fPIC", "-std=gnu99", "-w", "-fno-semantic-interposition")
+C_TUNING = ("-march=native", "-mcpu=native")  # which of them a compiler knows, it must be asked
+KEPT_LIBRARIES = 8
 COMPILE_SECONDS = 60.0
 ANSWER_SECONDS = 5.0
 
@@ -2244,17 +2495,33 @@ def _run(command: Sequence[str], seconds: float) -> None:
                           f"{': ' + said[-1] if said else ''}; set CC to a C compiler that works")
 
 
-def find_compiler() -> Optional[str]:
-    """Return the path of the C compiler: $CC, else cc, gcc or clang; None where there is none."""
+def find_compiler() -> Optional[List[str]]:
+    """Return the command of the C compiler: $CC, else cc, gcc or clang; None where there is none.
+
+    $CC may be a path, or a command with options.
+    """
     if os.name != "posix":  # elsewhere a C long is no Python int of 64 bits
         return None
-    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    wish = os.environ.get("CC", "")
+    words = [wish] if shutil.which(wish) else wish.split()
+    commands = [words] if words else [["cc"], ["gcc"], ["clang"]]
     if sys.platform == "darwin":  # without its tools, cc there opens a dialog
         try:
             _run(["xcode-select", "-p"], ANSWER_SECONDS)
         except EngineError:
             return None
-    return next(filter(None, map(shutil.which, names)), None)
+    found = ([shutil.which(command), *options] for command, *options in commands)
+    return next((command for command in found if command[0]), None)
+
+
+def _tuning(compiler: Sequence[str]) -> List[str]:
+    """Return the option that makes the compiler use all of this processor, if it knows one."""
+    for option in C_TUNING:
+        with contextlib.suppress(EngineError):
+            _run([*compiler, option, "-E", "-x", "c", os.devnull], ANSWER_SECONDS)
+            return [option]
+    _run([*compiler, "-E", "-x", "c", os.devnull], ANSWER_SECONDS)  # raises where nothing works
+    return []
 
 
 def _cpu_features() -> str:
@@ -2267,13 +2534,16 @@ def _cpu_features() -> str:
         return platform.processor()
 
 
-def _library_name(compiler: str) -> str:
-    """Return a name that changes with program, compiler, flags and processor."""
-    status = os.stat(compiler)
+def _library_name(compiler: Sequence[str]) -> str:
+    """Return a name that changes with program, compiler, flags and processor.
+
+    A compiler of another version is another file: to ask it would cost every start some time.
+    """
+    status = os.stat(compiler[0])
     with open(os.path.abspath(__file__), "rb") as file:
         digest = hashlib.sha256(file.read())
-    facts = (C_FLAGS, os.path.realpath(compiler), status.st_size, status.st_mtime_ns,
-             platform.machine(), _cpu_features())
+    facts = (C_FLAGS, C_TUNING, os.path.realpath(compiler[0]), list(compiler[1:]), status.st_size,
+             status.st_mtime_ns, platform.machine(), _cpu_features())
     digest.update(repr(facts).encode())
     return f"kernels-{digest.hexdigest()[:32]}.so"
 
@@ -2291,20 +2561,30 @@ def cache_folder() -> Optional[str]:
     return folder if stat.S_ISDIR(status.st_mode) and ours and os.access(folder, os.W_OK) else None
 
 
-def _compile(compiler: str, folder: str) -> str:
+def _compile(compiler: Sequence[str], folder: str) -> str:
     """Return the path, in folder, of a new library that has passed its check."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         source, thing, library = (os.path.join(place, name) for name in ("k.c", "k.o", "k.so"))
         with open(source, "w", encoding="utf-8") as file:
-            file.write(c_source(KERNELS))
+            file.write(c_source(KERNELS, 32 if "avx512vl" in _cpu_features() else 16))
         # two steps: fast-math at the link would change the arithmetic of the whole process
-        _run([compiler, *C_FLAGS, "-c", source, "-o", thing], COMPILE_SECONDS)
-        _run([compiler, "-shared", thing, "-o", library, "-lm"], COMPILE_SECONDS)
+        _run([*compiler, *C_FLAGS, *_tuning(compiler), "-c", source, "-o", thing], COMPILE_SECONDS)
+        _run([*compiler, "-shared", thing, "-o", library, "-lm"], COMPILE_SECONDS)
         _run([sys.executable, "-c", CHECK_CODE, os.path.abspath(__file__), library],
              COMPILE_SECONDS)  # a crash in there only costs that process
         final = os.path.join(folder, _library_name(compiler))
         os.replace(library, final)
-        return final
+    _drop_old_libraries(folder)
+    return final
+
+
+def _drop_old_libraries(folder: str) -> None:
+    """Remove the libraries of earlier programs, but for the newest."""
+    paths = [os.path.join(folder, name) for name in os.listdir(folder)
+             if name.startswith("kernels-")]
+    with contextlib.suppress(OSError):  # another process may do the same
+        for path in sorted(paths, key=os.path.getmtime)[:-KEPT_LIBRARIES]:
+            os.unlink(path)
 
 
 CHECK_CODE = """
@@ -2324,8 +2604,10 @@ def load_kernels(path: str) -> Dict[str, Callable[..., Any]]:
     library, kinds = ctypes.CDLL(path), {"int": ctypes.c_long, "float": ctypes.c_float}
     table = {}
     for kernel in KERNELS:
-        function = getattr(library, kernel.__name__)
         *given, result = kernel.__annotations__.values()
+        if "Vector8" in given:  # for other kernels only
+            continue
+        function = getattr(library, kernel.__name__)
         function.argtypes = [kinds.get(kind, ctypes.c_void_p) for kind in given]
         function.restype = kinds.get(result)
         table[kernel.__name__] = _by_address(function, given)
@@ -2342,55 +2624,89 @@ def _by_address(function: Any, kinds: Sequence[str]) -> Callable[..., Any]:
 
 
 def sample_calls(rng: random.Random) -> Iterator[Tuple[str, List[Any]]]:
-    """Yield a small call of every kernel, with numbers from rng."""
+    """Yield a small call of every kernel that can be called from outside, with numbers of rng."""
     def some(n: int) -> array:
         return array("f", [rng.gauss(0.0, 1.0) for _ in range(n)])
 
-    def ints(*numbers: int) -> array:
-        return array("i", numbers)
-    rows, dim, heads, width = 7, 24, 3, 8
-    yield "multiply", [some(7 * 260), some(260 * 17), some(7 * 17), 7, 260, 17, 260, 1, 1, 260, 0]
+    yield from _product_calls(some)
+    yield from _attention_calls(some)
+    yield from _decoding_calls(some)
+    yield from _learning_calls(some)
+
+
+def _product_calls(some: Callable[[int], array]) -> Iterator[Tuple[str, List[Any]]]:
+    rows, dim, width = 7, 24, 8
+    yield "multiply", [some(9 * 260), some(260 * 29), some(9 * 29), 9, 260, 29, 260, 1, 1, 260, 0]
     yield "multiply", [some(9 * 13), some(9 * 17), some(13 * 17), 13, 9, 17, 1, 13, 17, 1, 1]
     for name in ("matmul_nt", "matmul_nn", "matmul_tn"):
         yield name, [some(rows * 9), some(9 * dim), some(rows * dim), rows, 9, dim]
+    yield "multiply_adds", [some(96), 5, 0.25]
+    yield "exponential", [-3.7]
+    yield "sigmoid", [-0.4]
     yield "add_scaled", [some(dim), some(dim), dim, 0.7]
     yield "dot", [some(dim), some(dim), dim]
-    yield "gather_rows", [some(4 * dim), ints(3, 0, 3), some(3 * dim), 3, dim]
-    yield "scatter_rows", [some(3 * dim), ints(3, 0, 3), some(4 * dim), 3, dim]
+    yield "clear", [some(dim), 2, 9]
+    yield "put_part", [some(16), 11, some(40), 3, 0]
+    yield "put_part", [some(16), 11, some(40), 3, 1]
+    yield "copy_block", [some(60), 3, 11, 5, 6, some(60), 2, 8, 1]
+    yield "copy_block", [some(60), 3, 11, 5, 6, some(60), 2, 1, 8]
+    yield "add_rows", [some(60), 1, 9, 5, 6, some(60), 3, 11]
+    yield "gather_rows", [some(4 * dim), array("i", [3, 0, 3]), some(3 * dim), 3, dim]
+    yield "scatter_rows", [some(3 * dim), array("i", [3, 0, 3]), some(4 * dim), 3, dim]
     yield "rmsnorm_forward", [some(rows * dim), some(rows * dim), some(rows), rows, dim, 1e-5]
     yield "rmsnorm_backward", [some(rows * dim), some(rows * dim), some(rows), some(rows * dim),
                                rows, dim]
     yield "rope_turn", [some(rows * dim), some(rows * width), some(rows * dim), rows, dim, 16,
                         width, -1.0]
+    yield "swiglu_forward", [some(rows * 2 * dim), some(rows * dim), rows, dim]
+    yield "swiglu_backward", [some(rows * dim), some(rows * 2 * dim), some(rows * 2 * dim), rows,
+                              dim]
+
+
+def _attention_calls(some: Callable[[int], array]) -> Iterator[Tuple[str, List[Any]]]:
+    rows, dim, heads, width = 11, 24, 3, 8
     qkv, out, lse = some(rows * 3 * dim), some(rows * dim), some(rows * heads)
-    shape = [ints(0, 3, rows), 2, heads, width]
+    shape = [array("i", [0, 2, rows]), 2, heads, width]
     attention_forward(qkv, out, lse, *shape)
     yield "attention_forward", [qkv, some(rows * dim), some(rows * heads), *shape]
     yield "attention_backward", [some(rows * dim), qkv, out, lse, some(rows * 3 * dim), *shape]
-    room = [0.0] * ((rows + 8) * (5 * width + 64))
+    room = [0.0] * ((rows + 16) * (5 * width + 80))
     yield "attention_forward_tiled", [qkv, some(rows * dim), some(rows * heads), *shape,
                                       array("f", room)]
     yield "attention_backward_tiled", [some(rows * dim), qkv, out, lse, some(rows * 3 * dim),
                                        *shape, array("f", room)]
-    yield "multiply_adds", [some(96), 5, 0.25]
-    yield "put_part", [some(16), 11, some(40), 3, 0]
-    yield "put_part", [some(16), 11, some(40), 3, 1]
-    yield "clear", [some(dim), 2, 9]
-    yield "copy_block", [some(60), 3, 11, 5, 6, some(60), 2, 8, 1]
-    yield "copy_block", [some(60), 3, 11, 5, 6, some(60), 2, 1, 8]
-    yield "tile_scores", [some(200), 1, 8, 40, 16, 6, 11, 130]
-    yield "tile_mix", [some(250), 1, 16, 70, 8, 11, 200]
-    yield "tile_spread", [some(250), 1, 16, 70, 8, 11, 110]
-    yield "softmax_row", [some(dim), 3, 11, 0.5]
-    yield "slopes_row", [some(dim), 0, 12, 11, 0.5, 1.5, 0.2]
-    yield "add_rows", [some(60), 1, 9, 5, 6, some(60), 3, 11]
-    yield "attention_cached", [some(dim), some(10 * dim), some(10 * dim), some(dim), 6, 10, heads,
-                               width]
-    yield "swiglu_forward", [some(rows * 2 * dim), some(rows * dim), rows, dim]
-    yield "swiglu_backward", [some(rows * dim), some(rows * 2 * dim), some(rows * 2 * dim), rows,
-                              dim]
+    yield "tile_scores", [some(320), 1, 8, 70, 16, 6, 11, 180]
+    yield "tile_mix", [some(350), 1, 16, 130, 8, 11, 230]
+    yield "tile_spread", [some(400), 1, 16, 130, 8, 11, 200]
+    yield "softmax_row", [some(40), 3, 19, 2, 0.5]
+    yield "slopes_row", [some(40), 0, 20, 11, 1, 0.5, 1.5, 0.2]
+
+
+def _decoding_calls(some: Callable[[int], array]) -> Iterator[Tuple[str, List[Any]]]:
+    dim, heads, width = 24, 3, 8
+    cache = [some(10 * dim), some(10 * dim)]
+    yield "attention_cached", [some(dim), 0, *cache, some(dim), 0, 6, 10, heads, width, some(26), 0]
+    yield "row_product", [some(7 * dim), some(40), 3, some(9), 2, 7, dim]
+    yield "normed_row", [some(dim), some(dim), dim, 0.7, 1e-5]
+    yield "decode_head", [some(dim), some(9 * dim), some(9), some(dim), dim, 9, 0.7, 1e-5]
+    yield "decode_block", [some(dim), some(3 * dim * dim), some(dim * dim), some(2 * 32 * dim),
+                           some(dim * 32), some(width), *cache, some(5 * dim + 3 * 32 + 26), dim,
+                           heads, 32, 6, 7, 10, 1e-5]
+    past = array("i", [5, 3, 7, 3, 39, 5, 3, 7, 3])
+    dry = 0.8, 0.5, 2, 9.0
+    yield "penalise", [some(80), 40, past, 9, 1.3, 0.2, 0.1]
+    yield "penalise_repeats", [array("f", [*some(40), *([0.0] * 40)]), 40, past, 9, *dry]
+    yield "largest", [some(60), 40, 7, 40]
+    falling = array("f", sorted(some(12), reverse=True))
+    yield "softened", [array("f", [*falling, *some(12)]), 0, 10, 12]
+    yield "typical_part", [array("f", [*falling, *range(12), *some(24)]), 0, 12, 12, 0.6, 24]
+    yield "sample_token", [some(40), 40, past, 9, some(200), 1.3, 0.2, 0.1, past, 9, *dry, 12, 0.9,
+                           0.9, 0.02, 0.8, 0.6]
+
+
+def _learning_calls(some: Callable[[int], array]) -> Iterator[Tuple[str, List[Any]]]:
+    dim, logits, targets = 24, some(3 * 24), array("i", [5, -1, 23])
     yield "dropout_apply", [some(dim), some(dim), dim, 0.3, 12345]
-    logits, targets = some(3 * dim), ints(5, -1, 23)
     lse, losses = some(3), some(3)
     cross_entropy_forward(logits, targets, lse, losses, 3, dim)
     yield "cross_entropy_forward", [logits, targets, some(3), some(3), 3, dim]
@@ -2477,7 +2793,7 @@ class NativeEngine(Engine):
         def some_rows(first: int, last: int) -> None:
             self.compiled["multiply"](at + 4 * first * steps[0], b, to + 4 * first * cols,
                                       last - first, inner, cols, *steps)
-        self._share(rows, 6, some_rows, rows * inner * cols)
+        self._share(rows, 24, some_rows, rows * inner * cols)
 
     def matmul_nt(self, x: array, w: array, out: array, rows: int, inner: int, cols: int) -> None:
         """Do what the kernel of this name does."""
@@ -2508,7 +2824,7 @@ class NativeEngine(Engine):
         longest = max([last - first for first, last in zip(starts, starts[1:])], default=0)
 
         def some_segments(first: int, last: int) -> None:
-            room = self._zero * ((longest + 8) * (5 * width + 64))
+            room = self._zero * ((longest + 16) * (5 * width + 80))
             self.compiled[name](*buffers, starts[first:last + 1], last - first, heads, width, room)
         self._share(segments, 1, some_segments, longest * longest * segments * heads * width)
 
@@ -2709,13 +3025,14 @@ class MatrixParam(VectorValue):
     decay applies. Rows only append, so a row means the same token for ever.
     """
 
-    __slots__ = ("name", "m", "v", "steps", "frozen_rows", "decays", "_packed")
+    __slots__ = ("name", "m", "v", "steps", "frozen_rows", "decays", "changes", "_packed")
 
     def __init__(self, engine: Engine, name: str, rows: int, dim: int,
                  data: Optional[array] = None, decays: bool = True) -> None:
         super().__init__(engine, rows, dim, data, needs_grad=True)
         self.name, self.decays, self.frozen_rows = name, decays, 0
         self.m, self.v, self.steps = engine.buffer(rows * dim), engine.buffer(rows * dim), 0
+        self.changes = 0  # how often the numbers were written to
         self._packed: Any = None
 
     @classmethod
@@ -2733,7 +3050,7 @@ class MatrixParam(VectorValue):
 
     def changed(self) -> None:
         """Tell the matrix that its numbers were written to."""
-        self._packed = None
+        self._packed, self.changes = None, self.changes + 1
 
     def freeze(self, frozen: bool = True) -> None:
         """Keep all present rows from training (or let them train again)."""
@@ -3029,6 +3346,7 @@ class KVCache:
         width = shape.n_embd // shape.n_head
         self.layers = [engine.cache(engine, shape.block_size, shape.n_head, width)
                        for _ in range(shape.n_layer)]
+        self.room = engine.buffer(5 * shape.n_embd + 3 * shape.n_ff + shape.block_size + 16)
 
     def write(self, layer: int, qkv: VectorValue) -> None:
         """Store the keys and values of qkv's rows from the present position on."""
@@ -3062,6 +3380,7 @@ class GPT:
         self.params: Dict[str, MatrixParam] = {}
         self.deltas: List[Delta] = []
         self._angles: Tuple[Tuple[int, int], array] = (0, 0), engine.buffer(0)
+        self._folded: Tuple[Any, Dict[str, MatrixParam]] = None, {}
         dim, calm = shape.n_embd, (2 * shape.n_layer) ** -0.5
         wide, narrow = MATRIX_GAIN * dim ** -0.5, MATRIX_GAIN * shape.n_ff ** -0.5
         self._create("embedding", vocab_size, dim, EMBEDDING_SIGMA, rng, decays=False)
@@ -3177,6 +3496,8 @@ class GPT:
             raise ValueError("a model must be fed at least one id")
         with self.engine.no_grad():
             newest = ids[-self.shape.block_size:]
+            if self.engine.fused and (cache.position or len(newest) == 1):
+                return self._decode(cache, newest)
             runs = [newest] if cache.position == 0 else [[i] for i in newest]
             for run in runs:
                 x = self._read(cache, run)
@@ -3193,6 +3514,48 @@ class GPT:
         x = self._blocks(self._embed(ids), cache.position, attend)
         cache.position += len(ids)
         return x
+
+    def _decode(self, cache: KVCache, ids: Sequence[int]) -> array:
+        """Return the logits (V,) after ids, which join the cache one by one, a kernel a block."""
+        shape, engine, matrices = self.shape, self.engine, self.folded()
+        table, dim, block = matrices["embedding"], shape.n_embd, shape.block_size
+        weights = [[matrices[f"{i}.{name}"].data for name in ("qkv", "out", "gate_up", "down")]
+                   for i in range(shape.n_layer)]
+        for token in ids:
+            if not 0 <= token < table.rows:
+                raise ValueError(f"id {token} for {table.rows} rows")
+            x, place = table.row(token), cache.position
+            angles = self._angle_row(place)
+            for layer, four in zip(cache.layers, weights):
+                engine.decode_block(x, *four, angles, layer.keys, layer.values, cache.room, dim,
+                                    shape.n_head, shape.n_ff, place % block,
+                                    min(place + 1, block), block, shape.norm_eps)
+            cache.position += 1
+        logits = engine.buffer(table.rows)
+        engine.decode_head(x, table.data, logits, cache.room, dim, table.rows,
+                           matrices["scale"].data[0], shape.norm_eps)
+        return logits
+
+    def _angle_row(self, position: int) -> array:
+        """Return the rotary angles of one row, out of a whole block's."""
+        block, width = self.shape.block_size, self.shape.n_embd // self.shape.n_head
+        at = position % block
+        return self._angles_of(position - at, block)[at * width:(at + 1) * width]
+
+    def folded(self) -> Dict[str, MatrixParam]:
+        """Return the matrices with every delta folded in, made anew when one of them changes."""
+        if not self.deltas:
+            return self.params
+        state = len(self.deltas), sum(p.changes for p in (*self.params.values(),
+                                                          *self.delta_params()))
+        if self._folded[0] != state:
+            whole = {name: MatrixParam(self.engine, name, p.rows, p.dim, p.data[:])
+                     for name, p in self.params.items()}
+            for delta in self.deltas:
+                for name, adapter in delta.items():
+                    adapter.fold_into(whole[name])
+            self._folded = state, whole
+        return self._folded[1]
 
     def append_delta(self, rank: int, rng: random.Random) -> None:
         """Freeze everything and append a new delta, of no effect yet, that trains."""
@@ -3312,7 +3675,7 @@ def scheduled_rate(peak: float, done: float, warmup: float, shape: str = "linear
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
-# 9 · SAMPLING — the model proposes, a seeded die decides   uses:
+# 9 · SAMPLING — the model proposes, a seeded die decides   uses: 4
 # ──────────────────────────────────────────────────────────────────────────────────────
 # A model ends in one logit per token id; a reply needs one id. Between the two stands a chain of
 # small filters, each a pure function from candidates to candidates. Candidates are (logit, id)
@@ -3449,15 +3812,8 @@ def _relogit(c: Candidates, changed: Dict[int, float]) -> Candidates:
     """Return `c` with the logit of every id in `changed` replaced, in order again."""
     if not changed:
         return c
-    result = [pair for pair in c if pair[1] not in changed]
-    falls = [-logit for logit, _ in result]  # rising, as bisect wants it
-    for token, logit in changed.items():
-        at = bisect_left(falls, -logit)
-        while at < len(falls) and falls[at] == -logit and result[at][1] < token:
-            at += 1
-        falls.insert(at, -logit)
-        result.insert(at, (logit, token))
-    return result
+    by_id = sorted([(changed.get(token, logit), token) for logit, token in c], key=itemgetter(1))
+    return sorted(by_id, key=itemgetter(0), reverse=True)  # stable: equal logits by lower id
 
 
 def penalise_repetition(
@@ -3571,6 +3927,18 @@ class SamplerSettings:
             )
 
 
+def _within_reach(c: Candidates, history: Sequence[int], s: SamplerSettings) -> Candidates:
+    """Return `c` without what top-k must drop, whatever the penalties before it do.
+
+    They only lower, and only ids in the history: a cut here spares them most of the vocabulary.
+    """
+    lowering = (s.repeat_penalty >= 1.0 and min(s.presence_penalty, s.frequency_penalty,
+                                                s.dry_multiplier) >= 0.0)
+    if s.top_k > 0 and lowering and s.top_n_sigma <= 0.0 and s.samplers == DEFAULT_SAMPLERS:
+        return c[:s.top_k + len(set(history))]
+    return c
+
+
 def apply_samplers(
     c: Candidates, history: Sequence[int], settings: SamplerSettings, rng: random.Random,
     breakers: FrozenSet[int] = NO_IDS,
@@ -3592,6 +3960,7 @@ def apply_samplers(
         "xtc": lambda c: exclude_top_choices(c, s.xtc_probability, s.xtc_threshold, rng),
         "temperature": lambda c: temper(c, s.temperature),
     }
+    c = _within_reach(c, history, s)
     for name in s.samplers:
         c = steps[name](c)
     return c
@@ -3609,29 +3978,69 @@ def draw(c: Candidates, rng: random.Random) -> int:
     return c[bisect_right(heights, rng.random() * heights[-1])][1]
 
 
+def fast_draw(engine: Engine, settings: SamplerSettings
+              ) -> Optional[Callable[[array, array, random.Random], Optional[int]]]:
+    """Return a function of logits, history and rng that draws as the chain does, or None.
+
+    One kernel does it where the engine has compiled ones and the chain is the usual one; for
+    logits that are not finite the function itself returns None.
+    """
+    s = settings
+    if (s.samplers != DEFAULT_SAMPLERS or s.top_k <= 0 or s.dry_multiplier < 0.0
+            or s.dry_base <= 1.0 or s.top_n_sigma > 0.0 or s.xtc_probability > 0.0
+            or s.temperature < GREEDY_BELOW_TEMPERATURE or engine.name != "native"):
+        return None
+    log_base = math.log(s.dry_base)
+    repeats = s.repeat_penalty, s.presence_penalty, s.frequency_penalty
+    dry = s.dry_multiplier, log_base, s.dry_allowed_length, MAX_DRY_LOG_PENALTY / log_base
+    cuts = s.top_k, s.typical_p, s.top_p if s.top_p < 1.0 else 2.0, s.min_p, s.temperature
+    room = engine.buffer(0)
+
+    def drawn(logits: array, history: array, rng: random.Random) -> Optional[int]:
+        nonlocal room
+        n, recent = len(logits), _recent(history, s.repeat_last_n)
+        past = _recent(history, s.dry_last_n)
+        if not math.isfinite(engine.dot(logits, logits, n)):
+            return None
+        if len(room) != 2 * n + 4 * s.top_k + 4:
+            room = engine.buffer(2 * n + 4 * s.top_k + 4)
+        return engine.sample_token(logits, n, recent, len(recent), room, *repeats, past, len(past),
+                                   *dry, *cuts, rng.random())
+    return drawn
+
+
 def generate_ids(
     next_logits: Callable[[Sequence[int]], Sequence[float]], prompt_ids: Sequence[int],
     settings: SamplerSettings, rng: random.Random, max_tokens: int,
     end_ids: FrozenSet[int] = NO_IDS, min_tokens: int = 0,
     banned: FrozenSet[int] = NO_IDS, breakers: FrozenSet[int] = NO_IDS,
+    engine: Optional[Engine] = None,
 ) -> Iterator[int]:
     """Return an iterator over the reply's ids: at most `max_tokens`, stopping before an end id.
 
     `next_logits(ids)` takes the ids that are new to it (first the whole prompt, then one at a time,
     each id once; the last id of a reply is never fed) and returns the next position's logits.
     No id of `banned` is drawn, none of `end_ids` before `min_tokens` ids were yielded. Penalties
-    look at prompt and reply together. Raises ValueError at once if the prompt is empty.
+    look at prompt and reply together. With an engine its kernel draws, where it can.
+    Raises ValueError at once if the prompt is empty.
     """
     if not prompt_ids:
         raise ValueError("the prompt has no ids; give at least one to start from")
+    fast = fast_draw(engine, settings) if engine and not breakers else None
+
+    def drawn(logits: Any, history: array, barred: FrozenSet[int]) -> int:
+        token = fast(logits, history, rng) if fast and not barred else None
+        if token is None:
+            c = candidates_of(logits, barred)
+            token = draw(apply_samplers(c, history, settings, rng, breakers), rng)
+        return token
 
     def reply() -> Iterator[int]:
-        history = list(prompt_ids)
+        history = array("i", prompt_ids)
         fresh = list(prompt_ids)
         for yielded in range(max_tokens):
-            barred = banned | end_ids if yielded < min_tokens else banned
-            c = candidates_of(next_logits(fresh), barred)
-            token = draw(apply_samplers(c, history, settings, rng, breakers), rng)
+            token = drawn(next_logits(fresh), history,
+                          banned | end_ids if yielded < min_tokens else banned)
             if token in end_ids:
                 return
             yield token
@@ -4494,7 +4903,8 @@ def spoken(model: GPT, tokenizer: EvolvingTokenizer, ids: Sequence[int], config:
     """Yield the model's continuation of ids, piece by piece, up to a stop or the end of text."""
     cache, decoder, gate = model.new_cache(), StreamDecoder(tokenizer), StopText(stops)
     stream = generate_ids(lambda new: model.feed(cache, new), ids, sampler_settings(config), rng,
-                          config.max_gen_tokens, frozenset([END_OF_TEXT]), min_tokens=1)
+                          config.max_gen_tokens, frozenset([END_OF_TEXT]), min_tokens=1,
+                          engine=model.engine)
     for token in stream:
         piece, stopped = gate.feed(tidied(decoder.feed(token)))
         if piece:
@@ -6154,7 +6564,7 @@ def command_generate(app: App, words: List[str]) -> int:
     cache, decoder = model.new_cache(), StreamDecoder(tokenizer)
     stream = generate_ids(lambda new: model.feed(cache, new), ids, sampler_settings(app.config),
                           random.Random(app.config.seed),
-                          app.options.tokens or app.config.max_gen_tokens)
+                          app.options.tokens or app.config.max_gen_tokens, engine=model.engine)
     for token in stream:
         piece = "\n" if token == END_OF_TEXT else tidied(decoder.feed(token))
         app.terminal.say(piece, end="")
@@ -6285,7 +6695,8 @@ def doctor_checks(app: App) -> Iterator[Tuple[str, bool, str]]:
         yield "engine", True, " · ".join([engine.name, *notices])
     except MacroGPTError as error:
         yield "engine", False, str(error)
-    yield "compiler", True, find_compiler() or "none: kernels are interpreted"
+    compiler = find_compiler()
+    yield "compiler", True, " ".join(compiler or ["none: kernels are interpreted"])
     for module, use in (("readline", "arrow keys and history"), ("ctypes", "compiled kernels")):
         try:
             importlib.import_module(module)
@@ -6398,7 +6809,7 @@ def _bench_generate(model: GPT, config: Config, count: int) -> None:
     """Generate count tokens from an empty cache with the default chain of samplers."""
     cache = model.new_cache()
     for _ in generate_ids(lambda new: model.feed(cache, new), [1], sampler_settings(config),
-                          random.Random(0), count):
+                          random.Random(0), count, engine=model.engine):
         pass
 
 

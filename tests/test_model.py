@@ -414,6 +414,16 @@ class TheModelGrowsByAppending(ModelCase):
         after = self.model.logits(self.ids).data
         self.assertGreater(max(abs(a - b) for a, b in zip(after, before)), 1e-2)
 
+    def test_decoding_with_deltas_folded_in_follows_every_change(self):
+        for engine in (m.interpreted_engine(), m.reference_engine()):
+            model = lively(engine)
+            for seed in (5, 6):
+                model.append_delta(2, random.Random(seed))
+                stir(model, seed, 0.1)
+                cache, whole = model.new_cache(), model.logits(self.ids)
+                for t, token in enumerate(self.ids):
+                    self.assert_near(model.feed(cache, [token]), whole.row(t), 2e-5, (seed, t))
+
     def test_appending_a_delta_freezes_all_but_itself(self):
         self.assertEqual(self.model.trainable(), list(self.model.params.values()))
         for seed in (5, 6):

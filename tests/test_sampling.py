@@ -4,6 +4,7 @@ import math
 import random
 import unittest
 from array import array
+from unittest import mock
 
 import macrogpt as m
 
@@ -417,6 +418,77 @@ class StopTextTest(unittest.TestCase):
             self.assertEqual((shown + gate.flush(), closed), (want, stopped), (text, stops))
             stopped_count += stopped
         self.assertTrue(300 < stopped_count < 1200)
+
+
+class TheKernelDrawsAsTheChainDoes(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        try:
+            cls.engine = m.native_engine()
+        except m.EngineError as error:
+            raise unittest.SkipTest(str(error)) from None
+
+    def settings(self, rng):
+        """Settings of the usual chain, some of its filters at their ends."""
+        pick = rng.choice
+        return m.SamplerSettings(
+            temperature=pick((0.3, 0.85, 1.5)), top_k=pick((1, 7, 40, 1000)),
+            typical_p=pick((0.3, 0.95, 1.0)), top_p=pick((0.2, 0.92, 1.0)),
+            min_p=pick((0.0, 0.06, 0.5)), repeat_penalty=pick((1.0, 1.1, 1.6)),
+            repeat_last_n=pick((0, 8, 64, -1)), presence_penalty=pick((0.0, 0.4)),
+            frequency_penalty=pick((0.0, 0.2)), dry_multiplier=pick((0.0, 0.8, 3.0)),
+            dry_allowed_length=pick((1, 2, 4)), dry_last_n=pick((-1, 0, 20)))
+
+    def test_for_any_logits_history_and_chance(self):
+        rng, unlike = random.Random(70), 0
+        for case in range(600):
+            n, settings = rng.choice((1, 5, 60, 300)), self.settings(rng)
+            logits = array("f", [rng.gauss(0.0, 3.0) for _ in range(n)])
+            some = [rng.randrange(n) for _ in range(rng.choice((1, 3, 12)))]
+            history = array("i", [rng.choice(some) for _ in range(rng.randrange(1, 80))])
+            draws = [random.Random(case) for _ in range(2)]
+            fast = m.fast_draw(self.engine, settings)(logits, history, draws[0])
+            left = m.apply_samplers(m.candidates_of(logits), history, settings, draws[1])
+            self.assertEqual(draws[0].getstate() == random.Random(case).getstate(), False)
+            unlike += fast != m.draw(left, draws[1])
+            self.assertEqual(draws[0].getstate(), draws[1].getstate())
+        self.assertLessEqual(unlike, 2, "float32 may round a sum to the other side of a bound")
+
+    def test_what_it_cannot_do_is_left_to_the_chain(self):
+        for changes in ({"temperature": 0.0}, {"top_k": 0}, {"xtc_probability": 0.5},
+                        {"top_n_sigma": 1.0}, {"samplers": ("top_k", "temperature")}):
+            self.assertIsNone(m.fast_draw(self.engine, m.SamplerSettings(**changes)), changes)
+        self.assertIsNone(m.fast_draw(m.interpreted_engine(), m.SamplerSettings()))
+        fast, rng = m.fast_draw(self.engine, m.SamplerSettings()), random.Random(1)
+        before = rng.getstate()
+        for bad in (math.nan, math.inf, -math.inf):
+            self.assertIsNone(fast(array("f", [0.0, bad, 1.0]), array("i", [1]), rng))
+        self.assertEqual(rng.getstate(), before)
+
+    def test_generation_with_it_gives_the_same_text(self):
+        logits = {}
+
+        def next_logits(ids):
+            rng = random.Random(hash(tuple(ids)) % 1000)
+            return logits.setdefault(tuple(ids), array("f", [rng.gauss(0, 2) for _ in range(50)]))
+        for seed in range(5):
+            both = [list(m.generate_ids(next_logits, [1, 2], m.SamplerSettings(dry_multiplier=0.8),
+                                        random.Random(seed), 60, frozenset([3]), 1, engine=engine))
+                    for engine in (None, self.engine)]
+            self.assertEqual(*both)
+
+
+class OnlyWhatTopKCanKeepIsLookedAt(unittest.TestCase):
+    def test_the_cut_before_the_penalties_changes_nothing(self):
+        rng = random.Random(71)
+        for _ in range(200):
+            n = rng.choice((3, 60, 200))
+            c = m.candidates_of([round(rng.gauss(0.0, 2.0), 1) for _ in range(n)])
+            history = [rng.randrange(n) for _ in range(rng.randrange(30))]
+            settings = m.SamplerSettings(top_k=rng.choice((1, 5, 20)), dry_multiplier=0.8)
+            with mock.patch.object(m, "_within_reach", side_effect=lambda c, *rest: c):
+                whole = m.apply_samplers(c, history, settings, rng)
+            self.assertEqual(m.apply_samplers(c, history, settings, rng), whole)
 
 
 if __name__ == "__main__":

@@ -294,6 +294,7 @@ class ScriptedModel:
 
     def __init__(self, ids, vocab_size=m.FIRST_MERGE):
         self.script, self.vocab_size, self.fed, self.caches = list(ids), vocab_size, [], []
+        self.engine = None
 
     def new_cache(self):
         self.caches.append([])
