@@ -2275,8 +2275,16 @@ C_TYPES = {"F32": "float *restrict", "I32": "const int *restrict", "int": "long"
 C_PRELUDE = """#include <math.h>
 typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
 """
-C_FUNCTIONS = {"exp": "exponential", "round": "rintf", "log": "logf", "sqrt": "sqrtf",
-               "abs": "fabsf"}
+C_NUMBERS = ("int", "float", "Vector8")
+C_CALLS = {  # of a function: its C, the kind of its result ("" is that of its arguments), theirs
+    "exp": ("exponential({0})", "float", "int float"), "log": ("logf({0})", "float", "int float"),
+    "sqrt": ("sqrtf({0})", "float", "int float"), "abs": ("fabsf({0})", "float", "float"),
+    "round": ("rintf({0})", "float", "float"), "int": ("((long){0})", "int", "int float"),
+    "min": ("({0} < {1} ? {0} : {1})", "", "int float", "int float"),
+    "max": ("({0} > {1} ? {0} : {1})", "", "int float", "int float"),
+    "two_to": ("((union {{int i; float f;}}){{((int){0} + 127) << 23}}).f", "float", "float"),
+    "load8": ("(*(v8 *)({0} + {1}))", "Vector8", "F32", "int"),
+    "splat8": ("((v8){{0}} + {0})", "Vector8", "float")}
 C_OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "/",
                ast.Mod: "%", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==",
                ast.NotEq: "!=", ast.BitXor: "^", ast.RShift: ">>"}
@@ -2287,22 +2295,25 @@ class CKernel:
     """A kernel as C.  What is outside the subset raises EngineError with the line and the reason.
 
     Every name keeps one kind from its first assignment on; expressions come as (code, kind).
-    A kernel may call those above it, whose results `above` holds.
+    A kernel may call those above it.
     """
 
-    def __init__(self, tree: ast.FunctionDef, above: Optional[Dict[str, str]] = None,
+    def __init__(self, tree: ast.FunctionDef, above: Optional[Dict[str, "CKernel"]] = None,
                  constants: Optional[Dict[str, int]] = None) -> None:
         self.name, self._above, self._constants = tree.name, above or {}, dict(constants or {})
-        self.kinds = {arg.arg: self._named(arg.annotation) for arg in tree.args.args}
+        given = tree.args
+        if given.vararg or given.kwarg or given.kwonlyargs or given.defaults:
+            self._refuse(tree, "parameters other than plain ones")
+        self.kinds = {arg.arg: self._named(arg.annotation) for arg in given.args}
         self.given = tuple(self.kinds.values())
         self._locals: Dict[str, str] = {}
         self.result = getattr(tree.returns, "id", "void")
+        if not tree.returns or self.result not in ("void", "int", "float"):
+            self._refuse(tree, "a result other than None, int and float")
         body = self._block(tree.body)
-        given = ", ".join(f"{C_TYPES[kind]} {name}"
-                          for name, kind in zip(self.kinds, self.given))
+        heads = ", ".join(f"{C_TYPES[kind]} {name}" for name, kind in zip(self.kinds, self.given))
         inner = "static inline " if "Vector8" in self.given else ""  # no caller from outside
-        result = C_TYPES.get(self.result, self.result)
-        self.code = (f"{inner}{result} {self.name}({given}) {{\n"
+        self.code = (f"{inner}{C_TYPES.get(self.result, self.result)} {self.name}({heads}) {{\n"
                      + "".join(self._locals.values()) + body + "}\n")
 
     def _named(self, node: Any) -> str:
@@ -2324,13 +2335,37 @@ class CKernel:
     def _value(self, node: Any) -> Tuple[str, str]:
         return self._visit("_of_", node)
 
-    def _code(self, node: Any) -> str:
-        return self._value(node)[0]
+    def _code(self, node: Any, *kinds: str) -> str:
+        """Return the code of an expression, which must be of one of the kinds if any are given."""
+        code, kind = self._value(node)
+        if kinds and kind not in kinds:
+            self._refuse(node, f"{ast.unparse(node)} is of kind {kind}, not {' or '.join(kinds)}")
+        return code
 
-    def _declare(self, name: str, kind: str, size: int = 0) -> None:
-        if name not in self.kinds:
-            self.kinds[name] = kind
-            self._locals[name] = f"{C_TYPES[kind]} {name}{f'[{size}]' if size else ''};\n"
+    def _number(self, node: Any) -> Tuple[str, str]:
+        code, kind = self._value(node)
+        return (code, kind) if kind in C_NUMBERS else self._refuse(node, f"a number of kind {kind}")
+
+    def _constant(self, node: Any) -> int:
+        """Return the value of a constant, or of a product of two; 0 for what varies."""
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            return self._constant(node.left) * self._constant(node.right)
+        value = self._constants.get(getattr(node, "id", ""), getattr(node, "value", 0))
+        return value if type(value) is int else 0
+
+    def _declare(self, node: Any, kind: str, size: int = 0) -> str:
+        """Give a name its kind, which it keeps; return the name."""
+        if not isinstance(node, ast.Name) or node.id in self._constants:
+            self._refuse(node, "what is set here must be a name of its own")
+        wanted = kind if not size else "F32" if kind == "float" else f"{kind}[]"
+        line = f"{C_TYPES[kind]} {node.id}{f'[{size}]' if size else ''};\n"
+        if node.id not in self.kinds:
+            self.kinds[node.id], self._locals[node.id] = wanted, line
+        elif size and self._locals.get(node.id) != line:
+            self._refuse(node, f"{node.id} cannot become another array")
+        elif self.kinds[node.id] != wanted and (self.kinds[node.id], wanted) != ("float", "int"):
+            self._refuse(node, f"{node.id}, of kind {self.kinds[node.id]}, cannot become {wanted}")
+        return node.id
 
     # statements
 
@@ -2339,66 +2374,91 @@ class CKernel:
         if isinstance(value, ast.Constant):  # the docstring
             return ""
         if isinstance(value, ast.Call) and getattr(value.func, "id", "") == "store8":
-            where, at, vector = map(self._code, value.args)
+            self._count(value, 3)
+            where, at, vector = (self._code(arg, kind) for arg, kind in zip(
+                value.args, ("F32", "int", "Vector8")))
             return f"*(v8 *)({where} + {at}) = {vector};\n"
         if isinstance(value, ast.Call):
             return f"{self._code(value)};\n"
         return self._refuse(node, "an expression without effect")
 
     def _do_Return(self, node: Any) -> str:
-        return f"return {self._code(node.value)};\n"
+        if self.result == "void" or node.value is None:
+            self._refuse(node, "a result where none is declared, or none where one is")
+        return f"return {self._code(node.value, 'int', self.result)};\n"
 
     def _do_Assign(self, node: Any) -> str:
         target, value = node.targets[0], node.value
+        if len(node.targets) > 1:
+            self._refuse(node, "more than one target")
         if isinstance(value, ast.BinOp) and isinstance(value.left, ast.List):
-            (code, kind), size = self._value(value.left.elts[0]), self._constant(value.right)
-            self._declare(target.id, kind, size)
-            if size > UNROLLED:
-                return f"for (int i = 0; i < {size}; i++) {target.id}[i] = {code};\n"
-            return "".join(f"{target.id}[{i}] = {code};\n" for i in range(size))
-        code, kind = self._value(value)
-        if isinstance(target, ast.Name):
-            self._declare(target.id, kind)
-        return f"{self._code(target)} = {code};\n"
+            return self._new_array(node, target, value)
+        code, kind = self._number(value)
+        if isinstance(target, ast.Subscript):
+            place, slot = self._value(target)
+            if slot not in (kind, "float" if kind == "int" else kind):
+                self._refuse(node, f"a place of kind {slot} for a value of kind {kind}")
+            return f"{place} = {code};\n"
+        return f"{self._declare(target, kind)} = {code};\n"
+
+    def _new_array(self, node: Any, target: Any, value: Any) -> str:
+        size = self._constant(value.right)
+        if len(value.left.elts) != 1 or size < 1 or not isinstance(value.op, ast.Mult):
+            self._refuse(node, "an array other than one number times a constant size")
+        code, kind = self._number(value.left.elts[0])
+        name = self._declare(target, kind, size)
+        if size > UNROLLED:
+            return f"for (int i = 0; i < {size}; i++) {name}[i] = {code};\n"
+        return "".join(f"{name}[{i}] = {code};\n" for i in range(size))
 
     def _do_AugAssign(self, node: Any) -> str:
-        sign = C_OPERATORS[type(node.op)]
-        return f"{self._code(node.target)} {sign}= {self._code(node.value)};\n"
+        code, kind = self._number(node.value)
+        place, slot = self._number(node.target)
+        if type(node.op) not in (ast.Add, ast.Sub, ast.Mult, ast.Div) or (
+                slot == "int" and (kind != "int" or isinstance(node.op, ast.Div))):
+            self._refuse(node, f"{type(node.op).__name__} of kind {kind} in place of {slot}")
+        return f"{place} {C_OPERATORS[type(node.op)]}= {code};\n"
 
     def _do_If(self, node: Any) -> str:
         rest = f"else {{\n{self._block(node.orelse)}}}\n" if node.orelse else ""
-        return f"if ({self._code(node.test)}) {{\n{self._block(node.body)}}}\n{rest}"
+        return f"if ({self._code(node.test, 'int')}) {{\n{self._block(node.body)}}}\n{rest}"
 
     def _do_While(self, node: Any) -> str:
-        return f"while ({self._code(node.test)}) {{\n{self._block(node.body)}}}\n"
+        if node.orelse:
+            self._refuse(node, "else after a loop")
+        return f"while ({self._code(node.test, 'int')}) {{\n{self._block(node.body)}}}\n"
 
     def _do_For(self, node: Any) -> str:
-        name, bounds = node.target.id, node.iter.args
+        bounds = getattr(node.iter, "args", [])
+        if (getattr(getattr(node.iter, "func", None), "id", "") != "range" or node.orelse
+                or not 1 <= len(bounds) <= 3 or isinstance(bounds[-1], ast.UnaryOp)):
+            self._refuse(node, "a loop other than one that rises over a range")
         count = self._constant(bounds[0]) if len(bounds) == 1 else 0
         if 0 < count <= UNROLLED:
-            written = ""
-            for self._constants[name] in range(count):
-                written += self._block(node.body)
-            del self._constants[name]
-            return written
-        self._declare(name, "int")
-        codes = [self._code(bound) for bound in bounds]
+            return self._written_out(node, count)
+        name = self._declare(node.target, "int")
+        codes = [self._code(bound, "int") for bound in bounds]
         first, last, step = (["0"] + codes + ["1"] if len(codes) == 1 else codes + ["1"])[:3]
         return (f"for ({name} = {first}; {name} < {last}; {name} += {step}) {{\n"
                 f"{self._block(node.body)}}}\n")
 
+    def _written_out(self, node: Any, count: int) -> str:
+        name, written = getattr(node.target, "id", ""), ""
+        if not name or name in self.kinds or name in self._constants:
+            self._refuse(node, "a loop that is written out needs a variable of its own")
+        for self._constants[name] in range(count):
+            written += self._block(node.body)
+        del self._constants[name]
+        return written
+
     # expressions
 
-    def _constant(self, node: Any) -> int:
-        """Return the value of a constant, or of a product of two; 0 for what varies."""
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            return self._constant(node.left) * self._constant(node.right)
-        return self._constants.get(getattr(node, "id", ""), getattr(node, "value", 0))
-
     def _of_Constant(self, node: Any) -> Tuple[str, str]:
-        if isinstance(node.value, int):
+        if type(node.value) is int and abs(node.value) < 1 << 63:
             return str(node.value), "int"
-        return f"{node.value!r}f", "float"
+        if type(node.value) is float and abs(node.value) < 3.4e38:
+            return f"{node.value!r}f", "float"
+        return self._refuse(node, f"the constant {node.value!r}")
 
     def _of_Name(self, node: Any) -> Tuple[str, str]:
         if node.id in self._constants:
@@ -2406,54 +2466,61 @@ class CKernel:
         return node.id, self.kinds.get(node.id) or self._refuse(node, f"unknown name {node.id}")
 
     def _of_BinOp(self, node: Any) -> Tuple[str, str]:
-        (left, kind), (right, other) = self._value(node.left), self._value(node.right)
+        (left, kind), (right, other) = self._number(node.left), self._number(node.right)
+        sign = C_OPERATORS.get(type(node.op)) or self._refuse(node, type(node.op).__name__)
+        whole = isinstance(node.op, (ast.FloorDiv, ast.Mod, ast.BitXor, ast.RShift))
+        if whole and ((kind, other) != ("int", "int") or "(-" in (left[:2], right[:2])):
+            self._refuse(node, f"{type(node.op).__name__} of other than whole numbers from 0 up")
         kinds = {kind, other, "float" if isinstance(node.op, ast.Div) else "int"}
         cast = "(float)" if isinstance(node.op, ast.Div) and kind == "int" else ""
-        sign = C_OPERATORS.get(type(node.op)) or self._refuse(node, type(node.op).__name__)
         joint = next(kind for kind in ("Vector8", "float", "int") if kind in kinds)
         return f"({cast}{left} {sign} {right})", joint
 
     def _of_UnaryOp(self, node: Any) -> Tuple[str, str]:
         if not isinstance(node.op, ast.USub):
             self._refuse(node, type(node.op).__name__)
-        code, kind = self._value(node.operand)
+        code, kind = self._number(node.operand)
         return f"(-{code})", kind
 
     def _of_Compare(self, node: Any) -> Tuple[str, str]:
         if len(node.ops) > 1 or type(node.ops[0]) not in C_OPERATORS:
             self._refuse(node, "a comparison of more than two numbers")
         sign = C_OPERATORS[type(node.ops[0])]
-        return f"({self._code(node.left)} {sign} {self._code(node.comparators[0])})", "int"
+        left, right = (self._code(side, "int", "float")
+                       for side in (node.left, node.comparators[0]))
+        return f"({left} {sign} {right})", "int"
 
     def _of_IfExp(self, node: Any) -> Tuple[str, str]:
-        (yes, kind), (no, other) = self._value(node.body), self._value(node.orelse)
-        return f"({self._code(node.test)} ? {yes} : {no})", "float" if "float" in (
-            kind, other) else "int"
+        (yes, kind), (no, other) = self._number(node.body), self._number(node.orelse)
+        joint = kind if kind == other else "float"
+        return f"({self._code(node.test, 'int')} ? {yes} : {no})", joint
 
     def _of_Subscript(self, node: Any) -> Tuple[str, str]:
         name, kind = self._value(node.value)
-        return f"{name}[{self._code(node.slice)}]", {"F32": "float", "I32": "int"}.get(kind, kind)
+        inside = {"F32": "float", "I32": "int"}.get(kind, kind[:-2] if kind[-2:] == "[]" else "")
+        if not inside or isinstance(node.slice, ast.UnaryOp):
+            self._refuse(node, f"{ast.unparse(node)}, which is no place of an array")
+        return f"{name}[{self._code(node.slice, 'int')}]", inside
+
+    def _count(self, node: Any, count: int) -> None:
+        if len(node.args) != count or node.keywords:
+            self._refuse(node, f"a call of {node.func.id} with other than {count} arguments")
 
     def _of_Call(self, node: Any) -> Tuple[str, str]:
         name = getattr(node.func, "id", "")
-        values = [self._value(arg) for arg in node.args]
-        codes = [code for code, _ in values]
-        if name in C_FUNCTIONS:
-            return f"{C_FUNCTIONS[name]}({codes[0]})", "float"
-        if name == "int":
-            return f"((long){codes[0]})", "int"
-        if name == "two_to":
-            return f"((union {{int i; float f;}}){{((int){codes[0]} + 127) << 23}}).f", "float"
-        if name in ("min", "max"):
-            sign = "<" if name == "min" else ">"
-            return f"({codes[0]} {sign} {codes[1]} ? {codes[0]} : {codes[1]})", values[0][1]
-        if name == "load8":
-            return f"(*(v8 *)({codes[0]} + {codes[1]}))", "Vector8"
-        if name == "splat8":
-            return f"((v8){{0}} + {codes[0]})", "Vector8"
+        codes = [self._code(arg) for arg in node.args]
         if name in self._above:
-            return f"{name}({', '.join(codes)})", self._above[name]
-        return self._refuse(node, f"a call of {name or 'something'}")
+            self._count(node, len(self._above[name].given))
+            for arg, kind in zip(node.args, self._above[name].given):
+                self._code(arg, kind, "int" if kind == "float" else kind)
+            return f"{name}({', '.join(codes)})", self._above[name].result
+        if name not in C_CALLS:
+            self._refuse(node, f"a call of {name or 'something'}")
+        form, kind, *given = C_CALLS[name]
+        self._count(node, len(given))
+        for arg, kinds in zip(node.args, given):
+            self._code(arg, *kinds.split())
+        return form.format(*codes), kind or min(self._number(arg)[1] for arg in node.args)
 
 
 def c_source(kernels: Sequence[Callable[..., Any]], registers: int = 16) -> str:
@@ -2465,12 +2532,12 @@ def c_source(kernels: Sequence[Callable[..., Any]], registers: int = 16) -> str:
         trees = [ast.parse(inspect.getsource(kernel)).body[0] for kernel in kernels]
     except (OSError, SyntaxError) as error:
         raise EngineError(f"the kernels' source cannot be read ({error}); keep macrogpt.py whole")
-    source, results = C_PRELUDE, {}
+    source, above = C_PRELUDE, {}
     rows, vectors = (8, 3) if registers >= 32 else (BLOCK_ROWS, BLOCK_VECTORS)
     blocks = {"BLOCK_ROWS": rows, "BLOCK_VECTORS": vectors, "TILE": TILE}
     for tree in trees:
-        kernel = CKernel(tree, results, blocks)  # type: ignore[arg-type]
-        source, results[kernel.name] = source + kernel.code, kernel.result
+        above[tree.name] = CKernel(tree, above, blocks)  # type: ignore[arg-type]
+        source += above[tree.name].code
     return source
 
 

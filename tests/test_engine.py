@@ -630,6 +630,23 @@ class TheTranslator(unittest.TestCase):
             said = refused(head + body)
             for sign in ("kernel odd", *signs):
                 self.assertIn(sign, said, body)
+        for body in (
+                "x[0] = y = 1.0", "for i in x:\n        x[0] = 1.0", "y = True", "y = None", "y = 'a'",
+                "for i in range(0, n, -1):\n        x[i] = 1.0", "y = 1e400", "y = 1 << 70",
+                "for i in range(n):\n        n = 1\n    else:\n        n = 2", "n |= 3", "n /= 2",
+                "while n > 0:\n        n -= 1\n    else:\n        n = 2", "return n", "return",
+                "a = [0.0] * n", "a = [0.0, 1.0]", "a = [0.0] * 4\n    a = [0.0] * 8", "x = 1.0",
+                "y = x", "y = x[0][1]", "y = x[-1]", "x[1.5] = 0.0", "x[0] = x", "x[n:] = x[0]",
+                "y = max(1, 2, 3)", "y = exp(1.0, 2.0)", "y = exp()", "y = exp(x=1.0)",
+                "y = 1\n    y = 1.5", "y = n // 2.0", "y = -7 // 2", "y = n % -3", "y = load8(x)",
+                "store8(x, 0)", "store8(x, 0, 1.0)", "y = 1 if n else x", "y = 99999999999999999999",
+                "for x[0] in range(3):\n        n = 1", "i = 0\n    for i in range(3):\n        n = i",
+                "y, z = 1, 2", "del n", "global n", "assert n", "y = not n", "y = n and 1"):
+            self.assertIn("kernel odd, line ", refused(f"{head}    {body}\n"), body)
+        for head in ("def odd(x: F32, *n: int) -> None:", "def odd(x: F32, n: int = 3) -> None:",
+                     "def odd(x: F32, *, n: int) -> None:", "def odd(x: F32) -> str:",
+                     "def odd(x: F32):"):
+            self.assertIn("kernel odd", refused(head + "\n    x[0] = 1.0\n"), head)
         self.assertIn("type of the subset", refused("def odd(x) -> None:\n    x = 1\n"))
         self.assertIn("type of the subset", refused("def odd(x: str) -> None:\n    x = 1\n"))
 
