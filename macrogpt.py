@@ -3850,7 +3850,20 @@ MIGRATIONS: Tuple[str, ...] = (
     CREATE TABLE life (
         id INTEGER PRIMARY KEY, at REAL NOT NULL, event TEXT NOT NULL, detail TEXT NOT NULL);
     """,
+    # 2: how far a message has come; what was said before this counts as taken in, lest what was
+    # forgotten come back
+    """
+    ALTER TABLE messages ADD COLUMN stage INTEGER NOT NULL DEFAULT 0;
+    UPDATE messages SET stage = 1;
+    CREATE INDEX messages_heard ON messages(id) WHERE stage = 0;
+    CREATE INDEX messages_of_prompt ON messages(session_id, id) WHERE stage < 3;
+    """,
 )
+
+# The stages of a message: stored; its facts are entries; a line of the session's summary; out of
+# the prompt for good. It only goes forward, and its words are copied nowhere: what is forgotten is
+# gone from the summary, and a turn that was summed up is not met a second time.
+HEARD, KEPT, SUMMED, ARCHIVED = range(4)
 
 FULL_TEXT = """
     CREATE VIRTUAL TABLE IF NOT EXISTS entries_fts USING fts5(
@@ -3898,6 +3911,18 @@ class Entry(NamedTuple):
     recall: bool
     held_out: bool
     learned: bool
+
+
+class Message(NamedTuple):
+    """Something said in a session, by "owner" or "self"; stage says how far it has come."""
+
+    id: int
+    session_id: int
+    role: str
+    text: str
+    said_at: float
+    verdict: int
+    stage: int
 
 
 ENTRY_COLUMNS = ("e.id, e.source, e.key, e.text, e.told_at, e.closed, e.recall, e.held_out, "
@@ -4034,6 +4059,28 @@ class Memory:
                           "ORDER BY id DESC LIMIT ?", session_id, count)
         return rows[::-1]
 
+    def _messages(self, where: str, *values: Any) -> List[Message]:
+        return [Message(*row) for row in self._rows(
+            f"SELECT id, session_id, role, text, said_at, verdict, stage FROM messages "
+            f"WHERE {where} ORDER BY id", *values)]
+
+    def heard_messages(self) -> List[Message]:
+        """Return the messages, of any session, whose facts may not be entries yet."""
+        return self._messages("stage = 0")
+
+    def prompt_messages(self, session_id: Optional[int] = None) -> List[Message]:
+        """Return what the prompt of a session, or of any, is made of: its summary and its turns."""
+        if session_id is None:
+            return self._messages("stage < 3")
+        return self._messages("session_id = ? AND stage < 3", session_id)
+
+    def advance_messages(self, ids: Iterable[int], stage: int) -> None:
+        """Bring messages to a stage; those beyond it stay where they are."""
+        with self.transaction():
+            for i in ids:
+                self._rows("UPDATE messages SET stage = ? WHERE id = ? AND stage < ?",
+                           stage, i, stage)
+
     def message_texts(self, ids: Sequence[int]) -> List[str]:
         """Return the texts of messages by id."""
         return [self._one("SELECT text FROM messages WHERE id = ?", i) or "" for i in ids]
@@ -4046,16 +4093,18 @@ class Memory:
     # entries
 
     def add_entry(self, source: str, document: Document, session_id: Optional[int] = None,
-                  recall: bool = True, held_out: bool = False) -> None:
-        """Store a document; one told again from the same source only becomes recent."""
+                  recall: bool = True, held_out: bool = False,
+                  told_at: Optional[float] = None) -> None:
+        """Store a document, told now or at told_at; one told again only becomes recent."""
         with self.transaction():
             self._rows("""
                 INSERT INTO entries(source, key, text, words, session_id, told_at, closed, recall,
                                     held_out)
                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
-                ON CONFLICT(source, key) DO UPDATE SET told_at = excluded.told_at""",
+                ON CONFLICT(source, key) DO UPDATE SET told_at = max(told_at, excluded.told_at)""",
                        source, document.key, document.text,
-                       " " + " ".join(folded_words(document.text)), session_id, self.clock(),
+                       " " + " ".join(folded_words(document.text)), session_id,
+                       self.clock() if told_at is None else told_at,
                        int(document.closed), int(recall), int(held_out))
 
     def remove_entries(self, source: str, keys: Iterable[int]) -> None:
