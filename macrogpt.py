@@ -4528,7 +4528,7 @@ def prompt_ids(tokenizer: EvolvingTokenizer, turns: Sequence[Tuple[str, str]], t
 
 
 SHARE = 3  # the summary, and the entries that fit, have one part in so many of the prompt each
-CHARS_A_TOKEN = 2  # on the safe side: our corpus has 2.7 once its merges are learned
+CHARS_A_TOKEN = 3  # about: our corpus has 2.7 once its merges are learned
 LONGEST_TOKEN = 64  # characters; what has more than these for each token is too long, uncounted
 FADE = 16.0  # exchanges after which what was said counts half
 
@@ -4556,9 +4556,13 @@ def summary_texts(summary: Iterable[Message], budget: int) -> List[str]:
 
 
 def _tellable(exchange: List[Message]) -> List[Message]:
-    """Return what of an exchange belongs in a summary: a statement, or a question answered."""
+    """Return what of an exchange belongs in a summary: a statement, or a question answered.
+
+    What is no longer than a stem ("ok", "hm") states nothing; in bytes, for a script of words of
+    one letter may say a lot in five.
+    """
     first = exchange[0]
-    if first.role != "owner" or not first.text.strip():
+    if first.role != "owner" or len(first.text.strip().encode()) <= STEM_CHARS:
         return []
     if not is_question(first.text):
         return [first]

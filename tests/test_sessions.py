@@ -136,6 +136,10 @@ class Summaries(unittest.TestCase):
         self.assertEqual(self.summed(("Where is the heron?", m.UNKNOWN_REPLY), chars=60), [])
         self.assertEqual(self.summed(("Where is the heron?", None), chars=60), [])
 
+    def test_what_is_hardly_a_word_tells_nothing_unless_its_letters_are_words(self):
+        self.assertEqual(self.summed(("hm", "Yes."), ("ok.", "Yes.")), [])
+        self.assertEqual(self.summed(("我住塔林", "Yes.")), [["我住塔林"]])
+
     def test_of_two_that_tell_alike_the_newer_is_kept(self):
         self.assertEqual(self.summed(("The ruby is in Ghent", "Oh."), ("The ruby is in Delft", "Oh.")),
                          [["The ruby is in Delft"]])
