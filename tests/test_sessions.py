@@ -136,6 +136,10 @@ class Summaries(unittest.TestCase):
         self.assertEqual(self.summed(("Where is the heron?", m.UNKNOWN_REPLY), chars=60), [])
         self.assertEqual(self.summed(("Where is the heron?", None), chars=60), [])
 
+    def test_a_long_fact_is_not_crowded_out_by_short_talk(self):
+        fact = "The ferryman hid a ruby by the mill in Ghent"
+        self.assertEqual(self.summed(("hm well", "Oh."), (fact, "Oh."), chars=50), [[fact]])
+
     def test_what_is_hardly_a_word_tells_nothing_unless_its_letters_are_words(self):
         self.assertEqual(self.summed(("hm", "Yes."), ("ok.", "Yes.")), [])
         self.assertEqual(self.summed(("我住塔林", "Yes.")), [["我住塔林"]])
