@@ -4326,7 +4326,20 @@ MIGRATIONS: Tuple[str, ...] = (
     CREATE TABLE life (
         id INTEGER PRIMARY KEY, at REAL NOT NULL, event TEXT NOT NULL, detail TEXT NOT NULL);
     """,
+    # 2: how far a message has come; what was said before this counts as taken in, lest what was
+    # forgotten come back
+    """
+    ALTER TABLE messages ADD COLUMN stage INTEGER NOT NULL DEFAULT 0;
+    UPDATE messages SET stage = 1;
+    CREATE INDEX messages_heard ON messages(id) WHERE stage = 0;
+    CREATE INDEX messages_of_prompt ON messages(session_id, id) WHERE stage < 3;
+    """,
 )
+
+# The stages of a message: stored; its facts are entries; a line of the session's summary; out of
+# the prompt for good. It only goes forward, and its words are copied nowhere: what is forgotten is
+# gone from the summary, and a turn that was summed up is not met a second time.
+HEARD, KEPT, SUMMED, ARCHIVED = range(4)
 
 FULL_TEXT = """
     CREATE VIRTUAL TABLE IF NOT EXISTS entries_fts USING fts5(
@@ -4374,6 +4387,18 @@ class Entry(NamedTuple):
     recall: bool
     held_out: bool
     learned: bool
+
+
+class Message(NamedTuple):
+    """Something said in a session, by "owner" or "self"; stage says how far it has come."""
+
+    id: int
+    session_id: int
+    role: str
+    text: str
+    said_at: float
+    verdict: int
+    stage: int
 
 
 ENTRY_COLUMNS = ("e.id, e.source, e.key, e.text, e.told_at, e.closed, e.recall, e.held_out, "
@@ -4510,6 +4535,28 @@ class Memory:
                           "ORDER BY id DESC LIMIT ?", session_id, count)
         return rows[::-1]
 
+    def _messages(self, where: str, *values: Any) -> List[Message]:
+        return [Message(*row) for row in self._rows(
+            f"SELECT id, session_id, role, text, said_at, verdict, stage FROM messages "
+            f"WHERE {where} ORDER BY id", *values)]
+
+    def heard_messages(self) -> List[Message]:
+        """Return the messages, of any session, whose facts may not be entries yet."""
+        return self._messages("stage = 0")
+
+    def prompt_messages(self, session_id: Optional[int] = None) -> List[Message]:
+        """Return what the prompt of a session, or of any, is made of: its summary and its turns."""
+        if session_id is None:
+            return self._messages("stage < 3")
+        return self._messages("session_id = ? AND stage < 3", session_id)
+
+    def advance_messages(self, ids: Iterable[int], stage: int) -> None:
+        """Bring messages to a stage; those beyond it stay where they are."""
+        with self.transaction():
+            for i in ids:
+                self._rows("UPDATE messages SET stage = ? WHERE id = ? AND stage < ?",
+                           stage, i, stage)
+
     def message_texts(self, ids: Sequence[int]) -> List[str]:
         """Return the texts of messages by id."""
         return [self._one("SELECT text FROM messages WHERE id = ?", i) or "" for i in ids]
@@ -4522,16 +4569,18 @@ class Memory:
     # entries
 
     def add_entry(self, source: str, document: Document, session_id: Optional[int] = None,
-                  recall: bool = True, held_out: bool = False) -> None:
-        """Store a document; one told again from the same source only becomes recent."""
+                  recall: bool = True, held_out: bool = False,
+                  told_at: Optional[float] = None) -> None:
+        """Store a document, told now or at told_at; one told again only becomes recent."""
         with self.transaction():
             self._rows("""
                 INSERT INTO entries(source, key, text, words, session_id, told_at, closed, recall,
                                     held_out)
                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
-                ON CONFLICT(source, key) DO UPDATE SET told_at = excluded.told_at""",
+                ON CONFLICT(source, key) DO UPDATE SET told_at = max(told_at, excluded.told_at)""",
                        source, document.key, document.text,
-                       " " + " ".join(folded_words(document.text)), session_id, self.clock(),
+                       " " + " ".join(folded_words(document.text)), session_id,
+                       self.clock() if told_at is None else told_at,
                        int(document.closed), int(recall), int(held_out))
 
     def remove_entries(self, source: str, keys: Iterable[int]) -> None:
@@ -4952,6 +5001,136 @@ def prompt_ids(tokenizer: EvolvingTokenizer, turns: Sequence[Tuple[str, str]], t
             break
         ids = earlier + ids
     return [END_OF_TEXT] + ids[max(0, len(ids) - budget + 1):]
+
+
+SHARE = 3  # the summary, and the entries that fit, have one part in so many of the prompt each
+CHARS_A_TOKEN = 3  # about: our corpus has 2.7 once its merges are learned
+LONGEST_TOKEN = 64  # characters; what has more than these for each token is too long, uncounted
+FADE = 16.0  # exchanges after which what was said counts half
+
+
+def exchanges_of(messages: Iterable[Message]) -> List[List[Message]]:
+    """Return messages as exchanges: what the owner said, and what was said to that."""
+    found: List[List[Message]] = []
+    for message in messages:
+        if message.role == "owner" or not found:
+            found.append([])
+        found[-1].append(message)
+    return found
+
+
+def exchange_text(exchange: Sequence[Message], max_chars: int) -> str:
+    """Return an exchange as the lines that a model is trained on, words of max_chars in all."""
+    limit = max_chars // len(exchange)
+    return "".join(f"{'H' if m.role == 'owner' else 'A'}: {clean_line(m.text, limit)}\n"
+                   for m in exchange)
+
+
+def summary_texts(summary: Iterable[Message], budget: int) -> List[str]:
+    """Return a summary's parts as the prompt of so many tokens shows them, oldest first."""
+    return [exchange_text(part, budget // SHARE * CHARS_A_TOKEN) for part in exchanges_of(summary)]
+
+
+def _tellable(exchange: List[Message]) -> List[Message]:
+    """Return what of an exchange belongs in a summary: a statement, or a question answered.
+
+    What is no longer than a stem ("ok", "hm") states nothing; in bytes, for a script of words of
+    one letter may say a lot in five.
+    """
+    first = exchange[0]
+    if first.role != "owner" or len(first.text.strip().encode()) <= STEM_CHARS:
+        return []
+    if not is_question(first.text):
+        return [first]
+    answers = [m for m in exchange[1:2] if m.verdict >= 0 and m.text not in ("", UNKNOWN_REPLY)]
+    return [first, *answers] if answers else []
+
+
+def summary_of(memory: Memory, exchanges: Sequence[List[Message]],
+               max_chars: int) -> List[List[Message]]:
+    """Return the parts of exchanges, given oldest first, that tell most in max_chars, in order.
+
+    Taken one after another is what brings most new weight of rare words for the root of its
+    length: by the length itself, "hm" would beat every fact. A statement counts twice, for only
+    its owner could know it, and what is older counts less. No score is too low to be taken while
+    there is room; only what adds no word at all is left out.
+    """
+    parts = [part for part in map(_tellable, exchanges) if part]
+    stems = [set(stems_of(" ".join(m.text for m in part))) for part in parts]
+    weights = stem_weights(memory, set().union(*stems))
+    sizes = [len(exchange_text(part, max_chars)) for part in parts]
+    worth = [(3 - len(part)) / (1.0 + age / FADE)
+             for age, part in zip(range(len(parts) - 1, -1, -1), parts)]
+    chosen: Set[int] = set()
+    told: Set[str] = set()
+    room = max_chars + 2 * len("H: \n")  # so that one part, cut to max_chars, is never too long
+    while True:
+        gains = [(worth[i] * _mass(stems[i] - told, weights) / sqrt(sizes[i]), i)
+                 for i in range(len(parts)) if i not in chosen and sizes[i] <= room]
+        gain, best = max(gains, default=(0.0, 0))
+        if not gain:
+            return [parts[i] for i in sorted(chosen)]
+        chosen.add(best)
+        told |= stems[best]
+        room -= sizes[best]
+
+
+def _fitting(pieces: Iterable[List[int]], room: int) -> List[int]:
+    """Return those pieces that fit into room, the first ones first in, the first one last."""
+    ids: List[int] = []
+    for piece in pieces:
+        if len(ids) + len(piece) <= room:
+            ids = piece + ids
+    return ids
+
+
+def whole_prompt_ids(tokenizer: EvolvingTokenizer, summary: Sequence[Message],
+                     entries: Sequence[Entry], turns: Sequence[Tuple[str, str]], text: str,
+                     budget: int) -> List[int]:
+    """Return ids of entries, a summary, turns and the text, ready for the answer; within budget.
+
+    The text goes in first, then the newest exchange, then summary and entries, newest and best
+    first, each sure of its share and welcome to what the other leaves, then older turns. All of it
+    has the form of the text that is trained on: an entry is a document of its own, and the summary
+    begins the exchange.
+    """
+    start, *newest = prompt_ids(tokenizer, turns[-2:], text, budget)
+    share, room = budget // SHARE, budget - 1 - len(newest)
+    texts = dict.fromkeys(entry.text for entry in entries)
+    documents = [tokenizer.encode(document) + [END_OF_TEXT] for document in texts]
+    parts = list(map(tokenizer.encode, reversed(summary_texts(summary, budget))))
+    gist = _fitting(parts, min(share, room))
+    known = _fitting(documents, min(2 * share, room) - len(gist))
+    gist = _fitting(parts, min(2 * share, room) - len(known))
+    talk = prompt_ids(tokenizer, turns, text, budget - len(known) - len(gist))
+    return [start, *known, *gist, *talk[1:]]
+
+
+def turns_to_keep(tokenizer: EvolvingTokenizer, exchanges: Sequence[List[Message]],
+                  room: int) -> int:
+    """Return how many of the newest exchanges fit into room tokens; the newest one always does."""
+    sizes = accumulate(len(tokenizer.encode(exchange_text(exchange, LONGEST_TOKEN * room)))
+                       for exchange in reversed(exchanges))
+    return max(1, sum(1 for _ in itertools.takewhile(lambda size: size <= room, sizes)))
+
+
+def forget_told(memory: Memory, entry: Entry) -> None:
+    """Remove what was told, and approved replies that tell it, and what may repeat it in a prompt.
+
+    What that is nobody can know for sure, so every exchange leaves the prompts that shares a
+    telling word with it; its messages stay stored, save the owner's own that said just this.
+    """
+    with memory.transaction():
+        weights = stem_weights(memory, stems_of(entry.text))
+        telling = {s for s, w in weights.items() if 2.0 * w >= max(weights.values())}
+        said = sorted(memory.prompt_messages(), key=lambda m: m.session_id)
+        for exchange in exchanges_of(said):
+            if telling.intersection(stems_of(" ".join(m.text for m in exchange))):
+                memory.advance_messages([m.id for m in exchange], ARCHIVED)
+        for kin in memory.entries("e.source != 'corpus' AND (e.text = ? OR e.source = 'approved')",
+                                  entry.text):
+            if kin.text == entry.text or telling and telling <= set(stems_of(kin.text)):
+                memory.forget_entry(kin.id)
 
 
 def sampler_settings(config: Config) -> SamplerSettings:
@@ -5684,7 +5863,8 @@ class Organism:
         memory, rng = self.memory, self._rng()
         self._refresh()
         session = memory.session_id(self.session)
-        turns = memory.newest_messages(session, 20)
+        self._take_in()
+        turns = [(m.role, m.text) for m in memory.prompt_messages(session) if m.stage < SUMMED]
         said = memory.add_message(session, "owner", text)
         pieces: List[str] = []
         try:
@@ -5695,7 +5875,7 @@ class Organism:
             answer = "".join(pieces).strip()
             self.last_ids = (said, memory.add_message(session, "self", answer))
             self.last = (self.last or Reply("", "nothing"))._replace(text=answer)
-            self._remember(text, "chat", session, recall=not is_question(text))
+            self._after_turn(session)
 
     def _answer(self, text: str, turns: Sequence[Tuple[str, str]],
                 rng: random.Random) -> Iterator[str]:
@@ -5712,7 +5892,8 @@ class Organism:
         spoken_any = False
         if self.trusts_model():
             self.last = Reply("", "model")
-            for piece in self._model_pieces(text, turns, rng):
+            fitting = [fit.entry for fit in fits if fit.score >= WEAK_SCORE]
+            for piece in self._model_pieces(text, turns, fitting, rng):
                 spoken_any = spoken_any or bool(piece.strip())
                 yield piece if spoken_any else piece.lstrip()
         if not spoken_any and best and best.score >= WEAK_SCORE:
@@ -5726,10 +5907,10 @@ class Organism:
         yield from re.findall(r"\S+\s*", fit.answer)
 
     def _model_pieces(self, text: str, turns: Sequence[Tuple[str, str]],
-                      rng: random.Random) -> Iterator[str]:
+                      fitting: Sequence[Entry], rng: random.Random) -> Iterator[str]:
         tokenizer, model = self.voice()
-        budget = max(8, self.config.block_size * 3 // 4)
-        ids = prompt_ids(tokenizer, turns, text, budget)
+        ids = whole_prompt_ids(tokenizer, self.summary(), fitting, turns, text,
+                               self.prompt_budget())
         first = True
         for piece in spoken(model, tokenizer, ids, self.config, rng):
             piece = piece.lstrip() if first else piece
@@ -5737,12 +5918,64 @@ class Organism:
             if piece:
                 yield piece
 
+    def prompt_budget(self) -> int:
+        """Return the most tokens of a prompt; the rest of the window is for the reply."""
+        return max(8, self.config.block_size * 3 // 4)
+
+    def summary(self) -> List[Message]:
+        """Return the messages that stand for the old turns of the session."""
+        said = self.memory.prompt_messages(self.memory.session_id(self.session))
+        return [m for m in said if m.stage == SUMMED]
+
+    def _take_in(self) -> None:
+        """Make entries of what the owner said, also of what a crash left lying, as of then."""
+        with self.memory.transaction():
+            heard = self.memory.heard_messages()
+            for m in heard:
+                if m.role == "owner":
+                    self._remember(m.text, "chat", m.session_id, not is_question(m.text),
+                                   m.said_at)
+            self.memory.advance_messages([m.id for m in heard], KEPT)
+
+    def _after_turn(self, session: int) -> None:
+        """Take in what was said; compact the session when its turns outgrow their shares."""
+        tokenizer = self.voice()[0] if self.trusts_model() else EvolvingTokenizer()
+        room = self.prompt_budget() * (SHARE - 1) // SHARE
+        with self.memory.transaction():
+            self._take_in()
+            exchanges = exchanges_of(m for m in self.memory.prompt_messages(session)
+                                     if m.stage < SUMMED)
+            if turns_to_keep(tokenizer, exchanges, room) < len(exchanges):
+                self.compact(session, turns_to_keep(tokenizer, exchanges, room // 2))
+
+    def compact(self, session: int, keep: int = 1) -> int:
+        """Put all but the newest exchanges into the summary; return how many turns that were.
+
+        One transaction, in which the facts come first: what is not an entry is not summed up. The
+        messages themselves stay as they are.
+        """
+        memory = self.memory
+        with memory.transaction():
+            self._take_in()
+            said = memory.prompt_messages(session)
+            turns = exchanges_of(m for m in said if m.stage < SUMMED)
+            old = turns[:max(0, len(turns) - keep)]
+            before = exchanges_of(m for m in said if m.stage == SUMMED)
+            room = self.prompt_budget() // SHARE * CHARS_A_TOKEN
+            parts = summary_of(memory, before + old, room)
+            chosen = {m.id for part in parts for m in part}
+            leaving = {m.id for exchange in before + old for m in exchange}
+            memory.advance_messages(chosen, SUMMED)
+            memory.advance_messages(leaving - chosen, ARCHIVED)
+        return sum(map(len, old))
+
     def _remember(self, text: str, source: str, session: Optional[int],
-                  recall: bool = True) -> None:
+                  recall: bool = True, told_at: Optional[float] = None) -> None:
         lines = [piece for line in text.splitlines()
                  for piece in split_long_line(line, self.config.max_line_chars)]
         if lines:
-            self.memory.add_entry(source, Document(tuple(lines), True), session, recall)
+            self.memory.add_entry(source, Document(tuple(lines), True), session, recall,
+                                  told_at=told_at)
             # a burst begins anew with new text: were talk to do that, it might never end
             if source != "chat" or not self.at_work or self.growth.phase != "grown":
                 self._text_version += 1
@@ -6086,7 +6319,7 @@ REPL_HELP: Tuple[Tuple[str, str], ...] = (
     ("/good, /bad", "approve or reject the last reply"), ("/teach TEXT", "remember a sentence"),
     ("/forget TEXT", "forget what was told, by id or words"),
     ("/session [NAME]", "show or change the session"), ("/sessions", "list the sessions"),
-    ("/new", "begin a new session"), ("/compact", "shorten the session's memory (not there yet)"),
+    ("/new", "begin a new session"), ("/compact", "put the session's old turns into its summary"),
     ("/set FIELD VALUE", "change a setting"), ("/show [FIELD]", "show the settings"),
     ("/train", "learn now what is still to be learned"), ("/sleep", "stop learning until /train"),
     ("/save", "say that everything is saved"), ("/exit", "leave"))
@@ -6477,7 +6710,7 @@ def forget(memory: Memory, wish: str) -> str:
             return f"entry {wish} stands in the corpus; take its lines out of that file"
         return f"nothing that was told is {wish!r}; look for its id with memory search"
     for entry in found:
-        memory.forget_entry(entry.id)
+        forget_told(memory, entry)
     return f"forgotten: {' / '.join(found[0].text.splitlines())}"
 
 
@@ -6514,7 +6747,12 @@ def _repl_new(app: App, rest: str) -> List[str]:
 
 
 def _repl_compact(app: App, rest: str) -> List[str]:
-    return ["compaction is not there yet; the prompt holds the newest turns by itself"]
+    organism = app.organism()
+    count = organism.compact(organism.memory.session_id(organism.session))
+    lines = "".join(summary_texts(organism.summary(), organism.prompt_budget())).splitlines()
+    done = f"{count} turns were summed up, and stay in the memory" if count else (
+        "no turns but the newest are left to sum up")
+    return [f"{done}; the session's summary is {'now:' if lines else 'empty'}", *lines]
 
 
 def _repl_set(app: App, rest: str) -> List[str]:
