@@ -2822,6 +2822,7 @@ def native_engine(build: bool = True) -> Engine:
                           f"set CC to another compiler") from None
 
 
+ELEMENT_WORK = 10  # multiply-adds that a number costs where rows are normed, turned or gated
 PARALLEL_WORK = 4_000_000  # multiply-adds from which a second thread is worth its waking (50 µs)
 
 
@@ -2876,6 +2877,38 @@ class NativeEngine(Engine):
     def matmul_tn(self, g: array, x: array, dw: array, rows: int, inner: int, cols: int) -> None:
         """Do what the kernel of this name does."""
         self._product(g, x, dw, rows, inner, cols, 1, rows, cols, 1, 1)
+
+    def _by_rows(self, name: str, buffers: Sequence[array], rows: int, dim: int,
+                 *rest: Any) -> None:
+        """Run a kernel that treats each of so many rows by itself; the first row has dim numbers."""
+        steps = [buffer.itemsize * (len(buffer) // rows if rows else 0) for buffer in buffers]
+
+        def some_rows(first: int, last: int) -> None:
+            self.compiled[name](*[buffer.buffer_info()[0] + first * step
+                                  for buffer, step in zip(buffers, steps)],
+                                last - first, dim, *rest)
+        self._share(rows, 1, some_rows, ELEMENT_WORK * rows * dim)
+
+    def rope_turn(self, x: array, table: array, out: array, rows: int, *rest: Any) -> None:
+        """Do what the kernel of this name does."""
+        self._by_rows("rope_turn", (x, table, out), rows, *rest)
+
+    def rmsnorm_forward(self, x: array, out: array, inverse: array, rows: int, *rest: Any) -> None:
+        """Do what the kernel of this name does."""
+        self._by_rows("rmsnorm_forward", (x, out, inverse), rows, *rest)
+
+    def rmsnorm_backward(self, g: array, out: array, inverse: array, dx: array,
+                         *shape: int) -> None:
+        """Do what the kernel of this name does."""
+        self._by_rows("rmsnorm_backward", (g, out, inverse, dx), *shape)
+
+    def swiglu_forward(self, x: array, out: array, *shape: int) -> None:
+        """Do what the kernel of this name does."""
+        self._by_rows("swiglu_forward", (x, out), *shape)
+
+    def swiglu_backward(self, g: array, x: array, dx: array, *shape: int) -> None:
+        """Do what the kernel of this name does."""
+        self._by_rows("swiglu_backward", (g, x, dx), *shape)
 
     def attention_forward(self, *args: Any) -> None:
         """Do what the kernel of this name does."""

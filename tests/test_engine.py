@@ -803,8 +803,15 @@ class TheCompiledKernels(KernelCase):
                 engine.matmul_tn(g, x, dw, 90, 200, 70)
                 engine.attention_forward(qkv, mixed, lse, *shape)
                 engine.attention_backward(mixed, qkv, mixed, lse, dqkv, *shape)
-            results.append((out, dx, dw, mixed, lse, dqkv))
-        self.assertEqual(results, [results[0]] * 4)
+                normed, inverse = engine.buffer(200 * 90), engine.buffer(200)
+                turned, gated, slopes = (engine.buffer(n) for n in (200 * 90, 200 * 45, 200 * 90))
+                engine.rmsnorm_forward(g, normed, inverse, 200, 90, 1e-5)
+                engine.rmsnorm_backward(out, normed, inverse, slopes, 200, 90)
+                engine.rope_turn(g, x[:2000], turned, 200, 90, 60, 10, 1.0)
+                engine.swiglu_forward(g, gated, 200, 45)
+                engine.swiglu_backward(gated, g, slopes, 200, 45)
+            results.append((out, dx, dw, mixed, lse, dqkv, normed, inverse, turned, gated, slopes))
+        self.assertTrue(all(result == results[0] for result in results))
 
     def test_huge_logits_and_long_rows_keep_their_sums(self):
         for scale in (0.0, 1.0, 80.0, 1e4):
