@@ -2880,7 +2880,7 @@ class NativeEngine(Engine):
 
     def _by_rows(self, name: str, buffers: Sequence[array], rows: int, dim: int,
                  *rest: Any) -> None:
-        """Run a kernel that treats each of so many rows by itself; the first row has dim numbers."""
+        """Run a kernel that treats each of so many rows by itself."""
         steps = [buffer.itemsize * (len(buffer) // rows if rows else 0) for buffer in buffers]
 
         def some_rows(first: int, last: int) -> None:
@@ -3366,7 +3366,7 @@ def cross_entropy(logits: VectorValue, targets: Sequence[int]) -> Tuple[ScalarVa
                          f"{vocab - 1}; found {len(wanted)}")
     lse, losses = engine.buffer(rows), engine.buffer(rows)
     engine.cross_entropy_forward(logits.data, wanted, lse, losses, rows, vocab)
-    count = max(1, sum(1 for t in wanted if t >= 0))
+    count = max(1, rows - wanted.count(-1))
     loss = ScalarValue(sum(losses) / count, needs_grad=False)
     if engine.recording:
         loss.connect([logits], lambda g: engine.cross_entropy_backward(
