@@ -72,7 +72,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from itertools import accumulate, repeat
-from math import dist, exp, log, sqrt
+from math import dist, exp, isfinite, log, sqrt
 from operator import add, itemgetter, mul
 from typing import (AbstractSet, Any, BinaryIO, Callable, Container, DefaultDict, Deque, Dict,
                     FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set,
@@ -1819,11 +1819,12 @@ KERNELS: Tuple[Callable[..., Any], ...] = (
 # An Engine is a table of kernels and the kind of buffer they work on. The compiled one has the
 # same kernels, translated to C from the source above; it stands at the end of this section. The
 # interpreted one, for machines without a compiler, replaces the kernels that dominate by twins in
-# idiomatic Python. Their one trick: the standard library has no fast dot product before 3.12, but
-# math.dist runs in C over two tuples, and
+# idiomatic Python. Two tricks stand in for the dot product that the standard library lacks before
+# 3.12. math.dist runs in C over two tuples, and
 #     a·b = ½|a|² + ½|b|² − ½|a − b|²
-# Measured a multiply-add: plain loops 90 ns, sum(map(mul, a, b)) 25 ns, math.dist 7 ns. The sum is
-# formed in double precision, so what cancels is far below float32's own rounding.
+# in double precision, so that what cancels is far below float32's own rounding. And a big int holds
+# many numbers in fixed point, all of which one multiplication multiplies. Measured a multiply-add:
+# plain loops 90 ns, sum(map(mul, a, b)) 25 ns, math.dist 6 to 10 ns, big ints 3.5 ns.
 
 
 class Engine:
@@ -1871,57 +1872,128 @@ class PackedRows(NamedTuple):
     halves: List[float]
 
 
-class PackedMatrix:
-    """A weight (rows, dim) in the two forms that the interpreted matmul_nt likes, each made once.
+class FixedPoint:
+    """Numbers counted in a unit, a power of two, by which their norm is less than 2**bits.
 
-    Many vectors meet tuples and math.dist. A single one meets lanes: each column is one big int
-    with 64 bits a row, weights in fixed point, so that a column times an int is one multiplication
-    and the sum over columns is the product. The sum begins at 1.5·2**52 in each lane: a double of
-    that size counts in ones, so the lanes are doubles at once. Weights and vector are then as
-    exact as float32 is near the largest of them. A multiply-add costs 5 ns, where tuples of a
-    whole model, too large for the cache, cost 11.
+    A double of about 1.5·2**52 units shows the count of units in its low bits.
     """
 
-    VECTOR_BITS, SUM_BITS = 24, 51  # of a vector's number, and of a lane beside its sign
+    def __init__(self, data: array, bits: int) -> None:
+        """Count the numbers; if one is not finite, the unit and all that comes of it is NaN."""
+        parts = [data[at:at + 1024] for at in range(0, len(data), 1024)]
+        norm = math.hypot(*[dist(part, (0.0,) * len(part)) for part in parts])
+        self.unit = math.ldexp(1.0, math.frexp(norm)[1] - bits) if isfinite(norm) else math.nan
+        self.zero, self.counts = COUNTING * self.unit, array("d")
+        for part in parts:
+            self.counts.fromlist([x + self.zero for x in part])
+        _little_endian(self.counts)
 
-    def __init__(self, data: array, rows: int, dim: int) -> None:
-        self.data, self.shape = data, (rows, dim)
+    def scalars(self, part: slice) -> array:
+        """Return the counts of some numbers as ints; they must be below 2**31."""
+        return _little_endian(array("i", self.counts[part].tobytes()))[::2]
+
+
+COUNTING = 1.5 * 2.0 ** 52
+
+
+def _little_endian(numbers: array) -> array:
+    """Swap the bytes of numbers between this machine's order and the little-endian one."""
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
+
+
+class Lanes:
+    """Vectors side by side: the k-th numbers of all are one big int, 64 bits a number.
+
+    A vector times all of them is one multiplication and one addition of big ints for each of its
+    numbers: 3.4 ns a multiply-add, beside 7 by math.dist.
+    """
+
+    def __init__(self, fixed: FixedPoint, parts: Iterable[slice], size: int) -> None:
+        """Take the numbers in parts, `size` each, as the first, second, … ones of the vectors."""
+        ones = ((1 << 64 * size) - 1) // ((1 << 64) - 1)
+        zeros = int.from_bytes(struct.pack("<d", fixed.zero), "little") * ones
+        self.places = [int.from_bytes(fixed.counts[part].tobytes(), "little") - zeros
+                       for part in parts]
+        self.size, self.unit, self.start = size, fixed.unit, ones << 63
+        self.low, self.exponents = ones * ((1 << 52) - 1), ones * (0x433 << 52)
+
+    def times(self, scalars: Sequence[int], unit: float) -> List[float]:
+        """Return the products of all vectors with one of scalars, counted in a unit."""
+        total = sum(map(mul, self.places, scalars), self.start)
+        doubles = total >> 12 & self.low | self.exponents  # of 2**52 and the upper bits of a lane
+        sums = _little_endian(array("d", doubles.to_bytes(8 * self.size, "little")))
+        zero, unit = COUNTING, self.unit * unit * 4096.0
+        return [(x - zero) * unit for x in sums]
+
+
+class Numbers:
+    """A buffer, and its numbers in fixed point, made when first asked for.
+
+    Lanes hold 33 bits and scalars 29, so that no sum of products, which is at most the product of
+    both norms, leaves its lane of 64 bits.
+    """
+
+    def __init__(self, data: array) -> None:
+        self.data = data
+
+    @functools.cached_property
+    def fine(self) -> FixedPoint:
+        """The numbers as lanes hold them."""
+        return FixedPoint(self.data, 33)
+
+    @functools.cached_property
+    def coarse(self) -> FixedPoint:
+        """The numbers as scalars hold them."""
+        return FixedPoint(self.data, 29)
+
+
+class Vectors:
+    """The rows of a matrix, or its columns, in the forms that products like."""
+
+    def __init__(self, numbers: Numbers, count: int, size: int, far: int, near: int) -> None:
+        """Take `count` vectors, `far` apart, of `size` numbers, `near` apart."""
+        self.numbers, self.shape = numbers, (count, size, far, near)
+        self.parts = [slice(i * far, i * far + size * near, near) for i in range(count)]
 
     @functools.cached_property
     def tuples(self) -> PackedRows:
-        """The rows as tuples."""
-        return pack_tuples(rows_of(self.data, self.shape[1]))
+        """The vectors as tuples."""
+        return pack_tuples([tuple(self.numbers.data[part]) for part in self.parts])
 
     @functools.cached_property
-    def lanes(self) -> Tuple[List[int], int, float]:
-        """The columns as big ints, what their sum begins with, and the weight of one unit."""
+    def lanes(self) -> Lanes:
+        """The vectors as lanes."""
+        count, size, far, near = self.shape
+        across = [slice(k * near, k * near + count * far, far) for k in range(size)]
+        return Lanes(self.numbers.fine, across, count)
+
+    def times(self, others: "Vectors") -> Iterator[List[float]]:
+        """Yield, for each of the others, its products with all of these."""
+        if self.numbers.data.typecode == "d":  # asks for more than fixed point has
+            return dots(others.tuples, self.tuples)
+        fixed = others.numbers.coarse
+        return (self.lanes.times(fixed.scalars(part), fixed.unit) for part in others.parts)
+
+
+class PackedMatrix:
+    """A matrix (rows, dim) as the products of the interpreted engine like it."""
+
+    def __init__(self, data: array, rows: int, dim: int) -> None:
+        self.numbers, self.shape = Numbers(data), (rows, dim)
+
+    @functools.cached_property
+    def rows(self) -> Vectors:
+        """The rows."""
         rows, dim = self.shape
-        widest = max([sum(map(abs, row)) for row in rows_of(self.data, dim)], default=0.0)
-        unit = widest / ((1 << self.SUM_BITS - self.VECTOR_BITS) - dim) or 1.0
-        columns = [_lanes_of([round(w / unit) for w in self.data[c::dim]]) for c in range(dim)]
-        return columns, int.from_bytes(struct.pack("<d", LANE_ORIGIN) * rows, "little"), unit
+        return Vectors(self.numbers, rows, dim, dim, 1)
 
-    def times(self, x: Sequence[float]) -> List[float]:
-        """Return the product with one vector (dim,): numbers (rows,).
-
-        Raises ArithmeticError or ValueError for what fixed point cannot hold: infinity and NaN.
-        """
-        rows, (columns, start, unit) = self.shape[0], self.lanes
-        top = max(max(x), -min(x)) / (1 << self.VECTOR_BITS) or 1.0
-        total = sum(map(mul, columns, [int(v / top) for v in x]), start)
-        lanes = struct.unpack(f"<{rows}d", total.to_bytes(8 * rows, "little"))
-        origin, unit = LANE_ORIGIN, unit * top
-        return [(lane - origin) * unit for lane in lanes]
-
-
-LANE_ORIGIN = 1.5 * 2.0 ** 52
-
-
-def _lanes_of(numbers: Sequence[int]) -> int:
-    """Return Σ numbers[i]·2**(64·i) for numbers of either sign, below 2**62."""
-    raised = struct.pack(f"<{len(numbers)}q", *[n + (1 << 62) for n in numbers])
-    floor = struct.pack("<q", 1 << 62) * len(numbers)
-    return int.from_bytes(raised, "little") - int.from_bytes(floor, "little")
+    @functools.cached_property
+    def columns(self) -> Vectors:
+        """The columns."""
+        rows, dim = self.shape
+        return Vectors(self.numbers, dim, rows, 1, dim)
 
 
 class FlatCache:
@@ -1989,14 +2061,12 @@ class TupleCache:
             out[part] = array(out.typecode, [(half + v - 0.5 * d * d) / total for v, d in moved])
 
 
+Matrix = Union[array, PackedMatrix]
+
+
 def rows_of(data: Sequence[float], dim: int) -> List[Tuple[float, ...]]:
     """Return the rows of a flat buffer as tuples of length dim."""
     return list(zip(*[iter(data)] * dim))
-
-
-def columns_of(data: array, dim: int) -> List[Tuple[float, ...]]:
-    """Return the columns of a flat buffer of rows of length dim."""
-    return [tuple(data[c::dim]) for c in range(dim)]
 
 
 def pack_tuples(rows: List[Tuple[float, ...]]) -> PackedRows:
@@ -2007,51 +2077,52 @@ def pack_tuples(rows: List[Tuple[float, ...]]) -> PackedRows:
     return PackedRows(rows, [0.5 * d * d for d in map(dist, rows, repeat(origin))])
 
 
-def pack_rows(data: array, rows: int, dim: int) -> PackedRows:
-    """Return a buffer of rows as tuples beside half their squared norms."""
-    return pack_tuples(rows_of(data, dim))
-
-
 def dots(a: PackedRows, b: PackedRows) -> Iterator[List[float]]:
     """Yield, for each row of a, its dot products with every row of b."""
     for row, half in zip(*a):
         yield [half + h - 0.5 * d * d for h, d in zip(b.halves, map(dist, repeat(row), b.rows))]
 
 
-def _add_rows(out: array, rows: Iterable[List[float]], dim: int) -> None:
-    """Add rows of numbers to the rows of out from its beginning."""
-    for i, row in enumerate(rows):
-        part = slice(i * dim, (i + 1) * dim)
-        out[part] = array(out.typecode, map(add, out[part], row))
+def _packed(x: Union[array, PackedMatrix], rows: int, dim: int) -> PackedMatrix:
+    return x if isinstance(x, PackedMatrix) else PackedMatrix(x, rows, dim)
 
 
-def dist_matmul_nt(x: array, w: Union[array, PackedMatrix], out: array, rows: int, inner: int,
-                   cols: int) -> None:
-    """Do what matmul_nt does; w may come packed."""
-    packed = w if isinstance(w, PackedMatrix) else PackedMatrix(w, cols, inner)
-    if rows == 1 and packed is w and cols and inner:
-        with contextlib.suppress(ArithmeticError, ValueError):
-            out[:] = array(out.typecode, packed.times(x))
-            return
-    for r, row in enumerate(dots(pack_rows(x, rows, inner), packed.tuples)):
+def _add_columns(out: array, columns: Iterable[List[float]], dim: int) -> None:
+    """Add columns of numbers to the columns of out, which often holds nothing yet."""
+    blank = out.tobytes() == bytes(len(out) * out.itemsize)
+    for c, column in enumerate(columns):
+        out[c::dim] = array(out.typecode,
+                            column if blank else list(map(add, out[c::dim], column)))
+
+
+def lane_matmul_nt(x: Matrix, w: Matrix, out: array, rows: int, inner: int, cols: int) -> None:
+    """Do what matmul_nt does; factors may come packed, here and below."""
+    x, w = _packed(x, rows, inner), _packed(w, cols, inner)
+    for r, row in enumerate(w.rows.times(x.rows)):
         out[r * cols:(r + 1) * cols] = array(out.typecode, row)
 
 
-def dist_matmul_nn(g: array, w: array, dx: array, rows: int, inner: int, cols: int) -> None:
+def lane_matmul_nn(g: Matrix, w: Matrix, dx: array, rows: int, inner: int, cols: int) -> None:
     """Do what matmul_nn does."""
-    _add_rows(dx, dots(pack_rows(g, rows, inner), pack_tuples(columns_of(w, cols))), cols)
+    g, w = _packed(g, rows, inner), _packed(w, inner, cols)
+    _add_columns(dx, g.rows.times(w.columns), cols)
 
 
-def dist_matmul_tn(g: array, x: array, dw: array, rows: int, inner: int, cols: int) -> None:
+def lane_matmul_tn(g: Matrix, x: Matrix, dw: array, rows: int, inner: int, cols: int) -> None:
     """Do what matmul_tn does."""
-    columns = pack_tuples(columns_of(g, rows))
-    _add_rows(dw, dots(columns, pack_tuples(columns_of(x, cols))), cols)
+    g, x = _packed(g, inner, rows), _packed(x, inner, cols)
+    _add_columns(dw, g.columns.times(x.columns), cols)
 
 
 def map_add_scaled(x: array, out: array, n: int, scale: float) -> None:
     """Do what add_scaled does."""
-    scaled = x if scale == 1.0 else map(mul, x, repeat(scale))
-    out[:n] = array(out.typecode, map(add, out[:n], scaled))
+    scaled = x if scale == 1.0 else [scale * a for a in x]
+    out[:n] = array(out.typecode, list(map(add, out[:n], scaled)))
+
+
+def map_dot(x: array, y: array, n: int) -> float:
+    """Do what dot does."""
+    return sum(map(mul, x[:n], y[:n]))
 
 
 def map_gather_rows(table: array, ids: Sequence[int], out: array, rows: int, dim: int) -> None:
@@ -2067,7 +2138,7 @@ def map_rmsnorm_forward(x: array, out: array, inverse: array, rows: int, dim: in
     for r, row in enumerate(rows_of(x, dim)):
         length = dist(row, origin)
         inverse[r] = factor = 1.0 / sqrt(length * length / dim + eps)
-        out[r * dim:(r + 1) * dim] = array(out.typecode, map(mul, row, repeat(factor)))
+        out[r * dim:(r + 1) * dim] = array(out.typecode, [factor * x for x in row])
 
 
 def map_rmsnorm_backward(g: array, out: array, inverse: array, dx: array, rows: int,
@@ -2127,17 +2198,19 @@ def map_swiglu_backward(g: array, x: array, dx: array, rows: int, dim: int) -> N
 def dist_attention_forward(qkv: array, out: array, lse: array, starts: Sequence[int],
                            segments: int, heads: int, width: int) -> None:
     """Do what attention_forward does, one head of one segment at a time."""
-    dim = heads * width
+    dim, scale = heads * width, 1.0 / sqrt(width)
     for first, last in _filled(starts):
         for h in range(heads):
             q, k, v = (_head_rows(qkv, first, last, 3 * dim, part * dim + h * width, width)
                        for part in range(3))
             weights = []
-            for i, scores in enumerate(_causal_scores(q, k)):
-                lse[(first + i) * heads + h] = total = _log_sum_exp(scores)
-                weights.append(_padded([exp(s - total) for s in scores], last - first))
-            mixed = dots(pack_tuples(weights), pack_tuples(list(zip(*v))))
-            _set_head_rows(out, mixed, first, dim, h * width, width)
+            for i, scores in enumerate(_causal_dots(q, k)):
+                top = max(scores)
+                powers = [exp((s - top) * scale) for s in scores]
+                total = sum(powers)
+                lse[(first + i) * heads + h] = top * scale + log(total)
+                weights.append([p / total for p in powers])
+            _set_head_rows(out, _causal_mix(weights, v), first, dim, h * width, width)
 
 
 def dist_attention_backward(g: array, qkv: array, out: array, lse: array, dqkv: array,
@@ -2147,22 +2220,22 @@ def dist_attention_backward(g: array, qkv: array, out: array, lse: array, dqkv: 
     dim, scale = heads * width, 1.0 / sqrt(width)
     for first, last in _filled(starts):
         for h in range(heads):
-            size, at = last - first, h * width
+            at = h * width
             q, k, v = (_head_rows(qkv, first, last, 3 * dim, part * dim + at, width)
                        for part in range(3))
             dy = _head_rows(g, first, last, dim, at, width)
             common = map(sum, (map(mul, a, b) for a, b in
                                zip(dy, _head_rows(out, first, last, dim, at, width))))
             weights, slopes = [], []
-            passed = dots(pack_tuples(dy), pack_tuples(v))
-            for i, (scores, row, c) in enumerate(zip(_causal_scores(q, k), passed, common)):
+            for i, (scores, row, c) in enumerate(zip(_causal_dots(q, k), _causal_dots(dy, v),
+                                                     common)):
                 total = lse[(first + i) * heads + h]
-                p = [exp(s - total) for s in scores]
-                weights.append(_padded(p, size))
-                slopes.append(_padded([w * (d - c) * scale for w, d in zip(p, row)], size))
-            falls, spread = list(zip(*slopes)), list(zip(*weights))
-            for part, left, right in ((0, slopes, k), (1, falls, q), (2, spread, dy)):
-                moved = dots(pack_tuples(left), pack_tuples(list(zip(*right))))
+                weights.append([exp(s * scale - total) for s in scores])
+                slopes.append([w * (d - c) * scale for w, d in zip(weights[-1], row)])
+            falls, spread = _turned(slopes), _turned(weights)
+            for part, moved in ((0, _causal_mix(slopes, k)),
+                                (1, reversed(list(_causal_mix(falls, q[::-1])))),
+                                (2, reversed(list(_causal_mix(spread, dy[::-1]))))):
                 _add_head_rows(dqkv, moved, first, 3 * dim, part * dim + at, width)
 
 
@@ -2190,22 +2263,41 @@ def _add_head_rows(out: array, rows: Iterable[List[float]], first: int, stride: 
         out[part] = array(out.typecode, map(add, out[part], row))
 
 
-def _causal_scores(q: List[Tuple[float, ...]], k: List[Tuple[float, ...]]
-                   ) -> Iterator[List[float]]:
-    """Yield for each query its scaled scores with the keys up to its own row."""
-    queries, known, scale = pack_tuples(q), pack_tuples(k), 1.0 / sqrt(len(q[0]))
-    for i, (row, half) in enumerate(zip(*queries), 1):
-        near = zip(known.halves[:i], map(dist, repeat(row), known.rows[:i]))
-        yield [(half + h - 0.5 * d * d) * scale for h, d in near]
+def _causal_dots(a: List[Tuple[float, ...]], b: List[Tuple[float, ...]]) -> Iterator[List[float]]:
+    """Yield for each row of a its products with the rows of b up to its own."""
+    left, right = pack_tuples(a), pack_tuples(b)
+    for i, (row, half) in enumerate(zip(*left), 1):
+        near = zip(right.halves[:i], map(dist, repeat(row), right.rows))
+        yield [half + h - 0.5 * d * d for h, d in near]
+
+
+def _causal_mix(triangle: List[Sequence[float]], rows: List[Tuple[float, ...]]
+                ) -> Iterator[List[float]]:
+    """Yield for each row of a lower triangle the rows mixed by it.
+
+    So many rows at a time are filled up with zeros to one length, less than half of the square.
+    """
+    columns = list(zip(*rows))
+    for first in range(0, len(rows), MIXED_AT_ONCE):
+        some = triangle[first:first + MIXED_AT_ONCE]
+        length = len(some[-1])
+        filled = [(*row, *(0.0,) * (length - len(row))) for row in some]
+        yield from dots(pack_tuples(filled), pack_tuples([c[:length] for c in columns]))
+
+
+MIXED_AT_ONCE = 16
+
+
+def _turned(triangle: List[List[float]]) -> List[Tuple[float, ...]]:
+    """Return the columns of a lower triangle, last first and each from below: a lower triangle."""
+    size = len(triangle)
+    columns = zip(*[row + [0.0] * (size - len(row)) for row in reversed(triangle)])
+    return [column[:size - j] for j, column in enumerate(columns)][::-1]
 
 
 def _log_sum_exp(scores: Sequence[float]) -> float:
     top = max(scores)
     return top + log(sum([exp(s - top) for s in scores]))
-
-
-def _padded(row: List[float], size: int) -> Tuple[float, ...]:
-    return tuple(row) + (0.0,) * (size - len(row))
 
 
 def map_cross_entropy_forward(logits: array, targets: Sequence[int], lse: array, losses: array,
@@ -2232,8 +2324,8 @@ def map_adamw_step(w: array, g: array, m: array, v: array, first: int, n: int, r
                    beta1: float, beta2: float, eps: float, decay: float, fix1: float, fix2: float,
                    clip: float) -> None:
     """Do what adamw_step does, in three list comprehensions (0.25 µs a number, loops 0.7)."""
-    slopes = [x * clip for x in g[first:n]]
-    keep1, keep2 = 1.0 - beta1, 1.0 - beta2
+    slopes = g[first:n]
+    keep1, keep2 = (1.0 - beta1) * clip, (1.0 - beta2) * clip * clip
     firsts = [beta1 * a + keep1 * x for a, x in zip(m[first:n], slopes)]
     seconds = [beta2 * a + keep2 * x * x for a, x in zip(v[first:n], slopes)]
     step, left = rate * fix1, 1.0 - rate * decay
@@ -2244,8 +2336,8 @@ def map_adamw_step(w: array, g: array, m: array, v: array, first: int, n: int, r
 
 
 TWINS: Tuple[Tuple[str, Callable[..., Any]], ...] = (
-    ("matmul_nt", dist_matmul_nt), ("matmul_nn", dist_matmul_nn), ("matmul_tn", dist_matmul_tn),
-    ("add_scaled", map_add_scaled), ("gather_rows", map_gather_rows),
+    ("matmul_nt", lane_matmul_nt), ("matmul_nn", lane_matmul_nn), ("matmul_tn", lane_matmul_tn),
+    ("add_scaled", map_add_scaled), ("dot", map_dot), ("gather_rows", map_gather_rows),
     ("rmsnorm_forward", map_rmsnorm_forward), ("rmsnorm_backward", map_rmsnorm_backward),
     ("rope_turn", map_rope_turn), ("swiglu_forward", map_swiglu_forward),
     ("swiglu_backward", map_swiglu_backward), ("attention_forward", dist_attention_forward),
@@ -3076,6 +3168,13 @@ class VectorValue(Value):
             self.grad = self.engine.buffer(self.rows * self.dim)
         return self.grad
 
+    def add_grad(self, g: array, scale: float = 1.0) -> None:
+        """Add scale·g to the gradient."""
+        if self.grad is None and scale == 1.0:
+            self.grad = g[:]
+        else:
+            self.engine.add_scaled(g, self.grad_buffer(), len(g), scale)
+
     def release(self) -> None:
         """Forget the parents and the gradient, which has been pushed on."""
         super().release()
@@ -3199,14 +3298,15 @@ def linear(x: VectorValue, w: MatrixParam) -> VectorValue:
     if x.dim != w.dim:
         raise ValueError(f"{w.name} takes vectors of {w.dim}; found {x.dim}")
     engine, rows, inner, cols = x.engine, x.rows, x.dim, w.rows
-    out = VectorValue(engine, rows, cols)
-    engine.matmul_nt(x.data, w.packed(), out.data, rows, inner, cols)
+    out, packed = VectorValue(engine, rows, cols), engine.pack(x.data, rows, inner)
+    engine.matmul_nt(packed, w.packed(), out.data, rows, inner, cols)
 
     def push(g: array) -> None:
+        g = engine.pack(g, rows, cols)
         if x.needs_grad:
-            engine.matmul_nn(g, w.data, x.grad_buffer(), rows, cols, inner)
+            engine.matmul_nn(g, w.packed(), x.grad_buffer(), rows, cols, inner)
         if w.needs_grad:
-            engine.matmul_tn(g, x.data, w.grad_buffer(), cols, rows, inner)
+            engine.matmul_tn(g, packed, w.grad_buffer(), cols, rows, inner)
     out.connect([x, w], push)
     return out
 
@@ -3223,7 +3323,7 @@ def mixed(x: VectorValue, w: MatrixParam) -> VectorValue:
         if x.needs_grad:
             back = engine.buffer(rows * inner)
             engine.matmul_nt(g, w.packed(), back, rows, cols, inner)
-            engine.add_scaled(back, x.grad_buffer(), rows * inner, 1.0)
+            x.add_grad(back)
         if w.needs_grad:
             engine.matmul_tn(x.data, g, w.grad_buffer(), inner, rows, cols)
     out.connect([x, w], push)
@@ -3240,9 +3340,9 @@ def added(x: VectorValue, y: VectorValue, scale: float = 1.0) -> VectorValue:
 
     def push(g: array) -> None:
         if x.needs_grad:
-            engine.add_scaled(g, x.grad_buffer(), n, 1.0)
+            x.add_grad(g)
         if y.needs_grad:
-            engine.add_scaled(g, y.grad_buffer(), n, scale)
+            y.add_grad(g, scale)
     out.connect([x, y], push)
     return out
 
