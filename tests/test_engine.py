@@ -125,6 +125,21 @@ class EveryTwinDoesWhatItsKernelDoes(KernelCase):
                 self.compare("matmul_tn", typecode, (g, x, dw, rows, inner, cols),
                              1.0 + largest(g) * largest(x) * inner)
 
+    def test_dot(self):
+        for rng, typecode, make in self.each(45):
+            for n in (0, 1, 7, 33):
+                x, y = make(n + 2), make(n + 2)
+                size = 1e-30 + largest(x) * largest(y) * n
+                self.assertAlmostEqual(m.map_dot(x, y, n) / size, m.dot(x, y, n) / size, 5)
+
+    def test_softmax_row(self):
+        for rng, typecode, make in self.each(46):
+            for at, n in ((0, 1), (2, 7), (1, 33)):
+                slow, fast = (array(typecode, x) for x in [make(at + n + 1)] * 2)
+                total = m.softmax_row(slow, at, n, 0.5)
+                self.assertAlmostEqual(m.map_softmax_row(fast, at, n, 0.5), total, 5)
+                self.assert_near(fast, slow, CLOSE[typecode])
+
     def test_add_scaled(self):
         for rng, typecode, make in self.each(5):
             for n in (0, 1, 7, 16, 33):
