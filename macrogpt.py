@@ -3863,7 +3863,7 @@ def bits_per_character(model: GPT, ids: Sequence[int], characters: int, stride: 
 
 # A count that says when something was taken out of the entries, whoever did it and however.
 ENTRIES_TAKEN = """
-    CREATE TRIGGER IF NOT EXISTS entries_taken AFTER DELETE ON entries BEGIN
+    CREATE TRIGGER IF NOT EXISTS taken_from_entries AFTER DELETE ON entries BEGIN
         INSERT INTO settings(name, value) VALUES ('entries_taken', '1')
         ON CONFLICT(name) DO UPDATE SET value = CAST(value AS INTEGER) + 1; END;
 """
@@ -4161,6 +4161,18 @@ class Memory:
         """Return the keys of the first lines of all that is held out."""
         return {row[0] for row in self._rows("SELECT key FROM probes")}
 
+    def first_of_newest(self, chars: int) -> int:
+        """Return the id from which on entries may be counted: those hold at most chars in all."""
+        if (self._one("SELECT sum(length(text)) FROM entries WHERE NOT held_out") or 0) <= chars:
+            return 0
+        total, first = 0, 0
+        for first, size in self._rows("SELECT id, length(text) FROM entries WHERE NOT held_out "
+                                      "ORDER BY id DESC"):
+            total += size
+            if total > chars:
+                return first + 1
+        return first
+
     def candidates(self, stems: Sequence[str], limit: int = 200) -> List[Entry]:
         """Return entries that hold any word beginning with any of the stems, best first."""
         stems = [stem.replace("\0", "") for stem in stems[:MAX_QUERY_STEMS]]
@@ -4416,6 +4428,7 @@ class NgramMemory:
         self.tally = [[0] * (MANY + 1) for _ in range(order + 1)]  # [k][c]: counts of c
         self.size = 0
         self._rows: Dict[Tuple[int, ...], array] = {}
+        self._floor: List[float] = []  # p of every id after anything
         self._offs: Dict[int, Tuple[float, ...]] = {}
 
     def learn(self, ids: Sequence[int], context: Sequence[int] = ()) -> None:
@@ -4482,7 +4495,9 @@ class NgramMemory:
         """Return ln p of every id after a context of at most one id; kept until counts change."""
         row = self._rows.get(key)
         if row is None or len(row) != vocab:
-            chances = list(map(exp, self._row((), vocab))) if key else [1.0 / vocab] * vocab
+            if key:
+                self._row((), vocab)
+            chances = self._floor if key else [1.0 / vocab] * vocab
             found = self.tables[len(key)].get(key)
             if found is not None:
                 left, parts, _ = self._level(len(key), found)
@@ -4491,6 +4506,8 @@ class NgramMemory:
                     chances[token] += part
             if (len(self._rows) + 1) * vocab > ROW_NUMBERS:
                 self._rows.clear()
+            if not key:
+                self._floor = chances
             row = self._rows[key] = array("f", map(log, chances))
         return row
 
@@ -4920,6 +4937,20 @@ def _reply_nats(model: GPT, ids: Sequence[int], count: int) -> float:
     return total
 
 
+def next_logits_of(model: GPT,
+                   mixture: Optional[Mixture] = None) -> Callable[[Sequence[int]], Sequence[float]]:
+    """Return the function that generate_ids asks: of the mixture, or of the model alone."""
+    cache, history = model.new_cache(), deque(maxlen=SAID_ORDER)
+
+    def next_logits(new: Sequence[int]) -> Sequence[float]:
+        logits = model.feed(cache, new)
+        if mixture is None:
+            return logits
+        history.extend(new)
+        return mixture.mix(logits, tuple(history))
+    return next_logits
+
+
 def spoken(model: GPT, tokenizer: EvolvingTokenizer, ids: Sequence[int], config: Config,
            rng: random.Random, stops: Sequence[str] = ("\n",), mixture: Optional[Mixture] = None,
            trace: Optional[List[Said]] = None) -> Iterator[str]:
@@ -4927,18 +4958,14 @@ def spoken(model: GPT, tokenizer: EvolvingTokenizer, ids: Sequence[int], config:
 
     Without a mixture the model speaks alone; with one, what moved each token goes into trace.
     """
-    cache, decoder, gate = model.new_cache(), StreamDecoder(tokenizer), StopText(stops)
-    history: List[int] = []
-
-    def next_logits(new: Sequence[int]) -> Sequence[float]:
-        history.extend(new)
-        logits = model.feed(cache, new)
-        return mixture.mix(logits, tuple(history[-SAID_ORDER:])) if mixture else logits
-    stream = generate_ids(next_logits, ids, sampler_settings(config), rng,
+    decoder, gate = StreamDecoder(tokenizer), StopText(stops)
+    history = list(ids)
+    stream = generate_ids(next_logits_of(model, mixture), ids, sampler_settings(config), rng,
                           config.max_gen_tokens, frozenset([END_OF_TEXT]), min_tokens=1)
     for token in stream:
         if mixture is not None and trace is not None:
             trace.append(Said(tuple(history[-SAID_ORDER:]), token, tuple(mixture.shares(token))))
+            history.append(token)
         piece, stopped = gate.feed(tidied(decoder.feed(token)))
         if piece:
             yield piece
@@ -5086,6 +5113,85 @@ def _matrices(delta: Delta) -> List[MatrixParam]:
     return [matrix for adapter in delta.values() for matrix in (adapter.a, adapter.b)]
 
 
+def pack_mixer(mixer: Mixer) -> Layer:
+    """Return a mixer's weights as a layer whose manifest names what they belong to."""
+    numbers = array("f", mixer.numbers())
+    return Layer({"experts": EXPERTS, "order": mixer.order}, float_bytes(numbers))
+
+
+def load_mixer(config: Config, layers: Dict[str, Layer]) -> Mixer:
+    """Return the mixer that was fitted, or a fresh one where none fits these settings."""
+    mixer = Mixer(config.ngram_order)
+    if "mixer" in layers:
+        mixer.load(floats_of(layers["mixer"].data))
+    return mixer
+
+
+def count_documents(counts: NgramMemory, documents: Iterable[Sequence[int]],
+                    before: Sequence[int] = (END_OF_TEXT,)) -> List[int]:
+    """Let counts learn documents, each after the end of the last; return the end of them all."""
+    end = list(before)
+    for ids in documents:
+        counts.learn(ids, end)
+        end = [*end, *ids][-counts.order:]
+    return end
+
+
+def read_through(model: GPT, ids: Sequence[int], still: Mixture, live: Mixture,
+                 fit: bool = False) -> Iterator[Tuple[float, float, float, float]]:
+    """Yield nats for each of ids[1:]: of the model, the counts, the voice, and one that learns.
+
+    The one that learns, live, moves its weights and copies from what was read. With fit the other,
+    still, moves its weights as well; they may share a mixer.
+    """
+    softmax, vocab = model.engine.softmax_row, model.vocab_size
+    for at, logits in enumerate(predicted_rows(model, ids, model.shape.block_size // 2), 1):
+        history, token = tuple(ids[max(0, at - SAID_ORDER):at]), ids[at]
+        alone = softmax(logits[:], 0, vocab, 1.0) - logits[token]
+        still.mix(logits, history)
+        nats, counted = still.nats(token), -still.heard.log_p(token)
+        if fit:
+            still.learn(token)
+        live.mix(logits, history)
+        learning = live.nats(token)
+        live.learn(token)
+        live.copy.learn((token,), history)
+        yield alone, counted, nats, learning
+
+
+class EntryCounts:
+    """The entries of a memory, counted in the ids of its tokenizer.
+
+    They are counted anew at every start, which takes less than a second for a million characters,
+    and whenever something was taken out of the memory or the tokenizer has grown. So the counts
+    never know more than the entries do, and what was forgotten is forgotten here as well.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.counts = NgramMemory()
+        self._form: Tuple[Any, ...] = ()
+        self._last_id, self._end = 0, [END_OF_TEXT]
+
+    def follow(self, memory: Memory, tokenizer: EvolvingTokenizer, config: Config) -> NgramMemory:
+        """Return the counts of the entries as they are now; held-out ones are never counted."""
+        with self.lock:
+            form = (memory.entries_taken(), tokenizer.version, config.ngram_order,
+                    config.ngram_counts, config.ngram_chars)
+            if form != self._form:
+                self.counts = NgramMemory(config.ngram_order, config.ngram_counts)
+                self._last_id = memory.first_of_newest(config.ngram_chars) - 1
+                self._end, self._form = [END_OF_TEXT], form
+            fresh = memory.entries("e.id > ? AND NOT e.held_out", self._last_id)
+            if fresh:
+                documents = (document_ids(tokenizer, e.text, e.closed) for e in fresh)
+                self._end = count_documents(self.counts, documents, self._end)
+                self._last_id = fresh[-1].id
+            return self.counts
+
+
+INTERPRETED_MIX_CHARS = 2000  # held-out characters that fit the voice where kernels are slow
+COPIED_ENTRIES = 6            # entries that a reply may copy from
 SHORTEST_WARMUP = 100  # steps; a page of text is read more often than warmup_epochs says
 
 
@@ -5111,7 +5217,8 @@ class Student:
         self._ids: Dict[int, List[int]] = {}
         self._documents: List[List[Any]] = []
         self.dirty: Set[str] = set()
-        self._held_text = ""
+        self._held_text = self._mix_text = ""
+        self.mixer = layers.get("mixer")
         if "optimizer" in layers:
             load_moments(self._all_params(), layers["optimizer"])
 
@@ -5128,6 +5235,8 @@ class Student:
             documents = [[key, text, closed, bool(known) and key not in known]
                          for key, text, closed, _ in documents]
         self._documents, self._held_text = documents, held_out[:self.config.eval_chars]
+        slow = self.engine.name == "python"
+        self._mix_text = held_out[:INTERPRETED_MIX_CHARS if slow else self.config.held_out_chars]
         self.fresh_chars = sum(len(text) for _, text, _, fresh in documents if fresh)
         self.fresh_steps = self.config.micro_steps if self.fresh_chars else 0
         if self._begins_warmup(sum(len(text) for _, text, _, _ in documents)):
@@ -5258,6 +5367,25 @@ class Student:
         self.dirty.add("base")
         self.model.freeze()
 
+    def fit_voice(self) -> bool:
+        """Fit the weights of the voice's experts on held-out text; return whether there is any.
+
+        It is read twice side by side: with nothing to copy from, and copying from what was read.
+        """
+        config, ids = self.config, text_ids(self.tokenizer, self._mix_text)
+        if len(ids) < 2 or not config.mix_passes:
+            return False
+        counts = NgramMemory(config.ngram_order, config.ngram_counts)
+        count_documents(counts, self._ids.values())
+        mixer = Mixer(config.ngram_order)
+        for _ in range(config.mix_passes):
+            still, live = (Mixture(self.engine, counts, mixer) for _ in range(2))
+            deque(read_through(self.model, ids, still, live, fit=True), maxlen=0)
+        with self.guard:
+            self.mixer = pack_mixer(mixer)
+            self.dirty.add("mixer")
+        return True
+
     def snapshot(self) -> Tuple[Growth, Dict[str, Layer]]:
         """Return all that changed since the last snapshot and must be committed."""
         with self.guard:
@@ -5267,6 +5395,8 @@ class Student:
                 layers["base"] = pack_params(list(self.model.params.values()))
             if self.best is not None:
                 layers["best"] = self.best
+            if self.mixer is not None:
+                layers["mixer"] = self.mixer
             for name, delta in zip(self.delta_names, self.model.deltas):
                 if name in self.dirty:
                     sealed = name != self.delta_names[-1]
@@ -5276,7 +5406,8 @@ class Student:
 
     def layer_names(self) -> List[str]:
         """Return the names of the layers that are part of it now."""
-        return ["tokenizer", "base", "optimizer", *self.delta_names] + ["best"] * bool(self.best)
+        return ["tokenizer", "base", "optimizer", *self.delta_names] + [
+            name for name, layer in (("best", self.best), ("mixer", self.mixer)) if layer]
 
 
 class Job:
@@ -5437,6 +5568,8 @@ class TrainerChild:
             learned = job.close()
             self._report(job, report)
             self._snapshot(learned)
+            if (job.warming or job.student.mixer is None) and job.student.fit_voice():
+                self._snapshot([])
             self._send("done")
         elif self.clock() - self.saved_at > job.student.config.commit_seconds:
             self._snapshot([])
@@ -5535,6 +5668,8 @@ class Organism:
         self.session, self.seeded, self.replies = session, seeded, 0
         self.last: Optional[Reply] = None
         self.last_ids: Tuple[int, int] = (0, 0)
+        self.trace: Optional[Trace] = None
+        self._entry_counts, self._mixer = EntryCounts(), Mixer(config.ngram_order)
         self.changed = threading.Condition()
         self.growth = Growth(**memory.setting("growth", {}))
         self.progress: Dict[str, Any] = {}
@@ -5605,6 +5740,8 @@ class Organism:
         memory, share = self.memory, self.config.held_out_share
         known = memory.probe_keys()
         if not known or len(added) >= BIG_ADDITION:
+            size = sum(len(d.text) for d in added)
+            share = min(share, self.config.held_out_chars / max(1, size))
             chosen = [d for d in added if is_held_out(d, share)]
             if len(chosen) < len(added):
                 fresh = {line_key(d.lines[0].casefold()) for d in chosen}
@@ -5616,11 +5753,32 @@ class Organism:
 
     def voice(self) -> Tuple[EvolvingTokenizer, GPT]:
         """Return tokenizer and model as last committed; between two replies they may change."""
-        if self._voice is None or self._voice_old:
-            self._voice_old = False
-            self._voice = build_model(self.config, self.memory.layers(), self.engine,
-                                      prefer_best=self.growth.phase == "warmup")
-        return self._voice
+        with self._entry_counts.lock:
+            if self._voice is None or self._voice_old:
+                self._voice_old, layers = False, self.memory.layers()
+                self._voice = build_model(self.config, layers, self.engine,
+                                          prefer_best=self.growth.phase == "warmup")
+                self._mixer = load_mixer(self.config, layers)
+            return self._voice
+
+    def counts(self) -> NgramMemory:
+        """Return the counts of all entries, in the ids of the voice's tokenizer."""
+        with self._entry_counts.lock:
+            tokenizer, _ = self.voice()
+            return self._entry_counts.follow(self.memory, tokenizer, self.config)
+
+    def mixer(self) -> Mixer:
+        """Return the weights of the voice's experts, as they were fitted."""
+        self.voice()
+        if self._mixer.order != self.config.ngram_order:
+            self._mixer = load_mixer(self.config, self.memory.layers())
+        return self._mixer
+
+    def mixture(self, texts: Iterable[Sequence[int]] = ()) -> Optional[Mixture]:
+        """Return the whole voice, which may copy from texts; None if the model is to be alone."""
+        if not self.config.mix:
+            return None
+        return Mixture(self.engine, self.counts(), self.mixer(), copyist(texts))
 
     def _refresh(self) -> None:
         """Notice weights that another process has committed to the same memory."""
@@ -5696,12 +5854,21 @@ class Organism:
         tokenizer, model = self.voice()
         budget = max(8, self.config.block_size * 3 // 4)
         ids = prompt_ids(tokenizer, turns, text, budget)
-        first = True
-        for piece in spoken(model, tokenizer, ids, self.config, rng):
+        first, sources = True, self._sources(text, tokenizer)
+        mixture = self.mixture(words for _, words in sources)
+        self.trace = Trace(model, tokenizer, ids, sources) if mixture else None
+        said = self.trace.tokens if self.trace else None
+        for piece in spoken(model, tokenizer, ids, self.config, rng, ("\n",), mixture, said):
             piece = piece.lstrip() if first else piece
             first = first and not piece
             if piece:
                 yield piece
+
+    def _sources(self, text: str,
+                 tokenizer: EvolvingTokenizer) -> List[Tuple[Entry, List[int]]]:
+        """Return the entries that a reply to the text may copy from, and their ids."""
+        found = search(self.memory, text, COPIED_ENTRIES) if self.config.mix else []
+        return [(entry, document_ids(tokenizer, entry.text)) for entry in found]
 
     def _remember(self, text: str, source: str, session: Optional[int],
                   recall: bool = True) -> None:
@@ -5818,6 +5985,9 @@ class Organism:
                 self._bell.set()
             before = stamp
             self.read_once.set()
+            if self.trusts_model() and self.config.mix:  # so that no reply has to wait for it
+                with contextlib.suppress(MacroGPTError):
+                    await asyncio.to_thread(self.counts)
             await asyncio.sleep(0.1 if changed else self.config.tick_seconds)
 
     def _tell(self, notice: str) -> None:
@@ -6406,9 +6576,31 @@ def _repl_why(app: App, rest: str) -> List[str]:
     if last.source == "memory" and last.entry is not None:
         return [f"it came from memory, match {last.score:.2f}:", _entry_line(last.entry)]
     if last.source == "model":
-        growth = app.organism().growth
-        return [f"the model said it by itself, at step {growth.step}"]
+        return why_lines(app.organism().trace, app.organism().growth.step)
     return ["nothing in the memory fitted, and the model has not learned enough to try"]
+
+
+def why_lines(trace: Optional[Trace], step: int) -> List[str]:
+    """Return what moved a reply: the experts' shares, token by token, the entries, the deltas."""
+    if trace is None or not trace.tokens:
+        return [f"the model said it by itself, at step {step}"]
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in trace.expert_shares().items())
+    lines = [f"the voice said it, at step {step}: {shares}; by token, in nats above the average:",
+             " ".join(_why_token(trace, said) for said in trace.tokens)]
+    lines += [f"{count} tokens, {nats:.1f} nats copied from: {_entry_line(entry)}"
+              for entry, count, nats in trace.entry_shares()]
+    deltas = trace.delta_shares()
+    if deltas:
+        lines.append("delta layers, nats a token: " + ", ".join(
+            f"{i} {nats:+.2f}" for i, nats in enumerate(deltas)))
+    return lines
+
+
+def _why_token(trace: Trace, said: Said) -> str:
+    """Return a token with the experts that moved it by a tenth of a nat or more."""
+    text = json.dumps(trace.tokenizer.decode([said.token]), ensure_ascii=False)
+    moved = [f"{name}{nats:+.1f}" for name, nats in zip(EXPERTS, said.shares) if abs(nats) >= 0.1]
+    return f"{text}({' '.join(moved)})"
 
 
 def _repl_judge(good: bool) -> Callable[[App, str], List[str]]:
@@ -6594,8 +6786,8 @@ def command_generate(app: App, words: List[str]) -> int:
         app.terminal.note("nothing has been learned yet, so this is noise; run `train` first")
     ids = [END_OF_TEXT] + tokenizer.encode(" ".join(words))
     app.terminal.say(" ".join(words), end="")
-    cache, decoder = model.new_cache(), StreamDecoder(tokenizer)
-    stream = generate_ids(lambda new: model.feed(cache, new), ids, sampler_settings(app.config),
+    decoder, mixture = StreamDecoder(tokenizer), organism.mixture()
+    stream = generate_ids(next_logits_of(model, mixture), ids, sampler_settings(app.config),
                           random.Random(app.config.seed),
                           app.options.tokens or app.config.max_gen_tokens)
     for token in stream:
@@ -6694,18 +6886,25 @@ def command_eval(app: App, words: List[str]) -> int:
     if not text:
         raise CorpusError(f"{words[0]} is empty: there is nothing to predict; name a text file")
     tokenizer, model = app.organism().voice()
-    ids = text_ids(tokenizer, text)
-    nats, total = 0.0, max(1, len(ids) // (model.shape.block_size // 2 * 4))
-    for i, part in enumerate(scored_nats(model, ids, model.shape.block_size // 2), 1):
-        nats += part
-        app.terminal.status(f"{min(1.0, i / total):4.0%} of {len(ids)} tokens")
+    ids, organism = text_ids(tokenizer, text), app.organism()
+    learning = Mixer(app.config.ngram_order)
+    learning.load(organism.mixer().numbers())
+    still, live = (Mixture(organism.engine, organism.counts(), mixer)
+                   for mixer in (organism.mixer(), learning))
+    totals = [0.0] * 4
+    for i, nats in enumerate(read_through(model, ids, still, live)):
+        totals = list(map(add, totals, nats))
+        if i % 500 == 0:
+            app.terminal.status(f"{i / len(ids):4.0%} of {len(ids)} tokens")
     app.terminal.end_status()
-    bpc = nats / math.log(2.0) / len(text)
-    # the voice predicts with the GPT alone as yet, and does not learn while it reads
-    facts = {"characters": len(text), "tokens": len(ids) - 1, "gpt_bpc": bpc, "voice_bpc": bpc,
-             "voice_adaptive_bpc": None}
-    app.report(facts, [f"{len(text)} characters, {len(ids) - 1} tokens: "
-                       f"{bpc:.4f} bits per character"])
+    names = ("gpt_bpc", "ngram_bpc", "voice_bpc", "voice_adaptive_bpc")
+    bpc = {name: nats / math.log(2.0) / len(text) for name, nats in zip(names, totals)}
+    facts = {"characters": len(text), "tokens": len(ids) - 1, **bpc}
+    app.report(facts, [
+        f"{len(text)} characters, {len(ids) - 1} tokens: {bpc['gpt_bpc']:.4f} bits per character "
+        f"by the model alone, {bpc['ngram_bpc']:.4f} by the counts alone, "
+        f"{bpc['voice_bpc']:.4f} by the whole voice, {bpc['voice_adaptive_bpc']:.4f} when it "
+        f"learns while it reads"])
     return 0
 
 
