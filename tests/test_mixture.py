@@ -1,10 +1,13 @@
 """Claims about the counts that learn in one reading (section 11) and the one voice (section 12)."""
+import json
 import math
 import random
 import unittest
+import unittest.mock
 from array import array
 
 import macrogpt as m
+from support import Folder
 
 VOCAB = 40
 
@@ -152,6 +155,22 @@ class CountsLearnInOneReading(unittest.TestCase):
         memory.learn([2, 7])
         self.assertGreater(memory.expect((2,), 8).log_p(7), before + 1.0)
 
+    def test_what_is_learned_between_two_looks_still_sums_to_1_and_is_nearly_counted_anew(self):
+        rng = random.Random(10)
+        ids = text_of(rng, 3000)
+        memory = learned(ids[:2000])
+        for at in range(2000, 3000):
+            memory.expect(tuple(ids[at - 3:at]), VOCAB)
+            memory.learn(ids[at:at + 1], ids[at - 3:at])
+        anew = learned(ids)
+        self.assertEqual(tables_of(memory), tables_of(anew))
+        for _ in range(50):
+            history = tuple(rng.choices(range(VOCAB), k=3))
+            found = chances(memory.expect(history, VOCAB))
+            self.assertAlmostEqual(sum(found), 1.0, 5)
+            for a, b in zip(found, chances(anew.expect(history, VOCAB))):
+                self.assertAlmostEqual(a, b, delta=0.12 * b + 0.001)
+
     def test_it_stays_within_its_bound_and_still_sums_to_1(self):
         rng = random.Random(7)
         memory = m.NgramMemory(3, max_counts=1000)
@@ -233,12 +252,15 @@ class OneVoiceOfThree(VoiceCase):
                 mean = sum(math.exp(p) * x for p, x in zip(wanted, row))
                 self.assertAlmostEqual(slope, row[token] - mean, 3)
 
-    def test_shares_add_up_to_how_far_the_token_stands_above_the_average(self):
+    def test_shares_are_what_each_expert_gives_the_token_over_its_likeliest_rival(self):
         for mixture, logits, history in self.each():
             token = self.rng.randrange(VOCAB)
-            wanted, _, _ = naive_mixture(mixture, logits, history)
-            mean = sum(math.exp(p) * p for p in wanted)
-            self.assertAlmostEqual(sum(mixture.shares(token)), wanted[token] - mean, 3)
+            wanted, rows, weights = naive_mixture(mixture, logits, history)
+            rival = max((i for i in range(VOCAB) if i != token), key=wanted.__getitem__)
+            shares = mixture.shares(token)
+            self.assertAlmostEqual(sum(shares), wanted[token] - wanted[rival], 3)
+            for share, weight, row in zip(shares, weights, rows):
+                self.assertAlmostEqual(share, weight * (row[token] - row[rival]), 3)
 
     def test_a_step_of_learning_makes_what_came_likelier(self):
         for mixture, logits, history in self.each():
@@ -302,6 +324,288 @@ class WeightsAreKept(VoiceCase):
         for bad in ([], numbers[:-1], m.Mixer(2).numbers(), [math.nan] * len(numbers)):
             self.assertFalse(self.mixer.load(bad))
             self.assertEqual(self.mixer.numbers(), fresh)
+
+
+class CountsAreKept(unittest.TestCase):
+    def test_stored_counts_come_back_as_they_were_and_go_on_learning(self):
+        for order, lowest in ((3, 0), (1, 0), (5, 1)):
+            rng = random.Random(order)
+            ids = text_of(rng, 800)
+            memory = learned(ids, order, lowest=lowest)
+            again = m.NgramMemory.unpack(memory.pack())
+            for one in (memory, again):
+                one.learn([1, 2, 3, 1, 2, 3], ids)
+            self.assertEqual(again.tables, memory.tables)
+            self.assertEqual((again.tally, again.size), (memory.tally, memory.size))
+            history = tuple(ids[-order:])
+            self.assertEqual(chances(again.expect(history, VOCAB)),
+                             chances(memory.expect(history, VOCAB)))
+
+    def test_nothing_learned_is_stored_as_nothing(self):
+        again = m.NgramMemory.unpack(m.NgramMemory(2).pack())
+        self.assertEqual((again.size, again.order, again.tables), (0, 2, [{}, {}, {}]))
+
+    def test_what_is_no_stored_counts_is_refused_with_a_value_error(self):
+        good = learned(list(range(50))).pack()
+        raw = m.zlib.decompress(good)
+        for bad in (b"", b"junk", good[:-7], m.zlib.compress(b"{}\n"), m.zlib.compress(b"[]\n"),
+                    m.zlib.compress(raw[:-4]), m.zlib.compress(raw + b"\0" * 4),
+                    m.zlib.compress(raw.replace(b"ngrams 1", b"ngrams 9"))):
+            with self.assertRaises(ValueError):
+                m.NgramMemory.unpack(bad)
+
+
+def document(text, closed=True):
+    return m.Document(tuple(text.splitlines()), closed)
+
+
+class TheEntriesAreCounted(unittest.TestCase):
+    def setUp(self):
+        self.memory, self.tokenizer = m.Memory(":memory:"), m.EvolvingTokenizer()
+        self.addCleanup(self.memory.close)
+        self.config, self.follower = m.Config(), m.EntryCounts()
+        for i in range(30):
+            self.memory.add_entry("corpus", document(f"line {i} of a ferry\nand {i * i} more",
+                                                     closed=i % 3 > 0))
+
+    def follow(self, follower=None):
+        return (follower or self.follower).follow(self.memory, self.tokenizer, self.config)
+
+    def assert_as_counted_anew(self):
+        found, anew = self.follow(), self.follow(m.EntryCounts())
+        self.assertEqual(found.tables, anew.tables)
+        self.assertEqual(found.tally, anew.tally)
+
+    def holds(self, text):
+        """Return whether the counts have met these characters one after the other."""
+        ids = self.tokenizer.encode(text)
+        tables = tables_of(self.follow())
+        return all(ids[i + 3] in tables.get(tuple(ids[i:i + 3]), {}) for i in range(len(ids) - 3))
+
+    def test_what_is_added_is_counted_as_if_it_had_always_been_there(self):
+        self.follow()
+        self.memory.add_entry("chat", document("the heron sleeps by the mill"))
+        self.assertTrue(self.holds("heron sleeps"))
+        self.assert_as_counted_anew()
+
+    def test_nothing_held_out_is_counted(self):
+        self.memory.add_entry("corpus", document("quizzical xylophones"), held_out=True)
+        self.assertFalse(self.holds("xylophone"))
+        self.follow()
+        self.memory.add_entry("corpus", document("jumping wizards"), held_out=True)
+        self.assertFalse(self.holds("wizard"))
+
+    def test_what_is_forgotten_is_counted_no_more_even_where_its_id_is_given_again(self):
+        self.memory.add_entry("taught", document("my cat is called Biscuit"))
+        self.assertTrue(self.holds("Biscuit"))
+        self.follower.keep(self.memory)
+        m.forget(self.memory, "my cat is called Biscuit")
+        self.memory.add_entry("taught", document("rain at noon"))
+        self.assertFalse(self.holds("Biscuit"))
+        self.assertTrue(self.holds("at noon"))
+        self.assert_as_counted_anew()
+
+    def test_stored_counts_go_when_an_entry_is_taken_out(self):
+        with unittest.mock.patch.object(m, "KEPT_COUNT_CHARS", 1):
+            self.follow()
+            self.follower.keep(self.memory)
+        self.assertIn("ngrams", self.memory.layers())
+        self.memory.remove_entries("corpus", [document("line 4 of a ferry\nand 16 more").key])
+        self.assertNotIn("ngrams", self.memory.layers())
+
+    def test_merges_learned_later_count_everything_anew(self):
+        self.follow()
+        self.tokenizer.learn_merges(["a ferry and more"] * 9, 5)
+        self.assertTrue(self.holds("of a ferry"))
+        self.assert_as_counted_anew()
+
+    def test_stored_counts_are_taken_up_and_what_came_since_is_added(self):
+        with unittest.mock.patch.object(m, "KEPT_COUNT_CHARS", 1):
+            self.follow()
+            self.follower.keep(self.memory)
+        self.memory.add_entry("chat", document("the moon over the sea"))
+        other = m.EntryCounts()
+        with unittest.mock.patch.object(m.NgramMemory, "unpack", wraps=m.NgramMemory.unpack) as used:
+            found = self.follow(other)
+        self.assertEqual(used.call_count, 1)
+        self.assertTrue(self.holds("moon over"))
+        self.assertEqual(found.tables, self.follow().tables)
+
+    def test_stored_counts_that_cannot_be_read_are_counted_anew(self):
+        with unittest.mock.patch.object(m, "KEPT_COUNT_CHARS", 1):
+            self.follow()
+            self.follower.keep(self.memory)
+        layer = self.memory.layers()["ngrams"]
+        self.memory.save_layers({"ngrams": layer._replace(data=b"not counts")})
+        self.assertEqual(self.follow(m.EntryCounts()).tables, self.follow().tables)
+
+    def test_broken_off_it_begins_anew(self):
+        stops = iter([False] * 7)
+        self.follower.follow(self.memory, self.tokenizer, self.config,
+                             lambda: next(stops, True))
+        self.assert_as_counted_anew()
+
+    def test_only_the_newest_characters_are_counted(self):
+        self.config = m.Config(ngram_chars=60)
+        self.assertTrue(self.holds("line 29"))
+        self.assertFalse(self.holds("line 3 of"))
+        self.config = m.Config(ngram_chars=0)
+        self.assertEqual(self.follow(m.EntryCounts()).size, 0)
+
+
+class ReadingAText(VoiceCase):
+    def setUp(self):
+        super().setUp()
+        config = m.Config(n_layer=1, n_embd=16, n_head=2, block_size=24)
+        self.model = m.GPT(m.Shape.of(config), VOCAB, self.engine, random.Random(2))
+
+    def test_rows_are_those_that_the_score_of_the_model_alone_is_made_of(self):
+        for length in (2, 5, 24, 25, 26, 37, 90):
+            ids = self.ids[:length]
+            rows = list(m.predicted_rows(self.model, ids, 12))
+            self.assertEqual(len(rows), length - 1)
+            nats = sum(math.log(sum(map(math.exp, row))) - row[token]
+                       for row, token in zip(rows, ids[1:]))
+            self.assertAlmostEqual(nats, sum(m.scored_nats(self.model, ids, 12)), 2)
+        self.assertEqual(list(m.predicted_rows(self.model, [1], 12)), [])
+
+    def read(self, ids, fit=False):
+        still, live = (m.Mixture(self.engine, self.counts, mixer)
+                       for mixer in (self.mixer, self.mixer if fit else m.Mixer(3)))
+        return [sum(part) for part in zip(*m.read_through(self.model, ids, still, live, fit))]
+
+    def test_reading_without_fitting_learns_nothing(self):
+        before, counts = self.mixer.numbers(), self.counts.pack()
+        first = self.read(self.ids[:120])
+        self.assertEqual(self.read(self.ids[:120]), first)
+        self.assertEqual((self.mixer.numbers(), self.counts.pack()), (before, counts))
+
+    def test_fitted_weights_read_better_and_one_that_learns_reads_repetitions_best(self):
+        text = text_of(random.Random(9), 60) * 4
+        before = self.read(text)
+        for _ in range(3):
+            self.read(text, fit=True)
+        after = self.read(text)
+        self.assertLess(after[2], before[2])
+        self.assertLess(before[3], 0.8 * before[2])
+
+    def test_fitted_weights_are_a_layer_that_comes_back(self):
+        self.read(self.ids[:100], fit=True)
+        again = m.load_mixer(m.Config(), {"mixer": m.pack_mixer(self.mixer)})
+        for a, b in zip(again.numbers(), self.mixer.numbers()):
+            self.assertAlmostEqual(a, b, 3)
+        self.assertEqual(m.load_mixer(m.Config(ngram_order=2), {
+            "mixer": m.pack_mixer(self.mixer)}).numbers(), m.Mixer(2).numbers())
+
+
+class WhatMovedAReply(VoiceCase):
+    def setUp(self):
+        super().setUp()
+        self.tokenizer = m.EvolvingTokenizer()
+        self.config = m.Config(n_layer=1, n_embd=16, n_head=2, block_size=48, max_gen_tokens=12)
+        self.model = m.GPT(m.Shape.of(self.config), self.tokenizer.vocab_size, self.engine,
+                           random.Random(2))
+        memory = m.Memory(":memory:")
+        self.addCleanup(memory.close)
+        for text in ("the heron sleeps by the mill", "copper turns green"):
+            memory.add_entry("taught", document(text))
+        self.entries = memory.entries()
+
+    def speak(self):
+        """Return the trace of a reply that may copy from two entries, and its text."""
+        sources = [(e, m.document_ids(self.tokenizer, e.text)) for e in self.entries]
+        counts = m.NgramMemory(3)
+        mixer = m.Mixer(3)
+        for at in range(0, len(mixer.weights), 4):  # who copies, above all
+            mixer.weights[at:at + 4] = array("d", (0.3, 0.0, 0.1, 1.5))
+        mixture = m.Mixture(self.engine, counts, mixer, m.copyist(ids for _, ids in sources))
+        prompt = [m.END_OF_TEXT] + self.tokenizer.encode("the heron sl")
+        trace = m.Trace(self.model, self.tokenizer, prompt, sources)
+        text = "".join(m.spoken(self.model, self.tokenizer, prompt, self.config, random.Random(0),
+                                ("\n",), mixture, trace.tokens))
+        return trace, text
+
+    def test_every_token_said_is_traced_and_the_shares_sum_to_1(self):
+        trace, text = self.speak()
+        said = self.tokenizer.decode([said.token for said in trace.tokens])
+        self.assertEqual(said.partition("\n")[0], text)
+        shares = trace.expert_shares()
+        self.assertEqual(tuple(shares), m.EXPERTS)
+        self.assertAlmostEqual(sum(shares.values()), 1.0)
+
+    def test_the_entry_that_was_copied_is_named_first(self):
+        trace, text = self.speak()
+        self.assertTrue(text.startswith("eeps by"), text)
+        entry, tokens, nats = trace.entry_shares()[0]
+        self.assertEqual(entry.text, "the heron sleeps by the mill\n")
+        self.assertGreater(tokens, 3)
+        self.assertGreater(nats, 0.0)
+
+    def test_a_token_is_preceded_by_what_stood_before_it(self):
+        trace, _ = self.speak()
+        whole = trace.prompt + [said.token for said in trace.tokens]
+        for i, said in enumerate(trace.tokens, len(trace.prompt)):
+            self.assertEqual(said.before, tuple(whole[max(0, i - m.SAID_ORDER):i]))
+
+    def test_a_delta_of_no_effect_moved_nothing_and_others_are_measured_by_leaving_them_out(self):
+        self.assertEqual(self.speak()[0].delta_shares(), [])
+        self.model.append_delta(2, random.Random(1))
+        self.assertEqual([round(x, 6) for x in self.speak()[0].delta_shares()], [0.0])
+        for param in self.model.delta_params():
+            param.load(array("f", [0.3] * len(param.data)))
+        trace, _ = self.speak()
+        ids = trace.prompt + [said.token for said in trace.tokens]
+        with_it = m._reply_nats(self.model, ids, len(trace.tokens))
+        self.model.deltas.clear()
+        without = m._reply_nats(self.model, ids, len(trace.tokens))
+        self.model.append_delta(2, random.Random(1))
+        for param in self.model.delta_params():
+            param.load(array("f", [0.3] * len(param.data)))
+        self.assertAlmostEqual(trace.delta_shares()[0], (without - with_it) / len(trace.tokens), 4)
+
+    def test_why_is_said_in_lines_that_name_experts_tokens_and_entries(self):
+        trace, _ = self.speak()
+        lines = m.why_lines(trace, 7)
+        self.assertIn("step 7", lines[0])
+        for name in m.EXPERTS:
+            self.assertIn(name, lines[0])
+        self.assertIn("copy+", lines[1])
+        self.assertIn("the heron sleeps by the mill", lines[2])
+        self.assertNotIn("\n", "".join(lines))
+        self.assertEqual(m.why_lines(None, 3), ["the model said it by itself, at step 3"])
+
+
+class TheWholeProgram(Folder, unittest.TestCase):
+    def grown(self):
+        text = "".join(f"H: what is {w}?\nA: it is a kind of {w} by the sea\n\n"
+                       for w in "amber boats cliffs dunes eels foam gulls herons ice".split())
+        self.write("nonames.txt", text * 3)
+        self.run_here("train", "--set", "held_out_share=0.3")
+
+    def test_eval_reports_model_counts_voice_and_learning_voice(self):
+        self.grown()
+        self.write("held.txt", "H: what is kelp?\nA: it is a kind of kelp by the sea\n\n" * 9)
+        first, again = (json.loads(self.run_here("eval", "held.txt", "--json").stdout)
+                        for _ in range(2))
+        self.assertEqual(first, again)
+        self.assertLess(first["voice_bpc"], first["gpt_bpc"])
+        self.assertLess(first["voice_adaptive_bpc"], first["voice_bpc"])
+
+    def test_why_is_one_line_in_a_pipe(self):
+        self.grown()
+        done = self.run_here("--no-train", "--set", "trust_bpc=99", "--set", "recall_score=1",
+                             stdin=b"well it rains on and on\n/why\n")
+        lines = done.stdout.decode().splitlines()
+        self.assertEqual(len(lines), 2)
+        self.assertIn("the voice said it", lines[1])
+        for name in m.EXPERTS:
+            self.assertIn(name, lines[1])
+
+    def test_the_model_alone_speaks_where_mix_is_0(self):
+        self.grown()
+        done = self.run_here("--no-train", "--set", "trust_bpc=99", "--set", "recall_score=1",
+                             "--set", "mix=0", stdin=b"well it rains on and on\n/why\n")
+        self.assertIn("the model said it by itself", done.stdout.decode())
 
 
 if __name__ == "__main__":
