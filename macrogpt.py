@@ -215,7 +215,7 @@ class Config:
     trust_bpc: float = _setting(2.3, "held-out bits per character from which the model speaks", 0.0)
     # counts: 3 beat 2 by 0.03 bits per character on a million characters, 4 gained nothing
     ngram_order: int = _setting(3, "ids that the counts look back", 1, 8)
-    ngram_counts: int = _setting(800_000, "most counts kept, at about 100 bytes each", 1000)
+    ngram_counts: int = _setting(800_000, "most counts kept, at 100 to 200 bytes each", 1000)
     ngram_chars: int = _setting(2_000_000, "newest characters that are counted", 0)
     mix: int = _setting(1, "1: model and counts speak together; 0: the model by itself", 0, 1)
     mix_passes: int = _setting(2, "readings of held-out text that fit the voice's weights", 0, 100)
@@ -4632,7 +4632,8 @@ class NgramMemory:
 # A reply comes from one of three places, and says from which: an entry of the memory that fits the
 # question closely; the model, once it has learned enough to be trusted; or, before that, whatever
 # entry fits best. Words are compared by stems and weighed by how rare they are in the memory, so
-# that no list of words of any language is needed.
+# that no list of words of any language is needed. The model does not speak by itself: counts of all
+# that was read, and a copyist of the entries at hand, are weighed with it for every token.
 
 UNKNOWN_REPLY = "I do not know that yet. Tell me, and I will keep it."
 KEPT_REPLY = "I will keep that."
@@ -5505,7 +5506,7 @@ class Student:
         It is read twice side by side: with nothing to copy from, and copying from what was read.
         """
         config, ids = self.config, text_ids(self.tokenizer, self._mix_text)
-        if len(ids) < 2 or not config.mix_passes:
+        if not self._mix_text or not config.mix_passes:
             return False
         counts = NgramMemory(config.ngram_order, config.ngram_counts)
         count_documents(counts, self._ids.values())
@@ -6063,7 +6064,8 @@ class Organism:
         if self._thread is not None:
             self._thread.join(15.0)
             self._thread = None
-        self._entry_counts.keep(self.memory)
+        with contextlib.suppress(StoreError):  # what is not kept is counted anew at the next start
+            self._entry_counts.keep(self.memory)
 
     def learn_now(self, steps: Optional[int] = None, seconds: Optional[float] = None) -> None:
         """Learn everything there is, now, however little; or train for so many steps or seconds."""
@@ -6128,10 +6130,10 @@ class Organism:
                 self._bell.set()
             before = stamp
             self.read_once.set()
+            await asyncio.sleep(0.1 if changed else self.config.tick_seconds)
             if self.trusts_model() and self.config.mix:  # so that no reply has to wait for it
                 with contextlib.suppress(MacroGPTError):
                     await asyncio.to_thread(self._count_ahead)
-            await asyncio.sleep(0.1 if changed else self.config.tick_seconds)
 
     def _tell(self, notice: str) -> None:
         """Keep a notice for the owner's next prompt, once."""

@@ -582,6 +582,40 @@ class TheWholeProgram(Folder, unittest.TestCase):
         self.write("nonames.txt", text * 3)
         self.run_here("train", "--set", "held_out_share=0.3")
 
+    def test_of_a_large_text_no_more_is_held_out_than_fits_the_weights(self):
+        self.write("nonames.txt", "".join(f"This is the passage of number {i}.\n\n"
+                                          for i in range(900)))
+        for chars, low, high in ((1000, 300, 2200), (10 ** 6, 2000, 5000)):
+            config = m.Config(corpus_path=self.corpus, held_out_chars=chars)
+            memory = m.Memory(":memory:")
+            self.addCleanup(memory.close)
+            m.Organism(config, memory, m.choose_engine("python")).take_in_corpus()
+            held = sum(len(entry.text) for entry in memory.entries("held_out"))
+            self.assertTrue(low <= held <= high, held)
+
+    def student(self, *more, layers=()):
+        config = m.Config(n_layer=1, n_embd=16, n_head=2, block_size=24)
+        student = m.Student(config, m.Growth(), dict(layers), m.choose_engine("python"))
+        documents = [[i, f"the ferry of pier {i} leaves at {i}\n", True, False] for i in range(40)]
+        student.take_text(documents, *more)
+        return student
+
+    def test_the_student_fits_the_voice_on_held_out_text_and_keeps_it(self):
+        student = self.student("the ferry of pier 70 leaves at 70\n")
+        self.assertNotIn("mixer", student.layer_names())
+        self.assertTrue(student.fit_voice())
+        self.assertIn("mixer", student.layer_names())
+        _, layers = student.snapshot()
+        fitted = m.load_mixer(student.config, layers)
+        self.assertNotEqual(fitted.numbers(), m.Mixer(3).numbers())
+        again = self.student("", layers={"mixer": layers["mixer"]})
+        self.assertIn("mixer", again.layer_names())
+
+    def test_without_held_out_text_nothing_is_fitted(self):
+        student = self.student("")
+        self.assertFalse(student.fit_voice())
+        self.assertNotIn("mixer", student.layer_names())
+
     def test_eval_reports_model_counts_voice_and_learning_voice(self):
         self.grown()
         self.write("held.txt", "H: what is kelp?\nA: it is a kind of kelp by the sea\n\n" * 9)
