@@ -4544,12 +4544,13 @@ class NgramMemory:
                 numbers.byteswap()
             memory = cls(len(fields["sizes"]) - 1, max_counts, fields["lowest"])
             memory.tally, memory.size = fields["tally"], fields["size"]
-            rest = iter(numbers)
+            shared = list(range(max(numbers, default=0) + 1))  # one object a number: half the size
+            rest = map(shared.__getitem__, numbers)
             for k, (once, often, _) in enumerate(fields["sizes"]):
                 memory.tables[k] = _read_table(rest, k, once, often)
             if sum(size for _, _, size in fields["sizes"]) != len(numbers):
                 raise ValueError("its length does not fit")
-        except (zlib.error, KeyError, TypeError) as error:
+        except (zlib.error, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"these are no stored counts ({error})") from error
         return memory
 
