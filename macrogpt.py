@@ -5353,6 +5353,7 @@ class Student:
         self.dirty: Set[str] = set()
         self._held_text = self._mix_text = ""
         self.mixer = layers.get("mixer")
+        self.mix_due = self.mixer is None
         if "optimizer" in layers:
             load_moments(self._all_params(), layers["optimizer"])
 
@@ -5501,10 +5502,11 @@ class Student:
         self.dirty.add("base")
         self.model.freeze()
 
-    def fit_voice(self) -> bool:
-        """Fit the weights of the voice's experts on held-out text; return whether there is any.
+    def fit_voice(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Fit the weights of the voice's experts on held-out text; return whether that was done.
 
         It is read twice side by side: with nothing to copy from, and copying from what was read.
+        Broken off, or without such text, it changes nothing.
         """
         config, ids = self.config, text_ids(self.tokenizer, self._mix_text)
         if not self._mix_text or not config.mix_passes:
@@ -5514,9 +5516,11 @@ class Student:
         mixer = Mixer(config.ngram_order)
         for _ in range(config.mix_passes):
             still, live = (Mixture(self.engine, counts, mixer) for _ in range(2))
-            deque(read_through(self.model, ids, still, live, fit=True), maxlen=0)
+            for _ in read_through(self.model, ids, still, live, fit=True):
+                if should_stop():
+                    return False
         with self.guard:
-            self.mixer = pack_mixer(mixer)
+            self.mixer, self.mix_due = pack_mixer(mixer), False
             self.dirty.add("mixer")
         return True
 
@@ -5702,7 +5706,8 @@ class TrainerChild:
             learned = job.close()
             self._report(job, report)
             self._snapshot(learned)
-            if (job.warming or job.student.mixer is None) and job.student.fit_voice():
+            job.student.mix_due |= job.warming
+            if job.student.mix_due and job.student.fit_voice(lambda: not self.inbox.empty()):
                 self._snapshot([])
             self._send("done")
         elif self.clock() - self.saved_at > job.student.config.commit_seconds:

@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import threading
 import unittest
 import unittest.mock
 from array import array
@@ -170,6 +171,16 @@ class CountsLearnInOneReading(unittest.TestCase):
             self.assertAlmostEqual(sum(found), 1.0, 5)
             for a, b in zip(found, chances(anew.expect(history, VOCAB))):
                 self.assertAlmostEqual(a, b, delta=0.12 * b + 0.001)
+
+    def test_one_thread_may_count_while_another_asks(self):
+        rng = random.Random(11)
+        memory, texts = learned(text_of(rng, 200)), [text_of(rng, 50) for _ in range(200)]
+        counting = threading.Thread(target=lambda: [memory.learn(ids) for ids in texts])
+        counting.start()
+        while counting.is_alive():
+            history = tuple(rng.choices(range(VOCAB), k=3))
+            self.assertAlmostEqual(sum(chances(memory.expect(history, VOCAB))), 1.0, 5)
+        counting.join()
 
     def test_it_stays_within_its_bound_and_still_sums_to_1(self):
         rng = random.Random(7)
@@ -610,6 +621,15 @@ class TheWholeProgram(Folder, unittest.TestCase):
         self.assertNotEqual(fitted.numbers(), m.Mixer(3).numbers())
         again = self.student("", layers={"mixer": layers["mixer"]})
         self.assertIn("mixer", again.layer_names())
+
+    def test_a_fit_that_is_broken_off_changes_nothing_and_stays_due(self):
+        student = self.student("the ferry of pier 70 leaves at 70\n")
+        stops = iter([False] * 5)
+        self.assertFalse(student.fit_voice(lambda: next(stops, True)))
+        self.assertTrue(student.mix_due)
+        self.assertNotIn("mixer", student.layer_names())
+        self.assertTrue(student.fit_voice())
+        self.assertFalse(student.mix_due)
 
     def test_without_held_out_text_nothing_is_fitted(self):
         student = self.student("")
