@@ -18,11 +18,11 @@ from support import ROOT, Folder
 
 TWINS = dict(m.TWINS)
 KERNELS = {kernel.__name__: kernel for kernel in m.KERNELS}
-PARTS = {"multiply_adds", "put_part", "put8", "multiply", "clear", "copy_block", "tile_scores", "tile_mix",
-         "tile_spread", "softmax_row", "slopes_row", "add_rows", "attention_forward_tiled",
-         "attention_backward_tiled", "exponential", "sigmoid", "row_product", "normed_row",
-         "decode_block", "decode_head", "penalise", "penalise_repeats", "largest", "softened",
-         "typical_part", "sample_token"}  # of compiled engines: tested as what they are parts of
+PARTS = {"multiply_adds", "put_part", "put8", "multiply", "clear", "copy_block", "tile_scores",
+         "tile_mix", "tile_spread", "softmax_row", "softmax", "slopes_row", "add_rows",
+         "attention_forward_tiled", "attention_backward_tiled", "exponential", "sigmoid",
+         "row_product", "normed_row", "decode_block", "decode_head", "penalise", "penalise_repeats",
+         "largest", "softened", "typical_part", "sample_token"}  # of what compiled engines do
 CLOSE = {"f": 3e-6, "d": 1e-10}
 SHAPES = [(1, 1, 1), (1, 7, 3), (5, 1, 1), (3, 9, 13), (8, 8, 8), (2, 3, 1), (0, 3, 2), (11, 5, 17),
           (4, 3, 0)]  # rows, inner, columns
@@ -141,6 +141,21 @@ class EveryTwinDoesWhatItsKernelDoes(KernelCase):
                                 rows, inner, cols)
                     size = 1.0 + largest(a) * largest(b) * inner
                     self.assert_near(fast, slow, CLOSE[typecode] * size, (name, shape, cols))
+
+    def test_dot(self):
+        for rng, typecode, make in self.each(45):
+            for n in (0, 1, 7, 33):
+                x, y = make(n + 2), make(n + 2)
+                size = 1e-30 + largest(x) * largest(y) * n
+                self.assertAlmostEqual(m.map_dot(x, y, n) / size, m.dot(x, y, n) / size, 5)
+
+    def test_softmax(self):
+        for rng, typecode, make in self.each(46):
+            for n in (1, 7, 33):
+                slow, fast = (array(typecode, x) for x in [make(n + 1)] * 2)
+                total = m.softmax(slow, n)
+                self.assertAlmostEqual(m.map_softmax(fast, n), total, 5)
+                self.assert_near(fast, slow, CLOSE[typecode])
 
     def test_add_scaled(self):
         for rng, typecode, make in self.each(5):
