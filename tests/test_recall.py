@@ -1,0 +1,202 @@
+"""Claims about what is told, asked for in other words, never told, and small talk.
+
+The sentences are in recall_cases.txt: facts with questions, questions about what nobody told,
+ordinary talk, and facts that change. Thresholds lie a little under what was measured.
+"""
+import os
+import random
+import unittest
+
+import macrogpt as m
+from support import ROOT, Folder
+
+CASES = os.path.join(ROOT, "tests", "recall_cases.txt")
+
+
+def cases(tag):
+    """Return the fields of every line with that tag."""
+    with open(CASES, encoding="utf-8") as file:
+        return [[part.strip() for part in line[2:].split("|")]
+                for line in file if line.startswith(tag + " ")]
+
+
+def facts_with_questions():
+    """Yield (fact, what its answer holds, question)."""
+    with open(CASES, encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("F "):
+                fact, answer = (part.strip() for part in line[2:].split("|"))
+            elif line.startswith("Q "):
+                yield fact, answer, line[2:].strip()
+
+
+class Clock:
+    """A clock that ticks once a look."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        self.now += 1.0
+        return self.now
+
+
+def memory_of(*told, source="chat"):
+    """Return a memory that has read the project's corpus and was told the sentences."""
+    memory = m.Memory(":memory:", Clock())
+    with memory.transaction():
+        for document in m.read_corpus(os.path.join(ROOT, "nonames.txt")).documents:
+            memory.add_entry("corpus", document)
+        for text in told:
+            memory.add_entry(source, m.Document((text,), True))
+    return memory
+
+
+def answer(memory, text):
+    """Return what memory answers by itself, or None."""
+    return m.recollection(memory, text, random.Random(0), m.Config.recall_score)[0]
+
+
+def is_a_fact(fit):
+    """Return whether an answer is a told or written statement, not a turn of an exchange."""
+    return fit is not None and not m.is_exchange(fit.entry)
+
+
+class Remembering(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.memory = memory_of(*(fact for fact, _ in cases("F")))
+
+    def share(self, rows):
+        """Return the share of (passed, what) that passed, and the others as text."""
+        failed = [what for passed, what in rows if not passed]
+        return 1.0 - len(failed) / len(rows), "\n".join(failed)
+
+    def test_what_was_told_is_answered_in_other_words(self):
+        share, failed = self.share([
+            (fit is not None and key.lower() in fit.answer.lower(), f"{asked} -> {fit and fit.answer}")
+            for _, key, asked in facts_with_questions() for fit in [answer(self.memory, asked)]])
+        self.assertGreaterEqual(share, 0.93, failed)
+
+    def test_what_was_never_told_is_not_answered_with_something_else(self):
+        share, failed = self.share([(not is_a_fact(fit), f"{asked} -> {fit and fit.answer}")
+                                    for asked, in cases("U")
+                                    for fit in [answer(self.memory, asked)]])
+        self.assertGreaterEqual(share, 0.97, failed)
+
+    def test_ordinary_talk_is_never_answered_with_a_fact(self):
+        for text, in cases("T"):
+            fit = answer(self.memory, text)
+            self.assertFalse(is_a_fact(fit), f"{text} -> {fit and fit.answer}")
+
+    def test_ordinary_talk_is_no_fact_and_every_fact_is_one_or_has_no_place(self):
+        kept = [text for text, in cases("T") if m.states_a_fact(text)]
+        self.assertLessEqual(len(kept), 1, kept)
+        lost = [fact for fact, _ in cases("F") if not m.states_a_fact(fact)]
+        self.assertLessEqual(len(lost), 8, lost)
+
+    def test_the_newest_of_what_was_told_is_given(self):
+        for old, new, asked, key in cases("C"):
+            fit = answer(memory_of(old, "The moon is full.", new), asked)
+            self.assertIn(key, fit.answer if fit else "", asked)
+
+    def test_a_question_of_yes_or_no_is_answered_so(self):
+        for told, asked, begins in cases("Y"):
+            fit = answer(memory_of(told), asked)
+            self.assertTrue(fit and fit.answer.startswith(begins), f"{asked} -> {fit}")
+
+
+class Turning(unittest.TestCase):
+    def test_the_owner_is_spoken_to(self):
+        for told, said in (("My cat is called Biscuit.", "Your cat is called Biscuit."),
+                           ("I am tired and I was ill", "You are tired and you were ill"),
+                           ("I've lost my keys", "You have lost your keys"),
+                           ("My wife and I met in Rome", "Your wife and you met in Rome"),
+                           ("That book is mine", "That book is yours"),
+                           ("I taught myself", "You taught yourself"),
+                           ("Your name is Mac", "My name is Mac"),
+                           ("You are my friend", "I am your friend"),
+                           ("Karl gave me your book", "Karl gave you my book"),
+                           ("He was born in May", "He was born in May"),
+                           ("I'll call you", "You will call me"),
+                           ("The key is under the mat.", "The key is under the mat.")):
+            self.assertEqual(m.turned(told), said)
+
+    def test_opening_words_are_not_said_back(self):
+        memory = memory_of()
+        for told, said in (("No, my cat is called Muffin now.", "Your cat is called Muffin now."),
+                           ("Remember that the key is under the mat", "The key is under the mat."),
+                           ("Hi! My name is Ada and I live in Bern.", "Your name is Ada"),
+                           ("by the way, my boss is Karl", "Your boss is Karl.")):
+            entry = m.Entry(1, "chat", 1, told, 0.0, True, True, False, False)
+            texts = m.statements_of(told)
+            units = [m.Unit(entry, text, m.tokens_of(text)) for text in texts]
+            self.assertTrue(any(m.said_back(u).startswith(said) for u in units), (told, texts))
+        memory.close()
+
+
+class Asking(unittest.TestCase):
+    def test_a_question_is_one_without_its_mark_too(self):
+        for text in ("what is my name", "tell me where I live", "do you know my birthday",
+                     "whats my cat called", "remind me what my code is", "where did i park",
+                     "in which city do I live", "can you tell me when I was born",
+                     "is my cat black", "how old am i", "I forgot where I put my keys"):
+            self.assertTrue(m.asks(text), text)
+
+    def test_a_statement_or_a_wish_is_none(self):
+        for text in ("tell me a joke", "I am tired", "what a nice day", "When I was young I sang.",
+                     "My cat is called Biscuit.", "I forgot my umbrella at the office.",
+                     "Remember that my code is 12.", "hello", "Have a nice day"):
+            self.assertFalse(m.asks(text), text)
+
+
+class Talking(Folder, unittest.TestCase):
+    """The same through real processes: told, closed, opened, asked."""
+
+    def talk(self, *lines):
+        done = self.run_here("--no-train", stdin=("\n".join(lines) + "\n").encode())
+        self.assertEqual(done.returncode, 0, done.stderr)
+        said = done.stdout.decode().splitlines()
+        self.assertEqual(len(said), len(lines))
+        return said
+
+    def test_told_closed_opened_asked(self):
+        told = self.talk("My cat is called Biscuit.", "/teach The wifi password is tulip42.",
+                         "Hi! My name is Ada and I live in Bern.", "I have a dog named Rex.")
+        self.assertEqual(told[0], m.KEPT_REPLY)
+        asked = self.talk("What is the name of my cat?", "what's my cat called", "wifi password?",
+                          "How do I call my cat?", "tell me where I live", "who am i",
+                          "Do I have a dog?", "What is the name of my horse?")
+        self.assertEqual(asked, ["Your cat is called Biscuit.", "Your cat is called Biscuit.",
+                                 "The wifi password is tulip42.", "Your cat is called Biscuit.",
+                                 "You live in Bern.", "Your name is Ada.",
+                                 "Yes. You have a dog named Rex.", m.UNKNOWN_REPLY])
+
+    def test_written_into_the_corpus_it_is_known_too(self):
+        self.write("nonames.txt", "The ferry leaves at nine.\nMy boat is called Plover.\n\n"
+                                  "H: What is the code of the gate?\nA: The gate code is 4711.\n")
+        self.assertEqual(self.talk("when does the ferry depart", "name of my boat?", "gate code?"),
+                         ["The ferry leaves at nine.", "Your boat is called Plover.",
+                          "The gate code is 4711."])
+
+    def test_corrected_it_gives_the_newest(self):
+        self.talk("My cat is called Biscuit.")
+        self.talk("No, my cat is called Muffin now.")
+        self.assertEqual(self.talk("What is my cat called?"), ["Your cat is called Muffin now."])
+
+    def test_a_rejected_answer_is_not_given_again_to_the_same_question(self):
+        first, _ = self.talk("Who are you?", "/bad")
+        again, = self.talk("who are you")
+        self.assertNotEqual(first, again)
+        self.assertEqual(self.talk("Where does the heron sleep?"),
+                         ["The heron sleeps beside the mill pond."])
+
+    def test_a_rejected_fact_comes_back_when_it_is_approved(self):
+        self.talk("My cat is called Biscuit.")
+        said = self.talk("What is my cat called?", "/bad", "What is my cat called?")
+        self.assertIn("Biscuit", said[0])
+        self.assertNotIn("Biscuit", said[2])
+
+
+if __name__ == "__main__":
+    unittest.main()
