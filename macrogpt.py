@@ -3870,6 +3870,8 @@ FULL_TEXT = """
 
 MAX_QUERY_STEMS = 64  # a longer text is searched for by its first words
 WORDS = re.compile(r"\w+")
+TOLD = ("chat", "taught")
+TOLD_MARK = "_told_"  # a word of every statement of the owner, found fast among millions of others
 
 
 def folded_words(text: str) -> List[str]:
@@ -4048,6 +4050,7 @@ class Memory:
     def add_entry(self, source: str, document: Document, session_id: Optional[int] = None,
                   recall: bool = True, held_out: bool = False) -> None:
         """Store a document; one told again from the same source only becomes recent."""
+        mark = [TOLD_MARK] if recall and source in TOLD else []
         with self.transaction():
             self._rows("""
                 INSERT INTO entries(source, key, text, words, session_id, told_at, closed, recall,
@@ -4055,7 +4058,8 @@ class Memory:
                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT(source, key) DO UPDATE SET told_at = excluded.told_at""",
                        source, document.key, document.text,
-                       " " + " ".join(folded_words(document.text)), session_id, self.clock(),
+                       " ".join(["", *folded_words(document.text), *mark]), session_id,
+                       self.clock(),
                        int(document.closed), int(recall), int(held_out))
 
     def remove_entries(self, source: str, keys: Iterable[int]) -> None:
@@ -4128,23 +4132,11 @@ class Memory:
         """Return about how many entries there are, at once however many they be."""
         return self._one("SELECT max(id) FROM entries") or 0
 
-    def about_holding(self, forms: Sequence[str], most: int = 1000) -> int:
-        """Return in how many entries one of the forms occurs, counting no further than `most`.
+    def ids_holding(self, groups: Sequence[Sequence[str]], limit: int) -> List[int]:
+        """Return the newest ids of entries that hold a form of each of the groups.
 
-        A form is a whole word, or with * at its end the beginning of one.
+        A form is a word or several in a row; with * at its end it is only how the last one begins.
         """
-        return len(self._ids_holding([forms], most))
-
-    def holding(self, groups: Sequence[Sequence[str]], limit: int) -> List[Tuple[Entry, str]]:
-        """Return the newest entries, with their words, that hold a form of each of the groups."""
-        ids = self._ids_holding(groups, limit)
-        marks = ",".join("?" * len(ids))
-        rows = self._rows(f"SELECT {ENTRY_COLUMNS}, e.words FROM entries e "
-                          f"WHERE e.id IN ({marks}) AND e.recall", *ids)
-        return [(_entry(row[:-1]), row[-1]) for row in rows]
-
-    def _ids_holding(self, groups: Sequence[Sequence[str]], limit: int) -> List[int]:
-        """Return the newest ids of entries that hold a form of each of the groups."""
         groups = [[f.replace("\0", "") for f in group if f.strip("*\0 ")] for group in groups]
         if not groups or not all(groups):
             return []
@@ -4158,6 +4150,12 @@ class Memory:
             rows = self._rows(f"SELECT id FROM entries WHERE {each} ORDER BY id DESC LIMIT ?",
                               *(_like_form(f) for g in groups for f in g), limit)
         return [row[0] for row in rows]
+
+    def entries_of(self, ids: Sequence[int]) -> List[Entry]:
+        """Return the entries of these ids that may be recalled, in the order of the ids."""
+        found = {entry.id: entry for entry in self.entries(
+            f"e.id IN ({','.join('?' * len(ids))}) AND e.recall", *ids)}
+        return [found[i] for i in ids if i in found]
 
     def words_among(self, words: Sequence[str]) -> List[str]:
         """Return which of the words occur in the memory; none where there is no full-text index."""
@@ -4392,10 +4390,13 @@ UNKNOWN_REPLY = "I do not know that yet. Tell me, and I will keep it."
 UNKNOWN_REPLIES = (UNKNOWN_REPLY, "That is something I was never told.",
                    "I have nothing about that in my memory.", "I cannot say; nobody told me.")
 KEPT_REPLY = "I will keep that."
-TOLD = ("chat", "taught")
 STEM_CHARS = 5
 WEAK_SCORE = 0.45
+SURE_SCORE = 0.65
 NEAR_SCORE = 0.035      # facts that fit equally well up to this are told apart by their time
+MOST_HELD = 100         # entries that one word brings, newest first
+TOLD_PRIOR = 1.5        # what the owner said is looked at before what was read
+MOST_ENTRIES = 30       # of those with most of the words, so many are read
 MOST_UNITS = 40         # sentences that are looked at closely
 MAX_ASKED_CHARS = 500   # a longer text is understood by its beginning
 MAX_QUERY_TERMS = 8     # a longer question is searched for by its rarest words
@@ -4728,6 +4729,7 @@ def _senses(word: str) -> FrozenSet[str]:
     return SENSES.get(base, frozenset()) | SENSES.get(word, frozenset()) | {base}
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def _token(text: str, word: str) -> Token:
     return Token(text, word, base_of(word), _senses(word))
 
@@ -4774,6 +4776,8 @@ RUN_TOGETHER = {
 
 def _same_root(a: str, b: str) -> bool:
     """Return whether two bases differ by an ending alone: allergy, allergic; bake, bakery."""
+    if a[:4] != b[:4] or len(a) < 4:
+        return False
     shared = len(os.path.commonprefix([a, b]))
     shorter, longer = sorted((a, b), key=len)
     if shared == len(shorter) == 4:
@@ -4964,7 +4968,7 @@ def _known_words() -> FrozenSet[str]:
 KNOWN_WORDS = _known_words()
 
 
-def analyzed(memory: Memory, text: str) -> Asked:
+def analyzed(text: str) -> Asked:
     """Return a question taken apart."""
     rest, framed = unframed(text)
     rest = rest or text
@@ -4973,7 +4977,7 @@ def analyzed(memory: Memory, text: str) -> Asked:
     slot, slot_at = _slot(tokens)
     closed = not words & ASKING_WORDS and not framed and bool(tokens) and (
         tokens[0].word in AUXILIARIES)
-    terms = _terms(memory, tokens, slot, slot_at)
+    terms = _terms(tokens, slot, slot_at)
     person = ("self" if words & OWN_SELF_WORDS else "owner" if words & OWNERS_WORDS else "")
     bare = person == "owner" and all(_is_relation(t.token) or not t.vital or (
         t.owner in ("", "a", "an", "any", "some") and not t.token.text[:1].isupper())
@@ -4997,7 +5001,7 @@ def _tells(token: Token, at: int, slot_at: int) -> bool:
             and token.base not in LIGHT_WORDS and token.word not in LIGHT_WORDS)
 
 
-def _terms(memory: Memory, tokens: Sequence[Token], slot: str, slot_at: int) -> List[Term]:
+def _terms(tokens: Sequence[Token], slot: str, slot_at: int) -> List[Term]:
     """Return the telling words of a question; where there are none, those that hardly tell."""
     idle = IDLE_WORDS.get(slot, "").split()
     telling = [i for i, t in enumerate(tokens) if _tells(t, i, slot_at)]
@@ -5008,40 +5012,40 @@ def _terms(memory: Memory, tokens: Sequence[Token], slot: str, slot_at: int) -> 
     if not chosen:
         chosen = [i for i, t in enumerate(tokens) if t.word not in FUNCTION_WORDS
                   and t.word != "'s" or (i == slot_at and t.base in SENSES)]
-    total = memory.about_count() + 1.0
-    terms = []
-    for i in chosen:
-        token, before = tokens[i], tokens[i - 1].word if i else ""
-        count = memory.about_holding(_forms(token)[:1])
-        owner = owner_at(tokens, i, adjoining=True)
-        named = token.text[:1].isupper() and i > 0
-        vital = named or bool(owner) or before in ("many", "much") or (
-            i + 1 < len(tokens) and tokens[i + 1].word == "'s")
-        rare = log(1.0 + total / (count + 0.5)) / log(1.0 + 2.0 * total)
-        known = count > 0 or token.base in KNOWN_WORDS
-        terms.append(Term(token, (1.5 if vital else 1.0) * max(rare, 0.4), vital, owner, known))
-    return terms
+    return [_term(tokens, i) for i in chosen[:MAX_QUERY_TERMS]]
 
 
+def _term(tokens: Sequence[Token], at: int) -> Term:
+    token, owner = tokens[at], owner_at(tokens, at, adjoining=True)
+    before = tokens[at - 1].word if at else ""
+    after = tokens[at + 1].word if at + 1 < len(tokens) else ""
+    vital = bool(owner) or after == "'s" or before in ("many", "much") or (
+        token.text[:1].isupper() and at > 0)
+    return Term(token, 1.5 if vital else 1.0, vital, owner, True)
+
+
+@functools.lru_cache(maxsize=1 << 12)
 def _forms(token: Token) -> List[str]:
     """Return how a word and the other names of its relations are looked for, its own form first."""
     mates = [base for base, senses in SENSES.items() if senses & token.senses]
-    members = KINDS.get(token.base, ())
-    return list(dict.fromkeys(itertools.chain.from_iterable(
-        map(_endings, [token.base, *mates, *members]))))
+    members = [form for base in KINDS.get(token.base, ()) for form in (base, base + "s")]
+    return list(dict.fromkeys(itertools.chain(
+        *map(_endings, [token.base, *mates]), members)))
 
 
 @functools.lru_cache(maxsize=1 << 12)
 def _endings(base: str) -> Tuple[str, ...]:
     """Return what to look for to find a word with any of its endings."""
-    irregular = tuple(word for word, its_base in IRREGULAR.items() if its_base == base)
-    if len(base) > 3:
-        stump = base[:-1] if base[-1] in "ye" else base  # studied, living
+    irregular = [word for word, its_base in IRREGULAR.items() if its_base == base]
+    if len(base) > 4 or (len(base) == 4 and base[-1] not in "ye"):
+        stump = base[:-1] if base[-1] in "ye" else base  # studied
         return (stump[:STEM_CHARS] + "*", *irregular)
     if not base.isascii() or len(base) < 2:
         return (base,)
-    endings = ("", "s", "es", "d", "ed", "ing", base[-1] + "ing", base[-1] + "ed")
-    return (*(base + ending for ending in endings), base[:-1] + "ing", *irregular)
+    stump = base[:-1] if base[-1] in "ye" else base + base[-1]
+    endings = {"y": ["ies", "ied"], "e": ["ing"]}.get(base[-1], ["ing", "ed"])
+    own = ("", "s", "d", "r") if base[-1] == "e" else ("", "s", "ed", "ing")
+    return (*(base + ending for ending in own), *(stump + ending for ending in endings), *irregular)
 
 
 # candidates
@@ -5055,57 +5059,82 @@ class Unit(NamedTuple):
     tokens: List[Token]
 
 
-def _groups(memory: Memory, asked: Asked) -> List[Tuple[int, List[str]]]:
-    """Return the forms to look for, those of each term together, rarest first."""
-    tokens = [term.token for term in asked.terms]
-    if asked.bare and 0 <= asked.slot_at < len(asked.tokens):
-        tokens.append(asked.tokens[asked.slot_at])
-    groups = []
-    for token in tokens[:MAX_QUERY_TERMS]:
-        forms = [form for base in _spellings(memory, token) for form in _forms(base)]
-        groups.append(forms)
-    if asked.bare and asked.slot in ("name", "age"):
-        groups.append(["i am", "i m"])
-    if asked.bare and any(term.token.base in CLASSES for term in asked.terms):
-        groups.append(["i am a", "i m a", "i am an", "i m an", "be a", "be an"])
-    return sorted((memory.about_holding(forms), forms) for forms in groups if forms)
-
-
-def _spellings(memory: Memory, token: Token) -> List[Token]:
-    """Return a word, and where the memory does not hold it, words that it may be a slip of."""
-    if (len(token.word) < 4 or not token.word.isascii() or token.base in KNOWN_WORDS
-            or memory.about_holding(_endings(token.base), 1)):
-        return [token]
+def _spellings(memory: Memory, token: Token) -> List[str]:
+    """Return words of the memory that one slip of the finger may have made of this one."""
     word, letters = token.word, "abcdefghijklmnopqrstuvwxyz"
-    near = {word[:i] + word[i + 1:] for i in range(len(word))}
+    if not 4 <= len(word) <= 20 or not word.isascii() or token.base in KNOWN_WORDS:
+        return []
+    reach = range(1, min(len(word), STEM_CHARS + 1))  # words are found by how they begin
+    near = {word[:i] + word[i + 1:] for i in reach}
     near |= {word[:i] + word[i + 1] + word[i] + word[i + 2:] for i in range(len(word) - 1)}
-    if len(word) < 20:
-        near |= {word[:i] + c + word[i:] for i in range(len(word) + 1) for c in letters}
-        if len(word) > 5:
-            near |= {word[:i] + c + word[i + 1:] for i in range(1, len(word)) for c in letters}
-    return [token, *(_token(w, w) for w in memory.words_among(sorted(near)))]
+    near |= {word[:i] + c + word[i:] for i in reach for c in letters}
+    if len(word) > 5:
+        near |= {word[:i] + c + word[i + 1:] for i in reach for c in letters}
+    return memory.words_among(sorted(near))
 
 
-def gathered(memory: Memory, asked: Asked, most: int = 150) -> List[Tuple[Entry, str]]:
-    """Return entries with their words that may answer: those with the rarest words of it first.
+def gathered(memory: Memory, asked: Asked) -> Tuple[Asked, List[Entry]]:
+    """Return the question with its words weighed by how rare they are, and what may answer it.
 
-    Where a word is in too many entries, those that hold another one too come before the newest.
+    Those entries come first that hold most of what is telling. A word that is in very many brings
+    what the owner said, the newest, and those where another of the words stands with it.
     """
-    found: Dict[int, Tuple[Entry, str]] = {}
-    groups = _groups(memory, asked)
     if not asked.terms:  # only words that are in every sentence: how are you?
-        words = [[token.word] for token in asked.tokens[:MAX_QUERY_TERMS] if token.word != "'s"]
-        rows = memory.holding(words, most) or memory.holding([[w for w, in words]], most)
-        found.update((entry.id, (entry, held)) for entry, held in rows)
-    for place, (count, forms) in enumerate(groups):
-        others = [f for _, more in groups[place + 1:] for f in more]
-        if count > most and others:
-            found.update((e.id, (e, w)) for e, w in memory.holding([forms, others], most))
-        if len(found) < most:
-            found.update((e.id, (e, w)) for e, w in memory.holding([forms], most))
-        if len(found) >= 2 * most:
-            break
-    return list(found.values())
+        words = [t.word for t in asked.tokens[:MAX_QUERY_TERMS] if t.word != "'s"]
+        ids = memory.ids_holding([[w] for w in words], MOST_HELD)
+        return asked, memory.entries_of(ids or memory.ids_holding([words], MOST_HELD))
+    total, terms = memory.about_count() + 1.0, []
+    mass: DefaultDict[int, float] = defaultdict(float)
+    forms = [_forms(term.token) for term in asked.terms]
+    told: Set[int] = set()
+    for at, term in enumerate(asked.terms):
+        ids, own = _held(memory, forms, at, _endings(term.token.base), asked.bare)
+        known = bool(ids)
+        if not ids:
+            slips = _spellings(memory, term.token)
+            ids, own = _held(memory, [slips], 0, slips, False) if slips else (ids, own)
+        rare = log(1.0 + total / (len(ids) + 0.5)) / log(1.0 + 2.0 * total)
+        terms.append(term._replace(weight=term.weight * max(rare, 0.4),
+                                   known=known or term.token.base in KNOWN_WORDS))
+        told |= own
+        for i in ids:
+            mass[i] += terms[-1].weight
+    usual = max((term.weight for term in terms), default=1.0)
+    for i in _ids_of_i_am(memory, asked):
+        mass[i] = max(mass[i], usual)
+    for i in told & mass.keys():
+        mass[i] *= TOLD_PRIOR
+    least = 0.45 * max(mass.values(), default=0.0)
+    best = sorted((i for i in mass if mass[i] >= least), key=lambda i: (mass[i], i))
+    return asked._replace(terms=terms), memory.entries_of(best[:-MOST_ENTRIES - 1:-1])
+
+
+def _held(memory: Memory, forms: Sequence[Sequence[str]], at: int, own: Sequence[str],
+          bare: bool) -> Tuple[Set[int], Set[int]]:
+    """Return the ids of entries with a form of one word, and those of them that the owner told."""
+    ids = memory.ids_holding([forms[at]], MOST_HELD)
+    if len(ids) < MOST_ENTRIES:
+        return set(ids), set()
+    told = memory.ids_holding([forms[at], [TOLD_MARK]], MOST_HELD)
+    if len(ids) < MOST_HELD:
+        return set(ids), set(told)
+    told += memory.ids_holding([own, [TOLD_MARK]], MOST_HELD)
+    others = [form for i, more in enumerate(forms) if i != at for form in more]
+    others = others or (["i", "my", "we", "our"] if bare else [])
+    if len(told) >= MOST_HELD:
+        told += memory.ids_holding([forms[at], others, [TOLD_MARK]], MOST_HELD)
+    ids += memory.ids_holding([own], MOST_HELD)
+    return {*ids, *told, *memory.ids_holding([forms[at], others], MOST_HELD)}, set(told)
+
+
+def _ids_of_i_am(memory: Memory, asked: Asked) -> List[int]:
+    """Return the ids of what says "I am ...", where that may tell a name, an age or a job."""
+    if asked.bare and asked.slot in ("name", "age"):
+        return memory.ids_holding([["i am", "i m"], [TOLD_MARK]], MOST_HELD)
+    if asked.bare and any(term.token.base in CLASSES for term in asked.terms):
+        return memory.ids_holding([["i am a", "i m a", "i am an", "i m an", "be a", "be an"]],
+                                  MOST_HELD)
+    return []
 
 
 def sentences_of(text: str) -> List[str]:
@@ -5160,18 +5189,15 @@ def _lines_to_match(entry: Entry) -> Iterator[str]:
 _SELF_TALK = re.compile(r"\bI am (?:a|an|the) (?:\w+ )?(?:program|machine|robot|mind)\b", re.I)
 
 
-def units_of(found: Iterable[Tuple[Entry, str]], asked: Asked) -> List[Unit]:
-    """Return the sentences that share most of what is telling with the question."""
-    wanted = [(term.weight, tuple(" " + f.rstrip("*") for f in _forms(term.token)))
-              for term in asked.terms]
-    scored = []
-    for entry, words in found:
-        mass = sum(weight for weight, forms in wanted if any(f in words for f in forms))
-        scored.append((mass, entry.source in TOLD, entry.told_at, entry.id, entry))
+def units_of(entries: Iterable[Entry], asked: Asked) -> List[Unit]:
+    """Return the sentences of the entries that share a telling word with the question."""
+    needles = {form.rstrip("*")[:4] for term in asked.terms for form in _forms(term.token)}
     units: List[Unit] = []
-    for *_, entry in sorted(scored, reverse=True, key=itemgetter(0, 1, 2, 3)):
+    for entry in entries:
         for line in _lines_to_match(entry):
-            units.extend(Unit(entry, text, tokens_of(text)) for text in statements_of(line))
+            folded = _unfolded(line) if line.isascii() else " ".join(folded_words(line))
+            if len(entry.text) < 200 or any(needle in folded for needle in needles):
+                units += [Unit(entry, text, tokens_of(text)) for text in statements_of(line)]
         if len(units) >= MOST_UNITS:
             break
     return units
@@ -5260,7 +5286,8 @@ def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) 
             asked.terms[-1].token == asked.tokens[asked.slot_at]):
         return 1.0 if _names_the_owner(unit.tokens) else 0.3
     if asked.bare:
-        subjects = {"i", "me", "we", "us", "mine", "myself"} & words
+        first = words if unit.entry.source in TOLD else {t.word for t in unit.tokens[:3]}
+        subjects = {"i", "me", "we", "us", "mine", "myself"} & first
         related = [owner_at(unit.tokens, at, True) for grade, at in best if grade]
         if asked.slot_at >= 0 and (asked.slot == "name" or not asked.terms):
             related += [owner_at(unit.tokens, i, True) for i, t in enumerate(unit.tokens)
@@ -5526,14 +5553,14 @@ def said_back(unit: Unit) -> str:
     return text if text.endswith((".", "!", "?", "…", "。", "\"")) else text + "."
 
 
-def _told_fits(asked: Asked, found: Sequence[Tuple[Entry, str]]) -> Iterator[Recall]:
+def _told_fits(asked: Asked, found: Sequence[Entry]) -> Iterator[Recall]:
     """Yield what statements of the memory answer to a question."""
     for unit in units_of(found, asked):
         score = unit_score(asked, unit)
         words = {t.word for t in unit.tokens}
         if unit.entry.source not in TOLD and words & OWNERS_WORDS and words & OWN_SELF_WORDS:
             continue  # a line of the corpus that has the program itself for its "I"
-        if not score:
+        if score < (0.1 if asked.closed else 0.3):
             continue
         answer = said_back(unit)
         if asked.closed:
@@ -5569,11 +5596,11 @@ SINGLE = frozenset().union(*(SENSES[word] for word in ("live", "born", "age", "j
 
 
 def _exchange_fits(asked: Asked, text: str, asking: bool, factual: bool,
-                   found: Sequence[Tuple[Entry, str]]) -> Iterator[Recall]:
+                   found: Sequence[Entry]) -> Iterator[Recall]:
     """Yield the answers of the exchanges whose question is like the text."""
     weights = {t.word[:STEM_CHARS]: _plain_weight(t) for t in asked.tokens}
     weights.update((term.token.word[:STEM_CHARS], 2.0 * term.weight) for term in asked.terms)
-    for entry, _ in found:
+    for entry in found:
         document = Document(tuple(entry.text.splitlines()), entry.closed)
         if entry.source in TOLD or not document.is_exchange:
             continue
@@ -5645,19 +5672,24 @@ def recall(memory: Memory, text: str, rng: random.Random) -> List[Recall]:
     Of statements that fit equally well the newest comes first: it may replace the others.
     """
     text = text[:MAX_ASKED_CHARS]
-    asked, asking = analyzed(memory, text), asks(text)
+    asked, asking = analyzed(text), asks(text)
     about_nothing = not asked.bare and asked.slot_at >= 0 and all(
         t.token == asked.tokens[asked.slot_at] for t in asked.terms)
     if not asked.tokens:
         return []
-    found = gathered(memory, asked)
+    asked, found = gathered(memory, asked)
     fits = list(_exchange_fits(asked, text, asking, not asking and states_a_fact(text), found))
     told = list(_told_fits(asked, found)) if asking and not about_nothing else []
     fits.sort(key=lambda fit: (-round(fit.score, 2), rng.random()))
+    said = [fit.score for fit in told if fit.entry.source in TOLD]
     top = max((fit.score for fit in told), default=0.0)
-    near = [fit for fit in told if fit.score > top - NEAR_SCORE]
-    near.sort(key=lambda fit: (-fit.entry.told_at, -fit.entry.id, -fit.score))
-    rest = [fit for fit in told if fit.score <= top - NEAR_SCORE]
+    if asked.person == "owner" and max(said, default=0.0) >= SURE_SCORE:
+        top = max(said)  # of the owner the owner knows best
+    near = [fit for fit in told if top - NEAR_SCORE < fit.score
+            and (fit.score <= top or fit.entry.source in TOLD)]
+    near.sort(key=lambda fit: (fit.entry.source not in TOLD, -fit.entry.told_at, -fit.entry.id,
+                               -fit.score))
+    rest = [fit for fit in told if fit not in near]
     if near and fits and fits[0].score > top + NEAR_SCORE * (near[0].entry.source in TOLD):
         return sorted([*fits, *near, *rest], key=lambda fit: -round(fit.score, 2))
     near = [near[0]._replace(score=top), *near[1:]] if near else []
@@ -5720,13 +5752,18 @@ def is_exchange(entry: Entry) -> bool:
 
 def search(memory: Memory, text: str, count: int = 20) -> List[Entry]:
     """Return the entries that hold most of what is telling in the text, best and newest first."""
-    asked = set(stems_of(text))
-    weights = stem_weights(memory, asked)
-    rarest = sorted(asked, key=lambda s: (-weights[s], s))[:MAX_QUERY_TERMS]
-    found = {entry.id: entry for stem in rarest for entry, _ in memory.holding([[stem + "*"]], 200)}
-    scored = [(_coverage(asked, set(stems_of(entry.text)), weights), entry.id, entry)
-              for entry in found.values()]
-    return [entry for score, _, entry in sorted(scored, reverse=True)[:count] if score > 0.0]
+    stems, total = list(dict.fromkeys(stems_of(text)))[:MAX_QUERY_STEMS], memory.about_count() + 1.0
+    held = {stem: memory.ids_holding([[stem + "*"]], 2 * MOST_HELD) for stem in stems}
+    mass: DefaultDict[int, float] = defaultdict(float)
+    for stem in sorted(stems, key=lambda s: (len(held[s]), s)):
+        ids = held[stem]
+        if len(ids) == 2 * MOST_HELD and mass:  # those of a common word that hold a rarer one too
+            rarer = [s + "*" for s in stems if len(held[s]) < len(ids)]
+            ids = ids + memory.ids_holding([[stem + "*"], rarer], 2 * MOST_HELD)
+        for i in set(ids):
+            mass[i] += log(1.0 + total / (len(ids) + 0.5))
+    best = sorted(mass, key=lambda i: (-round(mass[i], 6), -i))
+    return memory.entries_of(best[:count])
 
 
 def rejection(question: str, answer: str) -> str:
@@ -5764,7 +5801,7 @@ def stems_of(text: str) -> List[str]:
 def stem_weights(memory: Memory, stems: Iterable[str]) -> Dict[str, float]:
     """Return how telling each stem is: the logarithm of how rare it is in the memory."""
     total = memory.about_count()
-    return {stem: log(1.0 + (total + 1.0) / (memory.about_holding([stem + "*"]) + 0.5))
+    return {stem: log(1.0 + (total + 1.0) / (len(memory.ids_holding([[stem + "*"]], 1000)) + 0.5))
             for stem in set(stems)}
 
 
