@@ -3870,6 +3870,7 @@ FULL_TEXT = """
 
 MAX_QUERY_STEMS = 64  # a longer text is searched for by its first words
 WORDS = re.compile(r"\w+")
+HYPHENED = re.compile(r"\b\w{1,2}-\w+")  # Wi-Fi is found as wifi too
 TOLD = ("chat", "taught")
 TOLD_MARK = "_told_"  # a word of every statement of the owner, found fast among millions of others
 
@@ -4051,6 +4052,7 @@ class Memory:
                   recall: bool = True, held_out: bool = False) -> None:
         """Store a document; one told again from the same source only becomes recent."""
         mark = [TOLD_MARK] if recall and source in TOLD else []
+        joined = folded_words(" ".join(HYPHENED.findall(document.text)).replace("-", ""))
         with self.transaction():
             self._rows("""
                 INSERT INTO entries(source, key, text, words, session_id, told_at, closed, recall,
@@ -4058,7 +4060,7 @@ class Memory:
                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT(source, key) DO UPDATE SET told_at = excluded.told_at""",
                        source, document.key, document.text,
-                       " ".join(["", *folded_words(document.text), *mark]), session_id,
+                       " ".join(["", *folded_words(document.text), *joined, *mark]), session_id,
                        self.clock(),
                        int(document.closed), int(recall), int(held_out))
 
@@ -4400,7 +4402,7 @@ MOST_ENTRIES = 30       # of those with most of the words, so many are read
 MOST_UNITS = 40         # sentences that are looked at closely
 MAX_ASKED_CHARS = 500   # a longer text is understood by its beginning
 MAX_QUERY_TERMS = 8     # a longer question is searched for by its rarest words
-WORD_OR_SIGN = re.compile(r"\w+(?:['’]\w+)*['’]?|[.!?…;,:]")
+WORD_OR_SIGN = re.compile(r"\b\w{1,2}-\w+|\w+-in-law|\w+(?:['’]\w+)*['’]?|[.!?…;,:]")
 
 # Facts about English: its closed classes, and everyday relations that have several names. Words of
 # other languages are told apart by how common they are in the memory, and by nothing else.
@@ -4413,9 +4415,10 @@ FUNCTION_WORDS = frozenset("""
     about as into onto over under off up down out through since until till than then and or but
     nor if whether so because while there here again also too just only very really quite rather
     please now still ever never always already yet maybe perhaps actually exactly right ok okay
-    yes well hey hi hello oh thing things more most much many lot lots kind sort type currently
+    yes well hey hi hello oh anything something everything anybody
+    somebody anyone someone ago thing things more most much many lot lots kind sort type currently
     today moment bit best better company firm""".split())
-IDLE_VERBS = frozenset("be have do get got go went put keep find come came".split())
+IDLE_VERBS = frozenset("be have do get got go went put keep find come came happen".split())
 LIGHT_WORDS = frozenset("""be have get got go put keep find use take make give come happen mean
     tell say know remember remind forget need long way""".split())
 OWNERS_WORDS = frozenset("i me my mine myself we us our ours ourselves".split())
@@ -4513,8 +4516,8 @@ think thought
 grow grew plant tree flower
 sleep slept bed
 wake woke alarm
-dream want wish would-like
-plan intend going want
+dream want wish
+plan intend
 team club
 blood group type
 pill medicine medication tablet drug
@@ -4523,6 +4526,11 @@ friend mate buddy pal
 neighbour neighbor
 holiday vacation
 mail post
+mail email
+horoscope zodiac star
+turn birthday
+origin from born come native nationality
+origin buy
 city town place
 nationality country from citizen
 bus coach
@@ -4538,6 +4546,11 @@ colour color: red orange yellow green blue purple violet pink brown black white 
 pet animal: cat dog hamster rabbit parrot horse pony canary turtle tortoise goldfish fish mouse
     snake lizard bird budgie gerbil ferret kitten puppy hen chicken cow goat sheep donkey
 sibling: brother sister
+son: boy
+boy: son
+daughter: girl
+girl: daughter
+money: euro dollar franc pound cent penny crown
 child kid: son daughter
 spouse partner: husband wife marry
 wife husband: marry
@@ -4578,19 +4591,20 @@ IRREGULAR = dict(pair.split("=") for pair in """
     fought=fight lent=lend laid=lay rang=ring rung=ring spent=spend stood=stand swept=sweep
     threw=throw thrown=throw bought=buy left=leave made=make did=do done=do had=have has=have
     learnt=learn burnt=burn dreamt=dream bitten=bite forgot=forget forgotten=forget
-    tv=television fav=favourite fave=favourite bday=birthday xmas=christmas appt=appointment
-    favorite=favourite color=colour mom=mum mommy=mum""".split())
+    tv=television fav=favourite fave=favourite bday=birthday xmas=christmas tyre=tire
+    appt=appointment     christmas=christmas favorite=favourite color=colour mom=mum mommy=mum""".split())
 
 # Words that ask for nothing more where a place or a time is asked for already.
 IDLE_WORDS = {"place": "leave left park put place store hide hidden lay lie lies located kept keep "
                        "stay find",
-              "time": "start starts begin begins starting happen scheduled due"}
+              "time": "start begin schedule due back away"}
 
 # What fills a slot.  A word that asks for one of these need not be in the statement itself.
 SLOT_WORDS = {
     "name": "name nickname called call",
     "time": "time day date year month hour weekday",
-    "place": "place city town country location spot village whereabouts",
+    "place": "place location spot whereabouts address street road",
+    "region": "city town country village",
     "number": "number amount count sum quantity",
     "colour": "colour color", "age": "age", "person": "person man woman guy whom",
 }
@@ -4652,6 +4666,7 @@ class Term(NamedTuple):
     vital: bool
     owner: str
     known: bool
+    sought: bool = False
 
 
 class Asked(NamedTuple):
@@ -4684,7 +4699,8 @@ def base_of(word: str) -> str:
         return word[:-3] + "y"
     for ending in ("ing", "ed"):
         stump = word[:-len(ending)]
-        if word.endswith(ending) and len(stump) > 1 and re.search("[aeiouy]", stump):
+        if word.endswith(ending) and not word.endswith("eed") and len(stump) > 1 and (
+                re.search("[aeiouy]", stump)):
             if len(stump) > 2 and stump[-1] == stump[-2] and stump[-1] not in "lsz":
                 return stump[:-1]
             short = re.fullmatch("[^aeiou]*[aeiouy][^aeiouwxy]", stump)
@@ -4745,6 +4761,7 @@ def tokens_of(text: str) -> List[Token]:
     for found in WORD_OR_SIGN.findall(text.replace("’", "'")):
         if not found[0].isalnum() and found[0] != "_":
             continue
+        found = found.replace("-", "")
         stump, mark, tail = found.partition("'")
         word, tail = _unfolded(stump), tail.casefold()
         if word in RUN_TOGETHER and not mark:
@@ -4782,10 +4799,13 @@ def _same_root(a: str, b: str) -> bool:
     shorter, longer = sorted((a, b), key=len)
     if shared == len(shorter) == 4:
         return longer[4:] in ENDINGS
-    return shared >= 5 and shared >= 0.6 * len(longer) and len(longer) - shared <= 4
+    strange = a not in KNOWN_WORDS and b not in KNOWN_WORDS and len(longer) - shared <= 3
+    return shared >= 5 and shared >= 0.6 * len(longer) and (
+        strange or {a[shared:], b[shared:]} <= ENDINGS)
 
 
-ENDINGS = frozenset("er or r y ry ery ing ed ly ist al".split())
+ENDINGS = frozenset(("", *"""e y er or r ry ery ing ed ly ist al ic ics ies ion ian an ish ment ness
+    ity able ful ous ant ance ent ence ive ate ation age hood ship""".split()))
 
 
 def _misspelt(a: str, b: str) -> bool:
@@ -4807,9 +4827,11 @@ def agreement(asked: Token, told: Token, known: bool = True) -> float:
     """
     if asked.base == told.base or asked.word == told.word:
         return 1.0
+    if asked.base in (told.base + "er", told.base + "r"):
+        return 0.0  # the gardener is not the garden
     shared = asked.senses & told.senses
     if shared:
-        return 1.0 if max(shared).startswith("=") else 0.88
+        return 1.0 if max(shared).startswith("=") else 0.9
     if told.base in KINDS.get(asked.base, ()):
         return 0.84
     if _same_root(asked.base, told.base):
@@ -4860,6 +4882,8 @@ _EXCLAIMS = re.compile(
 
 _WORK = re.compile(r"^(what (?:do|does|did) .*?)\bdo(?: for (?:a living|work|money)| as (?:a )?"
                    r"(?:job|work))?\W*$", re.I)
+_FROM = re.compile(r"^((?:where|(?:from )?(?:what|which) (?:country|city|town|place))\b.*?)"
+                   r"(?: come)? from\W*$", re.I)
 _WHO_AM_I = re.compile(r"^who(?:'?m| am) i\W*$", re.I)
 
 
@@ -4880,6 +4904,7 @@ def unframed(text: str) -> Tuple[str, bool]:
             framed = framed or bool(match)
         if not match or match.end() == 0:
             text = _WORK.sub(r"\1 have as job", text)  # What does she do?
+            text = _FROM.sub(r"\1 origin", text)
             return _WHO_AM_I.sub("what is my name", text), framed
         text = text[match.end():]
     return text, framed
@@ -4902,7 +4927,23 @@ def asks(text: str) -> bool:
         statement = re.match(r"(?:i )?(?:just )?(?:forgot|forget|remember)\b", text, re.I)
         return not statement or bool(re.match(r"(?:wh|how|if)", rest, re.I)) or bool(
             re.search(r"\b(?:what|where|who|when)(?: \w+)* (?:it|is|was|again)\W*$", rest, re.I))
-    return bool(_ASKS.match(rest)) and not _is_clause(rest)
+    if _ASKS.match(rest):
+        return not _is_clause(rest)
+    return _only_names(tokens_of(rest))
+
+
+def _only_names(tokens: Sequence[Token]) -> bool:
+    """Return whether a text only names what it wants: code of the alarm; my cat's name."""
+    words = [t.word for t in tokens if t.word != "please"]
+    if not 2 <= len(words) <= 7 or set(words) & AUXILIARIES:
+        return False
+    bases = [base_of(word) for word in words]
+    return bases[0] in WANTED and words[1] == "of" or (
+        bases[-1] in WANTED and words[0] in ("my", "our", "the", *WANTED))
+
+
+WANTED = frozenset("""name birthday age address number code password pin colour size date time
+    title key price""".split())
 
 
 def _is_clause(text: str) -> bool:
@@ -4934,10 +4975,13 @@ def owner_at(tokens: Sequence[Token], at: int, adjoining: bool = False) -> str:
 
 def _slot(tokens: Sequence[Token]) -> Tuple[str, int]:
     """Return what is to fill the gap of a question, and the place of the word that asks for it."""
+    words = [t.word for t in tokens]
+    for i, token in enumerate(tokens[1:], 1):
+        if words[i - 1] in ("what", "which") and token.base in SLOT_OF:
+            return SLOT_OF[token.base], i
     named = [i for i, t in enumerate(tokens) if SLOT_OF.get(t.base) == "name"]
     if named:
         return "name", named[0]
-    words = [t.word for t in tokens]
     for i, word in enumerate(words):
         after = words[i + 1] if i + 1 < len(words) else ""
         if word == "where":
@@ -5011,7 +5055,8 @@ def _terms(tokens: Sequence[Token], slot: str, slot_at: int) -> List[Term]:
                    and not owner_at(tokens, i, True)]  # what does my father make?
     if not chosen:
         chosen = [i for i, t in enumerate(tokens) if t.word not in FUNCTION_WORDS
-                  and t.word != "'s" or (i == slot_at and t.base in SENSES)]
+                  and t.word != "'s" or (i == slot_at and t.base in SENSES)
+                  or (i and t.word in ("up", "off", "out", "down"))]
     return [_term(tokens, i) for i in chosen[:MAX_QUERY_TERMS]]
 
 
@@ -5019,9 +5064,14 @@ def _term(tokens: Sequence[Token], at: int) -> Term:
     token, owner = tokens[at], owner_at(tokens, at, adjoining=True)
     before = tokens[at - 1].word if at else ""
     after = tokens[at + 1].word if at + 1 < len(tokens) else ""
-    vital = bool(owner) or after == "'s" or before in ("many", "much") or (
-        token.text[:1].isupper() and at > 0)
-    return Term(token, 1.5 if vital else 1.0, vital, owner, True)
+    vital = bool(owner) or after == "'s" or before in ("many", "much", "for", "of", "with") or (
+        token.text[:1].isupper() and at > 0) or (
+        # Where is the spare battery? Behind "is" all that follows "the" names the thing
+        len(tokens) > 1 and tokens[1].word in ("is", "are", "was", "were") and at > 2
+        and bool(owner_at(tokens, at)) and token.word not in IRREGULAR
+        and not token.word.endswith(("ing", "ed")))
+    sought = before in ("what", "which") or (before == "of" and at > 2)
+    return Term(token, 1.5 if vital else 1.0, vital, owner, True, sought and not owner)
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -5094,6 +5144,8 @@ def gathered(memory: Memory, asked: Asked) -> Tuple[Asked, List[Entry]]:
             slips = _spellings(memory, term.token)
             ids, own = _held(memory, [slips], 0, slips, False) if slips else (ids, own)
         rare = log(1.0 + total / (len(ids) + 0.5)) / log(1.0 + 2.0 * total)
+        if not ids and not term.vital:
+            rare = 0.6  # a word that was never heard tells little, unless it names what is meant
         terms.append(term._replace(weight=term.weight * max(rare, 0.4),
                                    known=known or term.token.base in KNOWN_WORDS))
         told |= own
@@ -5221,7 +5273,8 @@ def _classed_at(asked: Token, tokens: Sequence[Token]) -> List[int]:
             and tokens[i + 1].word in ("a", "an")]
 
 
-CLASSES = frozenset("job work profession occupation breed race species career".split())
+CLASSES = frozenset("""job work profession occupation career breed race species brand
+    model""".split())
 
 
 def unit_score(asked: Asked, unit: Unit) -> float:
@@ -5230,11 +5283,18 @@ def unit_score(asked: Asked, unit: Unit) -> float:
     best = [(grade, -place) for grade, place in _matches(asked, tokens)]
     if not any(grade for grade, _ in best) or not _defines(asked, tokens, best):
         return 0.0
+    classed = [at for term, (grade, at) in zip(asked.terms, best) if at in _classed_at(
+        term.token, tokens)]
+    if classed and any(term.vital and grade and at > classed[0]
+                       for term, (grade, at) in zip(asked.terms, best)):
+        return 0.0  # it says of another what that is
     score = _covered(asked, best)
     score *= _person_factor(asked, unit, best)
     for term, (grade, at) in zip(asked.terms, best):
         if grade:
             score *= _owner_factor(term, unit, at, asked)
+            if term.sought and owner_at(tokens, at, True) in ("the", "my", "this"):
+                score *= 0.8  # "the car" does not say which
     return score if asked.closed else score * _slot_factor(asked, tokens, best)
 
 
@@ -5254,7 +5314,7 @@ def _covered(asked: Asked, best: Sequence[Tuple[float, int]]) -> float:
     """Return the share of what is telling in the question that the statement holds."""
     missing = [term for term, (grade, _) in zip(asked.terms, best) if not grade]
     # a verb of no known relation may be another word for what fills a slot of its own
-    loose = asked.slot in ("place", "time", "number", "span") and not any(
+    loose = asked.slot in ("place", "time", "number", "span", "person") and not any(
         term.vital or _is_relative(term.token) for term in missing)
     whole = sum(term.weight * (0.5 if loose and term in missing else 1.0) for term in asked.terms)
     held = sum(term.weight * grade for term, (grade, _) in zip(asked.terms, best))
@@ -5278,7 +5338,7 @@ def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) 
         return 0.3  # Shall we go? asks for no fact
     if asked.person == "self":
         return 1.0 if words & OWN_SELF_WORDS and unit.entry.source in TOLD else 0.3
-    advice = {t.word for t in asked.tokens} & ADVICE
+    advice = {t.word for t in asked.tokens} & (ADVICE if asked.person else OPINION)
     if advice and not advice & words:
         return 0.5
     if asked.bare and asked.slot == "name" and len(asked.terms) <= (
@@ -5288,7 +5348,8 @@ def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) 
     if asked.bare:
         first = words if unit.entry.source in TOLD else {t.word for t in unit.tokens[:3]}
         subjects = {"i", "me", "we", "us", "mine", "myself"} & first
-        related = [owner_at(unit.tokens, at, True) for grade, at in best if grade]
+        related = [owner_at(unit.tokens, at, not _is_relation(unit.tokens[at]))
+                   for grade, at in best if grade]
         if asked.slot_at >= 0 and (asked.slot == "name" or not asked.terms):
             related += [owner_at(unit.tokens, i, True) for i, t in enumerate(unit.tokens)
                         if asked.tokens[asked.slot_at].senses & t.senses]
@@ -5302,6 +5363,7 @@ def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) 
 
 
 ADVICE = frozenset("should shall could would might".split())
+OPINION = ADVICE | {"best", "better", "worst"}
 OFFERS = frozenset("can could may might shall should will would must".split())
 
 
@@ -5377,7 +5439,8 @@ def _slot_factor(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[flo
     used = {at for grade, at in best if grade}
     new = [i for i, t in enumerate(tokens) if i not in used]
     filler = SLOT_FILLERS[asked.slot]
-    if any(filler(tokens, i, used) for i in new):
+    if any(filler(tokens, i, used) for i in range(len(tokens))
+           if i not in used or tokens[i].word in PREPOSITIONS):
         return 1.0
     literal = asked.tokens[asked.slot_at] if asked.slot_at >= 0 else tokens[0]
     if literal.word not in ASKING_WORDS and literal.word not in ("old", "many", "much", "called") \
@@ -5439,6 +5502,8 @@ def _capital(tokens: Sequence[Token], at: int) -> bool:
     if token.text[:1].isupper():
         return token.word != "i" and token.word not in FUNCTION_WORDS and (
             at > 0 or token.base not in KNOWN_WORDS)
+    if not token.word.isalpha():
+        return False
     small = not any(t.text[:1].isupper() and t.word != "i" for t in tokens[1:])
     return small and token.word not in FUNCTION_WORDS and token.base not in KNOWN_WORDS
 
@@ -5475,7 +5540,12 @@ def _is_reason(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
     return tokens[at].word in ("because", "since", "so", "for", "to")
 
 
-SLOT_FILLERS = {"time": _is_time, "place": _is_place, "number": _is_number, "age": _is_age,
+def _is_region(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
+    return _capital(tokens, at) and tokens[at].base not in TIMES
+
+
+SLOT_FILLERS = {"region": _is_region, "time": _is_time, "place": _is_place,
+                "number": _is_number, "age": _is_age,
                 "colour": _is_colour, "person": _is_person, "name": _is_name, "span": _is_span,
                 "reason": _is_reason}
 
@@ -5690,7 +5760,9 @@ def recall(memory: Memory, text: str, rng: random.Random) -> List[Recall]:
     near.sort(key=lambda fit: (fit.entry.source not in TOLD, -fit.entry.told_at, -fit.entry.id,
                                -fit.score))
     rest = [fit for fit in told if fit not in near]
-    if near and fits and fits[0].score > top + NEAR_SCORE * (near[0].entry.source in TOLD):
+    sure = asked.person == "owner" and top >= SURE_SCORE
+    if near and fits and fits[0].score > top + NEAR_SCORE * (near[0].entry.source in TOLD) and (
+            not sure or near[0].entry.source not in TOLD):
         return sorted([*fits, *near, *rest], key=lambda fit: -round(fit.score, 2))
     near = [near[0]._replace(score=top), *near[1:]] if near else []
     return near + sorted([*rest, *fits], key=lambda fit: -round(fit.score, 2))
@@ -5753,6 +5825,7 @@ def is_exchange(entry: Entry) -> bool:
 def search(memory: Memory, text: str, count: int = 20) -> List[Entry]:
     """Return the entries that hold most of what is telling in the text, best and newest first."""
     stems, total = list(dict.fromkeys(stems_of(text)))[:MAX_QUERY_STEMS], memory.about_count() + 1.0
+    stems = [stem for stem in stems if stem not in FUNCTION_WORDS] or stems
     held = {stem: memory.ids_holding([[stem + "*"]], 2 * MOST_HELD) for stem in stems}
     mass: DefaultDict[int, float] = defaultdict(float)
     for stem in sorted(stems, key=lambda s: (len(held[s]), s)):
