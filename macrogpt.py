@@ -4407,17 +4407,17 @@ WORD_OR_SIGN = re.compile(r"\b\w{1,2}-\w+|\w+-in-law|\w+(?:['’]\w+)*['’]?|[.
 # Facts about English: its closed classes, and everyday relations that have several names. Words of
 # other languages are told apart by how common they are in the memory, and by nothing else.
 FUNCTION_WORDS = frozenset("""
-    a an the this that these those some any no not every each all both other another such same
-    own often i me my mine myself we us our ours you your yours yourself he him his she her hers
-    it its they them their theirs who whom whose which what where when why how whatever one ones
-    something am is are was were be been being have has had having do does did doing done will
-    would shall should can could may might must cannot ought let of in on at to from for with by
-    about as into onto over under off up down out through since until till than then and or but
-    nor if whether so because while there here again also too just only very really quite rather
-    please now still ever never always already yet maybe perhaps actually exactly right ok okay
-    yes well hey hi hello oh anything something everything anybody
-    somebody anyone someone ago thing things more most much many lot lots kind sort type currently
-    today moment bit best better company firm""".split())
+    a an the this that these those some any no not every each all both other another such
+    same own often i me my mine myself we us our ours you your yours yourself he him his she
+    her hers it its they them their theirs who whom whose which what where when why how
+    whatever one ones something am is are was were be been being have has had having do does
+    did doing done will would shall should can could may might must cannot ought let of in
+    on at to from for with by about as into onto over under off up down out through since
+    until till than then and or but nor if whether so because while there here again also
+    too just only very really quite rather please now still ever never always already yet
+    maybe perhaps actually exactly right ok okay yes well hey hi hello oh anything
+    everything anybody somebody anyone someone ago wrong matter thing things more most much
+    many lot lots kind sort type currently today moment bit best better company firm""".split())
 IDLE_VERBS = frozenset("be have do get got go went put keep find come came happen".split())
 LIGHT_WORDS = frozenset("""be have get got go put keep find use take make give come happen mean
     tell say know remember remind forget need long way""".split())
@@ -4475,7 +4475,7 @@ open unlock code password pin combination passcode passphrase
 study learn student university college school
 study subject degree major
 learn lesson class course
-school kindergarten
+member belong membership
 teach teacher taught
 eat ate food meal dish diet eaten
 cook make dish bake recipe
@@ -4550,7 +4550,7 @@ son: boy
 boy: son
 daughter: girl
 girl: daughter
-money: euro dollar franc pound cent penny crown
+money cost price pay: euro dollar franc pound cent penny crown
 child kid: son daughter
 spouse partner: husband wife marry
 wife husband: marry
@@ -4578,21 +4578,22 @@ tree: oak apple birch pine cherry fir maple willow
 
 # Forms that no ending explains, and what is written in short.
 IRREGULAR = dict(pair.split("=") for pair in """
-    children=child men=man women=woman feet=foot teeth=tooth mice=mouse people=person wives=wife
-    knives=knife lives=live leaves=leave went=go gone=go got=get gotten=get gave=give given=give
-    took=take taken=take came=come saw=see seen=see met=meet taught=teach wrote=write
-    written=write ate=eat eaten=eat drank=drink drunk=drink drove=drive driven=drive flew=fly
-    flown=fly spoke=speak spoken=speak kept=keep broke=break broken=break lost=lose sold=sell
-    paid=pay grew=grow grown=grow slept=sleep sang=sing sung=sing swam=swim ran=run won=win
-    found=find built=build chose=choose chosen=choose wore=wear worn=wear rode=ride ridden=ride
-    hid=hide hidden=hide hung=hang knew=know known=know sent=send thought=think stole=steal
-    stolen=steal woke=wake fell=fall fallen=fall held=hold told=tell said=say became=become
-    began=begin begun=begin brought=bring caught=catch drew=draw drawn=draw felt=feel
-    fought=fight lent=lend laid=lay rang=ring rung=ring spent=spend stood=stand swept=sweep
-    threw=throw thrown=throw bought=buy left=leave made=make did=do done=do had=have has=have
+    children=child men=man women=woman feet=foot teeth=tooth mice=mouse people=person
+    wives=wife knives=knife lives=live leaves=leave went=go gone=go got=get gotten=get
+    gave=give given=give took=take taken=take came=come saw=see seen=see met=meet
+    taught=teach wrote=write written=write ate=eat eaten=eat drank=drink drunk=drink
+    drove=drive driven=drive flew=fly flown=fly spoke=speak spoken=speak kept=keep
+    broke=break broken=break lost=lose sold=sell paid=pay grew=grow grown=grow slept=sleep
+    sang=sing sung=sing swam=swim ran=run won=win found=find built=build chose=choose
+    chosen=choose wore=wear worn=wear rode=ride ridden=ride hid=hide hidden=hide hung=hang
+    knew=know known=know sent=send thought=think stole=steal stolen=steal woke=wake
+    fell=fall fallen=fall held=hold told=tell said=say became=become began=begin begun=begin
+    brought=bring caught=catch drew=draw drawn=draw felt=feel fought=fight lent=lend
+    laid=lay rang=ring rung=ring spent=spend stood=stand swept=sweep threw=throw
+    thrown=throw bought=buy left=leave made=make did=do done=do had=have has=have
     learnt=learn burnt=burn dreamt=dream bitten=bite forgot=forget forgotten=forget
     tv=television fav=favourite fave=favourite bday=birthday xmas=christmas tyre=tire
-    appt=appointment     christmas=christmas favorite=favourite color=colour mom=mum mommy=mum""".split())
+    appt=appointment christmas=christmas favorite=favourite color=colour mom=mum mommy=mum""".split())
 
 # Words that ask for nothing more where a place or a time is asked for already.
 IDLE_WORDS = {"place": "leave left park put place store hide hidden lay lie lies located kept keep "
@@ -4610,8 +4611,10 @@ SLOT_WORDS = {
 }
 SLOT_IMPLIED = {"birthday": "time", "birthdate": "time", "anniversary": "time",
                 "birthplace": "place", "hometown": "place", "workplace": "place"}
+LEADING = PREPOSITIONS | {"many", "much", "for", "of", "about"}
 ADJECTIVES = frozenset("""best own old new big small little first last next favourite favorite
     former current only good other whole full exact""".split())
+GOALS = frozenset("work school bed church town university college hospital sea".split())
 PLACES = frozenset("""here home abroad upstairs downstairs outside inside street road avenue lane
     square town city village country cellar attic kitchen""".split())
 TIMES = frozenset("""january february march april may june july august september october november
@@ -4799,6 +4802,8 @@ def _same_root(a: str, b: str) -> bool:
     shorter, longer = sorted((a, b), key=len)
     if shared == len(shorter) == 4:
         return longer[4:] in ENDINGS
+    if shared == len(shorter) >= 6 and not longer.endswith("inlaw"):
+        return True  # physio, physiotherapy
     strange = a not in KNOWN_WORDS and b not in KNOWN_WORDS and len(longer) - shared <= 3
     return shared >= 5 and shared >= 0.6 * len(longer) and (
         strange or {a[shared:], b[shared:]} <= ENDINGS)
@@ -4996,10 +5001,13 @@ def _slot(tokens: Sequence[Token]) -> Tuple[str, int]:
             return "age", i + 1
         if word == "how" and after == "long":
             return "span", i + 1
-        if word == "how" and after in ("many", "much", "far", "tall", "heavy", "high", "big"):
+        if word == "how" and after in ("many", "much", "far"):
             return "number", i + 1
+        if word == "how" and after in ("tall", "heavy", "high", "big"):
+            return "number", i
     for i, token in enumerate(tokens):
-        if token.base in SLOT_OF and SLOT_OF[token.base] != "name":
+        if token.base in SLOT_OF and SLOT_OF[token.base] != "name" and (
+                not i or words[i - 1] != "favourite"):
             return SLOT_OF[token.base], i
     return next((SLOT_IMPLIED[t.base] for t in tokens if t.base in SLOT_IMPLIED), ""), -1
 
@@ -5022,7 +5030,9 @@ def analyzed(text: str) -> Asked:
     closed = not words & ASKING_WORDS and not framed and bool(tokens) and (
         tokens[0].word in AUXILIARIES)
     terms = _terms(tokens, slot, slot_at)
-    person = ("self" if words & OWN_SELF_WORDS else "owner" if words & OWNERS_WORDS else "")
+    mine = bool({"my", "our"} & words) and not closed  # How do you call my cat?
+    person = ("self" if words & OWN_SELF_WORDS and not mine else
+              "owner" if words & OWNERS_WORDS else "")
     bare = person == "owner" and all(_is_relation(t.token) or not t.vital or (
         t.owner in ("", "a", "an", "any", "some") and not t.token.text[:1].isupper())
         for t in terms)
@@ -5064,7 +5074,7 @@ def _term(tokens: Sequence[Token], at: int) -> Term:
     token, owner = tokens[at], owner_at(tokens, at, adjoining=True)
     before = tokens[at - 1].word if at else ""
     after = tokens[at + 1].word if at + 1 < len(tokens) else ""
-    vital = bool(owner) or after == "'s" or before in ("many", "much", "for", "of", "with") or (
+    vital = bool(owner) or after == "'s" or before in LEADING or (
         token.text[:1].isupper() and at > 0) or (
         # Where is the spare battery? Behind "is" all that follows "the" names the thing
         len(tokens) > 1 and tokens[1].word in ("is", "are", "was", "were") and at > 2
@@ -5234,8 +5244,15 @@ def _lines_to_match(entry: Entry) -> Iterator[str]:
     """Yield the lines of an entry that may state something; of an exchange that is none."""
     document = Document(tuple(entry.text.splitlines()), entry.closed)
     if entry.source in TOLD or not document.is_exchange:
-        if entry.source in TOLD or not _SELF_TALK.search(entry.text):
+        if entry.source in TOLD or not _is_self_talk(entry.text):
             yield from document.lines
+
+
+def _is_self_talk(text: str) -> bool:
+    """Return whether the "I" of a passage is the program: it says so, or it speaks to a "you"."""
+    words = {word.casefold() for word in WORDS.findall(text)}
+    return bool(_SELF_TALK.search(text)) or bool(
+        words & OWN_SELF_WORDS and words & OWNERS_WORDS)
 
 
 _SELF_TALK = re.compile(r"\bI am (?:a|an|the) (?:\w+ )?(?:program|machine|robot|mind)\b", re.I)
@@ -5270,9 +5287,11 @@ def _classed_at(asked: Token, tokens: Sequence[Token]) -> List[int]:
     if asked.base not in CLASSES:
         return []
     return [i for i in range(len(tokens) - 2) if tokens[i].word in ("am", "is", "are", "was", "be")
-            and tokens[i + 1].word in ("a", "an")]
+            and tokens[i + 1].word in ("a", "an") and tokens[i + 2].base not in NO_CALLINGS]
 
 
+NO_CALLINGS = frozenset("""member fan vegetarian vegan twin child baby man woman boy girl friend
+    smoker lover person bit lot good bad big small great very""".split())
 CLASSES = frozenset("""job work profession occupation career breed race species brand
     model""".split())
 
@@ -5357,6 +5376,11 @@ def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) 
             return 1.0  # somebody's name is of its owner's choice
         if not subjects and "my" not in related:
             return 0.3
+        others = [t for i, t in enumerate(unit.tokens) if owner_at(unit.tokens, i, True) == "my"
+                  and all(i != at for grade, at in best if grade) and not _is_relation(t)
+                  and t.word not in ADJECTIVES]
+        if others and not related.count("my"):
+            return 0.95
         if subjects and "my" not in related and _says_third(asked, unit.tokens, best):
             return 0.3
     return 1.0
@@ -5409,10 +5433,10 @@ def _owner_factor(term: Term, unit: Unit, at: int, asked: Asked) -> float:
                 and _is_subject(tokens, at - 3)):
             return 0.3
     if not term.vital or term.owner not in ("my", "your"):
-        if owner and owner not in DETERMINERS and owner not in asked_bases and term.vital \
-                and owner not in ("my", "your"):
+        if owner and owner not in DETERMINERS and owner not in asked_bases and term.vital:
             return 0.9
-        return 1.0
+        vague = term.owner == "the" and owner in ("a", "an") and unit.entry.source not in TOLD
+        return 0.6 if vague else 1.0
     if owner == term.owner:
         return 1.0
     if owner in ("my", "your"):
@@ -5486,6 +5510,9 @@ def _is_place(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
                                            and tokens[at - 1].word not in AUXILIARIES):
         for i in range(at + 1, min(at + 6, len(tokens))):
             t = tokens[i]
+            if token.word == "to" and i == at + 1 and not (
+                    t.word in DETERMINERS or _capital(tokens, i) or t.base in GOALS):
+                return False  # wanted to stay
             if t.word in DETERMINERS and t.word not in NUMBERS or t.word in PREPOSITIONS:
                 continue
             if t.word in FUNCTION_WORDS:
@@ -5627,9 +5654,6 @@ def _told_fits(asked: Asked, found: Sequence[Entry]) -> Iterator[Recall]:
     """Yield what statements of the memory answer to a question."""
     for unit in units_of(found, asked):
         score = unit_score(asked, unit)
-        words = {t.word for t in unit.tokens}
-        if unit.entry.source not in TOLD and words & OWNERS_WORDS and words & OWN_SELF_WORDS:
-            continue  # a line of the corpus that has the program itself for its "I"
         if score < (0.1 if asked.closed else 0.3):
             continue
         answer = said_back(unit)
@@ -5729,7 +5753,7 @@ def _mutual(asked: Asked, told: Sequence[Token], best: Sequence[Tuple[float, int
 
 def _answer_score(asked: Asked, entry: Entry, answer: str) -> float:
     """Return how well the answer of an exchange answers a question by itself."""
-    if asked.person == "owner" and not re.search(r"\byour?\b", answer, re.I):
+    if asked.person == "owner" and not re.search(r"\byour\b|^You\b", answer):
         return 0.0
     scores = [0.97 * unit_score(asked, Unit(entry, text, tokens_of(turned(text))))
               for text in statements_of(answer)]
