@@ -4433,89 +4433,79 @@ PREPOSITIONS = frozenset("""in on at under behind near beside below above inside
 ABBREVIATED = re.compile(r"(?:\b(?:mr|mrs|ms|dr|st|prof|no|vs|approx|e\.g|i\.e|a\.m|p\.m)|\b\w)\.$",
                          re.I)
 
-# One relation a line: its words, their irregular forms among them, say the same of the same thing.
+# One relation a line: its words say the same of the same thing. Behind = they say it so well that
+# the newer of two such statements takes the place of the older.
 RELATIONS = """
-= name call nickname named
-= live home house reside address flat apartment dwell lodge move moved
+= name call nickname
+= live home house reside address flat apartment dwell lodge move
 = born birth birthday birthdate birthplace
-= old age aged year turn
-= job work profession occupation employ employed employer career workplace office
+= old age year turn
+= job work profession occupation employ employer career workplace office
 job become
-like love favourite favorite enjoy prefer fond adore fan
+like love favourite enjoy prefer fond adore fan
 hate dislike loathe detest stand
-colour color
-wedding marry married marriage wed anniversary
-mother mum mom mummy mama
+marry marriage wed anniversary
+mother mum mummy mama
 father dad daddy papa
 grandmother grandma granny nan
 grandfather grandpa grandad granddad
-child kid children
+child kid
 boss manager supervisor chief superior
 doctor physician gp
 flat apartment
 couch sofa settee
 bike bicycle cycle
-car drive driving drove automobile vehicle auto
+car drive automobile vehicle auto
 phone telephone mobile number call ring cell tel
-tv television
 fridge refrigerator
 movie film cinema
 trash garbage rubbish bin
+floor storey level
+parcel package packet
 recycle recycling
-buy bought purchase shop get got from
-leave left depart departure go start set
-leave left park put place store hide hidden hid keep kept lay lie stay
+buy purchase shop get from
+leave depart departure go start set
+leave park put place store hide keep lay lie stay
 arrive arrival come land
 come visit arrive pick collect appear
-begin start began begun starts opening
+begin start opening
 end finish close over stop
-open opening
-close shut closing
+close shut
 open unlock code password pin combination passcode passphrase
 study learn student university college school
 study subject degree major
 learn lesson class course
 member belong membership
-teach teacher taught
-eat ate food meal dish diet eaten
+teach teacher
+eat food meal dish diet
 cook make dish bake recipe
-drink drank beverage take
+drink beverage take
 allergy allergic
 ill sick disease illness
-fear afraid scare scared frighten frightened terrify
-hobby enjoy spare-time pastime
-cost price pay paid rent expensive charge
+fear afraid scare frighten terrify
+hobby enjoy pastime
+cost price pay rent expensive charge
 earn salary income wage
 weigh weight heavy kilo
 tall height high centimetre centimeter
 long length last duration
 far distance kilometre mile away
 big size large
-meet met meeting appointment see seen saw
+meet appointment see
 appointment go see visit
 travel trip holiday vacation journey flight fly go
 flight plane fly
 speak language
-wear wore worn size
-lose lost missing
-break broke broken
-read book reading
+wear size
+lose missing
+read book
 write author writer book novelist
 play instrument
-win won
-run ran running
-sing sang song choir
-ride rode
-swim swam
-build built
-sell sold
-send sent
-give gave present gift
-bring brought
-think thought
-grow grew plant tree flower
-sleep slept bed
-wake woke alarm
+sing song choir
+give present gift
+grow plant tree flower
+sleep bed
+wake alarm
 dream want wish
 plan intend
 team club
@@ -4535,7 +4525,6 @@ city town place
 nationality country from citizen
 bus coach
 cellar basement
-key keys
 garden yard
 """.strip().splitlines()
 
@@ -4578,22 +4567,24 @@ tree: oak apple birch pine cherry fir maple willow
 
 # Forms that no ending explains, and what is written in short.
 IRREGULAR = dict(pair.split("=") for pair in """
-    children=child men=man women=woman feet=foot teeth=tooth mice=mouse people=person
-    wives=wife knives=knife lives=live leaves=leave went=go gone=go got=get gotten=get
-    gave=give given=give took=take taken=take came=come saw=see seen=see met=meet
-    taught=teach wrote=write written=write ate=eat eaten=eat drank=drink drunk=drink
-    drove=drive driven=drive flew=fly flown=fly spoke=speak spoken=speak kept=keep
-    broke=break broken=break lost=lose sold=sell paid=pay grew=grow grown=grow slept=sleep
-    sang=sing sung=sing swam=swim ran=run won=win found=find built=build chose=choose
-    chosen=choose wore=wear worn=wear rode=ride ridden=ride hid=hide hidden=hide hung=hang
-    knew=know known=know sent=send thought=think stole=steal stolen=steal woke=wake
-    fell=fall fallen=fall held=hold told=tell said=say became=become began=begin begun=begin
-    brought=bring caught=catch drew=draw drawn=draw felt=feel fought=fight lent=lend
-    laid=lay rang=ring rung=ring spent=spend stood=stand swept=sweep threw=throw
-    thrown=throw bought=buy left=leave made=make did=do done=do had=have has=have
-    learnt=learn burnt=burn dreamt=dream bitten=bite forgot=forget forgotten=forget
-    tv=television fav=favourite fave=favourite bday=birthday xmas=christmas tyre=tire
-    appt=appointment christmas=christmas favorite=favourite color=colour mom=mum mommy=mum""".split())
+    children=child men=man women=woman feet=foot teeth=tooth mice=mouse
+    people=person wives=wife knives=knife lives=live leaves=leave went=go gone=go
+    got=get gotten=get gave=give given=give took=take taken=take came=come saw=see
+    seen=see met=meet taught=teach wrote=write written=write ate=eat eaten=eat
+    drank=drink drunk=drink drove=drive driven=drive flew=fly flown=fly spoke=speak
+    spoken=speak kept=keep broke=break broken=break lost=lose sold=sell paid=pay
+    grew=grow grown=grow slept=sleep sang=sing sung=sing swam=swim ran=run won=win
+    found=find built=build chose=choose chosen=choose wore=wear worn=wear rode=ride
+    ridden=ride hid=hide hidden=hide hung=hang knew=know known=know sent=send
+    thought=think stole=steal stolen=steal woke=wake fell=fall fallen=fall held=hold
+    told=tell said=say became=become began=begin begun=begin brought=bring
+    caught=catch drew=draw drawn=draw felt=feel fought=fight lent=lend laid=lay
+    rang=ring rung=ring spent=spend stood=stand swept=sweep threw=throw thrown=throw
+    bought=buy left=leave made=make did=do done=do had=have has=have learnt=learn
+    burnt=burn dreamt=dream bitten=bite forgot=forget forgotten=forget tv=television
+    fav=favourite fave=favourite bday=birthday xmas=christmas tyre=tire
+    appt=appointment christmas=christmas favorite=favourite color=colour mom=mum
+    mommy=mum""".split())
 
 # Words that ask for nothing more where a place or a time is asked for already.
 IDLE_WORDS = {"place": "leave left park put place store hide hidden lay lie lies located kept keep "
@@ -4614,6 +4605,8 @@ SLOT_IMPLIED = {"birthday": "time", "birthdate": "time", "anniversary": "time",
 LEADING = PREPOSITIONS | {"many", "much", "for", "of", "about"}
 ADJECTIVES = frozenset("""best own old new big small little first last next favourite favorite
     former current only good other whole full exact""".split())
+UNITS = frozenset("""second minute hour day week month year metre meter kilometre kilometer mile
+    centimetre centimeter foot inch page cm km m h min""".split())
 GOALS = frozenset("work school bed church town university college hospital sea".split())
 PLACES = frozenset("""here home abroad upstairs downstairs outside inside street road avenue lane
     square town city village country cellar attic kitchen""".split())
@@ -4631,7 +4624,7 @@ NUMBERS = frozenset("""zero one two three four five six seven eight nine ten ele
 PEOPLE = frozenset("""man woman boy girl person people friend boss teacher doctor dentist lawyer
     neighbour neighbor colleague mother father brother sister son daughter wife husband uncle aunt
     cousin niece nephew grandmother grandfather grandma grandpa mum dad mom child parents partner
-    girlfriend boyfriend nurse plumber electrician i we he she everybody nobody""".split())
+    girlfriend boyfriend nurse plumber electrician everybody nobody""".split())
 NEGATIONS = frozenset("not no never nobody nothing none neither without cannot".split())
 
 
@@ -4791,7 +4784,8 @@ RUN_TOGETHER = {
     "whats": "what is", "wheres": "where is", "whos": "who is", "hows": "how is",
     "whens": "when is", "im": "i am", "ive": "i have", "dont": "do not", "doesnt": "does not",
     "didnt": "did not", "isnt": "is not", "arent": "are not", "cant": "can not",
-    "wont": "will not", "thats": "that is", "theres": "there is", "wasnt": "was not"}
+    "wont": "will not", "thats": "that is", "theres": "there is", "wasnt": "was not",
+    "teh": "the", "u": "you", "ur": "your", "wher": "where", "waht": "what", "wat": "what"}
 
 
 def _same_root(a: str, b: str) -> bool:
@@ -4815,8 +4809,10 @@ ENDINGS = frozenset(("", *"""e y er or r ry ery ing ed ly ist al ic ics ies ion 
 
 def _misspelt(a: str, b: str) -> bool:
     """Return whether one slip of the finger leads from a to b; short words are left alone."""
-    if min(len(a), len(b)) < 4 or abs(len(a) - len(b)) > 1 or a == b:
+    if min(len(a), len(b)) < 3 or abs(len(a) - len(b)) > 1 or a == b:
         return False
+    if min(len(a), len(b)) == 3:
+        return sorted(a) == sorted(b)
     at = len(os.path.commonprefix([a, b]))
     if len(a) == len(b):
         swapped = a[:at] + a[at + 1:at + 2] + a[at] + a[at + 2:]
@@ -4863,7 +4859,8 @@ _FRAME = re.compile(
     r"|(?:have|did) i {a}*(?:tell|told|mention|mentioned|say|said)(?: to)?(?: you)?"
     r"|what (?:did|have) i {a}*(?:tell|told|say|said)(?: to)?(?: you)?"
     r"|what (?:else )?do (?:you|u) (?:know|remember)|may i ask|what about|how about)"
-    r"(?:[\s,:]+(?:again|of|about|that|if|whether|once more))*(?:[\s,:]+|$))"
+    r"(?:[\s,:]+(?:again|of|about|that|if|whether|once more|anything|something|everything))*"
+    r"(?:[\s,:]+|$))"
     .replace("{a}", r"(?:" + _AGAIN + r" )"), re.I)
 _ASKS = re.compile(
     r"(?:(?:in|on|at|under|from|to|for|with|by|since|until|till|of|about|into|around) "
@@ -4898,6 +4895,8 @@ def unframed(text: str) -> Tuple[str, bool]:
     "Hey, do you remember where I live" asks where I live.
     """
     framed = False
+    first, _, others = text.partition(" ")
+    text = " ".join(filter(None, (RUN_TOGETHER.get(first.casefold(), first), others)))
     while text:
         match = _POLITE.match(text)
         if not match:
@@ -4981,8 +4980,10 @@ def owner_at(tokens: Sequence[Token], at: int, adjoining: bool = False) -> str:
 def _slot(tokens: Sequence[Token]) -> Tuple[str, int]:
     """Return what is to fill the gap of a question, and the place of the word that asks for it."""
     words = [t.word for t in tokens]
+    heads = [t.base in SLOT_OF and not (i + 1 < len(tokens) and tokens[i + 1].base in SLOT_OF)
+             for i, t in enumerate(tokens)]  # of a street number the number is asked for
     for i, token in enumerate(tokens[1:], 1):
-        if words[i - 1] in ("what", "which") and token.base in SLOT_OF:
+        if words[i - 1] in ("what", "which") and heads[i]:
             return SLOT_OF[token.base], i
     named = [i for i, t in enumerate(tokens) if SLOT_OF.get(t.base) == "name"]
     if named:
@@ -5002,11 +5003,11 @@ def _slot(tokens: Sequence[Token]) -> Tuple[str, int]:
         if word == "how" and after == "long":
             return "span", i + 1
         if word == "how" and after in ("many", "much", "far"):
-            return "number", i + 1
+            return ("number" if after == "many" else "amount"), i + 1
         if word == "how" and after in ("tall", "heavy", "high", "big"):
             return "number", i
     for i, token in enumerate(tokens):
-        if token.base in SLOT_OF and SLOT_OF[token.base] != "name" and (
+        if heads[i] and SLOT_OF[token.base] != "name" and (
                 not i or words[i - 1] != "favourite"):
             return SLOT_OF[token.base], i
     return next((SLOT_IMPLIED[t.base] for t in tokens if t.base in SLOT_IMPLIED), ""), -1
@@ -5060,7 +5061,7 @@ def _terms(tokens: Sequence[Token], slot: str, slot_at: int) -> List[Term]:
     idle = IDLE_WORDS.get(slot, "").split()
     telling = [i for i, t in enumerate(tokens) if _tells(t, i, slot_at)]
     chosen = [i for i in telling if tokens[i].base not in idle] or telling
-    if not slot and not any(not owner_at(tokens, i, True) for i in chosen):
+    if slot in ("", "person") and not any(not owner_at(tokens, i, True) for i in chosen):
         chosen += [i for i, t in enumerate(tokens) if t.base in LIGHT_WORDS - IDLE_VERBS
                    and not owner_at(tokens, i, True)]  # what does my father make?
     if not chosen:
@@ -5122,8 +5123,10 @@ class Unit(NamedTuple):
 def _spellings(memory: Memory, token: Token) -> List[str]:
     """Return words of the memory that one slip of the finger may have made of this one."""
     word, letters = token.word, "abcdefghijklmnopqrstuvwxyz"
-    if not 4 <= len(word) <= 20 or not word.isascii() or token.base in KNOWN_WORDS:
+    if not 3 <= len(word) <= 20 or not word.isascii() or token.base in KNOWN_WORDS:
         return []
+    if len(word) == 3:
+        return memory.words_among([word[1] + word[0] + word[2], word[0] + word[2] + word[1]])
     reach = range(1, min(len(word), STEM_CHARS + 1))  # words are found by how they begin
     near = {word[:i] + word[i + 1:] for i in reach}
     near |= {word[:i] + word[i + 1] + word[i] + word[i + 2:] for i in range(len(word) - 1)}
@@ -5300,7 +5303,8 @@ def unit_score(asked: Asked, unit: Unit) -> float:
     """Return how well a sentence answers a question, 0 to 1."""
     tokens = unit.tokens
     best = [(grade, -place) for grade, place in _matches(asked, tokens)]
-    if not any(grade for grade, _ in best) or not _defines(asked, tokens, best):
+    if not any(grade for grade, _ in best) or not (
+            _defines(asked, tokens, best) and _lies_so(asked, tokens, best)):
         return 0.0
     classed = [at for term, (grade, at) in zip(asked.terms, best) if at in _classed_at(
         term.token, tokens)]
@@ -5317,6 +5321,16 @@ def unit_score(asked: Asked, unit: Unit) -> float:
     return score if asked.closed else score * _slot_factor(asked, tokens, best)
 
 
+def _lies_so(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> bool:
+    """Return whether "What is in the parcel?" is answered with what is in it."""
+    words = [t.word for t in asked.tokens[:3]]
+    if len(words) < 3 or words[0] != "what" or words[1] not in AUXILIARIES or (
+            words[2] not in ("in", "on", "under", "behind", "inside")):
+        return True
+    return any(grade and words[2] in [t.word for t in tokens[max(0, at - 4):at]]
+               for grade, at in best)
+
+
 def _defines(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> bool:
     """Return whether a statement may answer "What is love?": it must be about nothing else."""
     if asked.person or asked.closed or [t for t in asked.terms if t.vital and t.owner not in (
@@ -5326,6 +5340,8 @@ def _defines(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, 
     if len(asked.tokens) > 2 + sum(t.word in ("a", "an") for t in asked.tokens) + len(asked.terms):
         return True
     first = next((i for i, t in enumerate(tokens) if t.word not in FUNCTION_WORDS), -1)
+    if any(grade and at and tokens[at].text[:1].isupper() for grade, at in best):
+        return True  # What is Biscuit?
     return any(grade == 1.0 and at == first for grade, at in best)
 
 
@@ -5333,8 +5349,11 @@ def _covered(asked: Asked, best: Sequence[Tuple[float, int]]) -> float:
     """Return the share of what is telling in the question that the statement holds."""
     missing = [term for term, (grade, _) in zip(asked.terms, best) if not grade]
     # a verb of no known relation may be another word for what fills a slot of its own
-    loose = asked.slot in ("place", "time", "number", "span", "person") and not any(
-        term.vital or _is_relative(term.token) for term in missing)
+    places = {term.token: asked.tokens.index(term.token) for term in asked.terms}
+    held_at = {places[t.token] for t, (grade, _) in zip(asked.terms, best) if grade}
+    loose = asked.slot in ("place", "time", "number", "amount", "span", "person") and not any(
+        term.vital or _is_relative(term.token) or places[term.token] + 1 in held_at
+        for term in missing)
     whole = sum(term.weight * (0.5 if loose and term in missing else 1.0) for term in asked.terms)
     held = sum(term.weight * grade for term, (grade, _) in zip(asked.terms, best))
     score = held / whole
@@ -5360,9 +5379,8 @@ def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) 
     advice = {t.word for t in asked.tokens} & (ADVICE if asked.person else OPINION)
     if advice and not advice & words:
         return 0.5
-    if asked.bare and asked.slot == "name" and len(asked.terms) <= (
-            asked.slot_at >= 0 and asked.terms[-1:] != [] and
-            asked.terms[-1].token == asked.tokens[asked.slot_at]):
+    if asked.bare and asked.slot == "name" and not [
+            t for t in asked.terms if t.token != asked.tokens[asked.slot_at]]:
         return 1.0 if _names_the_owner(unit.tokens) else 0.3
     if asked.bare:
         first = words if unit.entry.source in TOLD else {t.word for t in unit.tokens[:3]}
@@ -5481,7 +5499,7 @@ def _is_time(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
     if token.base in TIMES or token.word in TIMES or _CLOCK.search(token.word):
         return True
     number = token.word in NUMBERS or token.word.isdigit()
-    return number and (before in ("at", "in", "on", "by", "from", "until", "till", "since", "for",
+    return number and (before in ("at", "in", "on", "by", "from", "until", "till", "since",
                                   "around", "before", "after", "is") or (
         len(token.word) == 4 and token.word[:2] in ("19", "20")))
 
@@ -5505,6 +5523,9 @@ def _is_age(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
 def _is_place(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
     token = tokens[at]
     if token.base in PLACES or token.word in PLACES:
+        return True
+    before = tokens[at - 1].base if at else ""
+    if before == "work" and token.word == "for" or before == "visit" and _capital(tokens, at):
         return True
     if token.word in PREPOSITIONS and not (token.word == "with" and at
                                            and tokens[at - 1].word not in AUXILIARIES):
@@ -5536,7 +5557,7 @@ def _capital(tokens: Sequence[Token], at: int) -> bool:
 
 
 def _is_person(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
-    return _capital(tokens, at) or tokens[at].base in PEOPLE
+    return _capital(tokens, at) or tokens[at].base in PEOPLE or tokens[at].base in KINDS["pet"]
 
 
 def _is_colour(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
@@ -5549,6 +5570,10 @@ def _is_name(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
         return True
     if not _capital(tokens, at):
         return False
+    said = at - 1 if tokens[at - 1].word in AUXILIARIES else at - 2
+    if at > 1 and tokens[said].word in ("is", "are", "was", "were") and any(
+            i < said for i in used):
+        return True  # my teacher at school was Mr. Brown
     for back in range(at - 1, max(-1, at - 5), -1):
         if back in used or tokens[back].word == "i":
             return True
@@ -5559,8 +5584,14 @@ def _is_name(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
         i in used for i in range(at + 2, min(at + 5, len(tokens))))
 
 
+def _is_amount(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
+    return _is_number(tokens, at, set())
+
+
 def _is_span(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
-    return _is_number(tokens, at, used) or tokens[at].word in ("since", "until")
+    units = {t.base for t in tokens[at + 1:at + 3]} & UNITS
+    return _is_number(tokens, at, set()) and bool(units) or (
+        tokens[at].word in ("since", "until", "till"))
 
 
 def _is_reason(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
@@ -5572,7 +5603,7 @@ def _is_region(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
 
 
 SLOT_FILLERS = {"region": _is_region, "time": _is_time, "place": _is_place,
-                "number": _is_number, "age": _is_age,
+                "number": _is_number, "amount": _is_amount, "age": _is_age,
                 "colour": _is_colour, "person": _is_person, "name": _is_name, "span": _is_span,
                 "reason": _is_reason}
 
@@ -5686,7 +5717,7 @@ def _verdict(asked: Asked, unit: Unit, score: float) -> Tuple[float, str]:
     return score, ""
 
 
-SINGLE = frozenset().union(*(SENSES[word] for word in ("live", "born", "age", "job", "colour")))
+SINGLE = frozenset().union(*(SENSES[word] for word in ("live", "born", "age", "job")))
 
 
 def _exchange_fits(asked: Asked, text: str, asking: bool, factual: bool,
@@ -5765,8 +5796,9 @@ def recall(memory: Memory, text: str, rng: random.Random) -> List[Recall]:
 
     Of statements that fit equally well the newest comes first: it may replace the others.
     """
-    text = text[:MAX_ASKED_CHARS]
-    asked, asking = analyzed(text), asks(text)
+    asking = asks(text)
+    text = _question_in(text) if asking else text[:MAX_ASKED_CHARS]
+    asked = analyzed(text)
     about_nothing = not asked.bare and asked.slot_at >= 0 and all(
         t.token == asked.tokens[asked.slot_at] for t in asked.terms)
     if not asked.tokens:
@@ -5792,10 +5824,18 @@ def recall(memory: Memory, text: str, rng: random.Random) -> List[Recall]:
     return near + sorted([*rest, *fits], key=lambda fit: -round(fit.score, 2))
 
 
+def _question_in(text: str) -> str:
+    """Return the last sentence of a text that asks, or all of it."""
+    asking = [s for line in text.splitlines() for s in sentences_of(line[-MAX_ASKED_CHARS:])
+              if asks(s)]
+    return asking[-1] if asking else text[:MAX_ASKED_CHARS]
+
+
 def states_a_fact(text: str) -> bool:
     """Return whether a text tells something to be kept, rather than how one feels or fares."""
     if _LEADS.match(text) and re.match(r"(?:please )?(?:remember|note|don't forget)", text, re.I):
         return True
+    corrects = bool(_CORRECTS.match(text))
     for statement in statements_of(text[:MAX_ASKED_CHARS]):
         tokens = tokens_of(statement)
         words = [t.word for t in tokens]
@@ -5805,9 +5845,38 @@ def states_a_fact(text: str) -> bool:
         filled = {i for i in range(1, len(tokens)) if _is_value(tokens, i)}
         others = [i for i in telling if i not in filled]
         if filled and not set(words) & OWN_SELF_WORDS and (
-                len(others) > 1 or (others and {"i", "we"} & set(words))):
+                corrects or others or {"i", "we"} & set(words)):
             return True
     return False
+
+
+def completed(text: str, turns: Sequence[Tuple[str, str]]) -> Optional[str]:
+    """Return a correction that leaves out what it is about as a whole sentence, or None.
+
+    "No, it is Friday" after "The meeting is on Monday" says that the meeting is Friday; "No, at
+    ten" after "The ferry leaves at nine" that the ferry leaves at ten.
+    """
+    found = _CORRECTS.match(text)
+    if not found or asks(text):
+        return None
+    rest = text[found.end():].rstrip(" .!")
+    pronoun = _BY_PRONOUN.match(rest)
+    for role, words in reversed(turns[-3:]):
+        said = [s for line in words.splitlines() for s in statements_of(line)]
+        before = (said[-1] if role == "owner" else turned(said[-1])).rstrip(" .!") if said else ""
+        about = re.match(r"(.{2,80}?) (is|are|was|were)\b(?: (?!not\b).*)$", before)
+        if pronoun and about and not _ANAPHORS.match(before):
+            return f"{about[1]} {about[2]} {rest[pronoun.end():]}."
+        opening = re.match(r"(at|on|in|to|from|with|for|by|under) ", rest)
+        place = before.rfind(f" {opening[1]} ") if opening else -1
+        if place > 0:
+            return f"{before[:place]} {rest}."
+    return None
+
+
+_CORRECTS = re.compile(r"(?:no|nope|actually|sorry|wait|correction|i mean)"
+                       r"(?:[,.!:; ]+(?:sorry|wait|i mean|actually)\b)*[,.!:; ]+", re.I)
+_BY_PRONOUN = re.compile(r"(?:it|he|she|they|that)(?:'s| is| was| are| were)(?: now)? ", re.I)
 
 
 def _is_value(tokens: Sequence[Token], at: int) -> bool:
@@ -5815,12 +5884,13 @@ def _is_value(tokens: Sequence[Token], at: int) -> bool:
     token = tokens[at]
     return (token.text[:1].isupper() and _capital(tokens, at)
             or _is_number(tokens, at, set()) and token.word not in ("a", "an", "no", "one")
-            or _is_place(tokens, at, set())
+            or _is_place(tokens, at, set()) and token.word not in PASSING_TIMES
             or _is_time(tokens, at, set()) and token.base not in PASSING_TIMES)
 
 
-PASSING_TIMES = frozenset("""day night morning evening afternoon today tonight week time now always
-    never ever every before after when since until again""".split())
+PASSING_TIMES = frozenset("""here home outside inside day night morning evening
+    afternoon today tonight week time now always never ever every before after when since until
+    again""".split())
 
 
 def asks_for_a_fact(text: str) -> bool:
@@ -5848,7 +5918,8 @@ def is_exchange(entry: Entry) -> bool:
 
 def search(memory: Memory, text: str, count: int = 20) -> List[Entry]:
     """Return the entries that hold most of what is telling in the text, best and newest first."""
-    stems, total = list(dict.fromkeys(stems_of(text)))[:MAX_QUERY_STEMS], memory.about_count() + 1.0
+    stems = list(dict.fromkeys(stems_of(text)))[:MAX_QUERY_STEMS]
+    total = memory.about_count() + 1.0
     stems = [stem for stem in stems if stem not in FUNCTION_WORDS] or stems
     held = {stem: memory.ids_holding([[stem + "*"]], 2 * MOST_HELD) for stem in stems}
     mass: DefaultDict[int, float] = defaultdict(float)
@@ -5895,13 +5966,6 @@ def stems_of(text: str) -> List[str]:
     return [word[:STEM_CHARS] for word in folded_words(text)]
 
 
-def stem_weights(memory: Memory, stems: Iterable[str]) -> Dict[str, float]:
-    """Return how telling each stem is: the logarithm of how rare it is in the memory."""
-    total = memory.about_count()
-    return {stem: log(1.0 + (total + 1.0) / (len(memory.ids_holding([[stem + "*"]], 1000)) + 0.5))
-            for stem in set(stems)}
-
-
 def _mass(stems: Iterable[str], weights: Dict[str, float]) -> float:
     return sum(weights[s] for s in stems)
 
@@ -5918,12 +5982,6 @@ def _likeness(a: Set[str], b: Set[str], weights: Dict[str, float]) -> float:
     whole = _mass(a, weights) + _mass(b, weights)
     both = _mass(_shared(a, b), weights) + _mass(_shared(b, a), weights)
     return both / whole if whole else 0.0
-
-
-def _coverage(asked: Set[str], told: Set[str], weights: Dict[str, float]) -> float:
-    """Return the share of the question's weight that a statement holds, 0 to 1."""
-    whole = _mass(asked, weights)
-    return _mass(_shared(asked, told), weights) / whole if whole else 0.0
 
 
 def prompt_ids(tokenizer: EvolvingTokenizer, turns: Sequence[Tuple[str, str]], text: str,
@@ -6684,6 +6742,9 @@ class Organism:
             self.last_ids = (said, memory.add_message(session, "self", answer))
             self.last = (self.last or Reply("", "nothing"))._replace(text=answer)
             self._remember(text, "chat", session, recall=holds_statements(text))
+            whole = completed(text, turns)
+            if whole:
+                self._remember(whole, "chat", session)
 
     def _answer(self, text: str, turns: Sequence[Tuple[str, str]],
                 rng: random.Random) -> Iterator[str]:
@@ -6767,17 +6828,19 @@ class Organism:
         with self.memory.transaction():
             self.memory.judge(answered, 1 if good else -1)
             self.memory.set_setting("rejected", rejected if good else [*rejected, sign])
+            if not good:
+                self.memory.remove_entries("approved", [self._exchange(asked, answer).key])
         if good:
-            self._remember_exchange(asked, answer)
+            self.memory.add_entry("approved", self._exchange(asked, answer))
+            self._text_version += 1
+            self._rouse()
         return True
 
-    def _remember_exchange(self, asked: str, answer: str) -> None:
+    def _exchange(self, asked: str, answer: str) -> Document:
         limit = self.config.max_line_chars
         lines = tuple(clean_line(f"{marker}: {' '.join(words.split())}", limit)
                       for marker, words in (("H", asked), ("A", answer)))
-        self.memory.add_entry("approved", Document(lines, True))
-        self._text_version += 1
-        self._rouse()
+        return Document(lines, True)
 
     # learning
 

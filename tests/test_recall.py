@@ -10,24 +10,17 @@ import unittest
 import macrogpt as m
 from support import ROOT, Folder
 
-CASES = os.path.join(ROOT, "tests", "recall_cases.txt")
 
-
-def cases(tag):
-    """Return the fields of every line with that tag."""
-    with open(CASES, encoding="utf-8") as file:
-        return [[part.strip() for part in line[2:].split("|")]
-                for line in file if line.startswith(tag + " ")]
-
-
-def facts_with_questions():
-    """Yield (fact, what its answer holds, question)."""
-    with open(CASES, encoding="utf-8") as file:
+def groups():
+    """Return the cases: groups of (tag, fields)."""
+    found = []
+    with open(os.path.join(ROOT, "tests", "recall_cases.txt"), encoding="utf-8") as file:
         for line in file:
-            if line.startswith("F "):
-                fact, answer = (part.strip() for part in line[2:].split("|"))
-            elif line.startswith("Q "):
-                yield fact, answer, line[2:].strip()
+            if line.startswith("G "):
+                found.append([])
+            elif line[0] != "#":
+                found[-1].append((line[0], [part.strip() for part in line[2:].split("|")]))
+    return found
 
 
 class Clock:
@@ -63,47 +56,91 @@ def is_a_fact(fit):
 
 
 class Remembering(unittest.TestCase):
+    """Every group is told to a memory of its own, beside the project's corpus."""
+
     @classmethod
     def setUpClass(cls):
-        cls.memory = memory_of(*(fact for fact, _ in cases("F")))
+        cls.groups = [(memory_of(*(fields[0] for tag, fields in cases if tag == "F")), cases)
+                      for cases in groups()]
 
-    def share(self, rows):
-        """Return the share of (passed, what) that passed, and the others as text."""
+    @classmethod
+    def tearDownClass(cls):
+        for memory, _ in cls.groups:
+            memory.close()
+
+    def cases(self, tag):
+        """Yield (memory, fields) of every case with that tag."""
+        for memory, cases in self.groups:
+            for own, fields in cases:
+                if own == tag:
+                    yield memory, fields
+
+    def questions(self):
+        """Yield (memory, what a right answer holds, question)."""
+        for memory, cases in self.groups:
+            for tag, fields in cases:
+                if tag == "F":
+                    key = fields[1].lower()
+                elif tag == "Q":
+                    yield memory, key, fields[0]
+
+    def reach(self, least, rows):
+        """Assert that at least such a share of the (passed, what) rows passed."""
         failed = [what for passed, what in rows if not passed]
-        return 1.0 - len(failed) / len(rows), "\n".join(failed)
+        self.assertGreaterEqual(1.0 - len(failed) / len(rows), least, "\n".join(failed))
 
     def test_what_was_told_is_answered_in_other_words(self):
-        share, failed = self.share([
-            (fit is not None and key.lower() in fit.answer.lower(), f"{asked} -> {fit and fit.answer}")
-            for _, key, asked in facts_with_questions() for fit in [answer(self.memory, asked)]])
-        self.assertGreaterEqual(share, 0.93, failed)
+        self.reach(0.92, [(fit is not None and key in fit.answer.lower(),
+                           f"{asked} -> {fit and fit.answer}")
+                          for memory, key, asked in self.questions()
+                          for fit in [answer(memory, asked)]])
+
+    def test_without_full_text_search_as_well(self):
+        memory, cases = self.groups[0]
+        self.addCleanup(setattr, memory, "has_fts", memory.has_fts)
+        memory.has_fts = False
+        rows = [row for row in self.questions() if row[0] is memory]
+        self.reach(0.9, [(fit is not None and key in fit.answer.lower(), asked)
+                         for _, key, asked in rows[::3] for fit in [answer(memory, asked)]])
 
     def test_what_was_never_told_is_not_answered_with_something_else(self):
-        share, failed = self.share([(not is_a_fact(fit), f"{asked} -> {fit and fit.answer}")
-                                    for asked, in cases("U")
-                                    for fit in [answer(self.memory, asked)]])
-        self.assertGreaterEqual(share, 0.97, failed)
+        self.reach(0.97, [(not is_a_fact(fit), f"{asked} -> {fit and fit.answer}")
+                          for memory, (asked,) in self.cases("U")
+                          for fit in [answer(memory, asked)]])
 
     def test_ordinary_talk_is_never_answered_with_a_fact(self):
-        for text, in cases("T"):
-            fit = answer(self.memory, text)
+        for memory, (text,) in self.cases("T"):
+            fit = answer(memory, text)
             self.assertFalse(is_a_fact(fit), f"{text} -> {fit and fit.answer}")
 
-    def test_ordinary_talk_is_no_fact_and_every_fact_is_one_or_has_no_place(self):
-        kept = [text for text, in cases("T") if m.states_a_fact(text)]
-        self.assertLessEqual(len(kept), 1, kept)
-        lost = [fact for fact, _ in cases("F") if not m.states_a_fact(fact)]
-        self.assertLessEqual(len(lost), 8, lost)
+    def test_facts_are_told_from_ordinary_talk(self):
+        self.reach(0.95, [(not m.states_a_fact(text), text) for _, (text,) in self.cases("T")])
+        self.reach(0.85, [(m.states_a_fact(fact), fact) for _, (fact, _) in self.cases("F")])
 
     def test_the_newest_of_what_was_told_is_given(self):
-        for old, new, asked, key in cases("C"):
-            fit = answer(memory_of(old, "The moon is full.", new), asked)
+        for _, (old, new, asked, key) in self.cases("C"):
+            memory = memory_of(old, "The moon is full.", new)
+            fit = answer(memory, asked)
             self.assertIn(key, fit.answer if fit else "", asked)
+            memory.close()
 
     def test_a_question_of_yes_or_no_is_answered_so(self):
-        for told, asked, begins in cases("Y"):
-            fit = answer(memory_of(told), asked)
+        for _, (told, asked, begins) in self.cases("Y"):
+            memory = memory_of(told)
+            fit = answer(memory, asked)
             self.assertTrue(fit and fit.answer.startswith(begins), f"{asked} -> {fit}")
+            memory.close()
+
+    def test_slips_of_the_finger_are_seen_through(self):
+        memory = memory_of("My cat is called Biscuit.", "My umbrella is in the hall cupboard.",
+                           "The wifi password is tulip42.", "My birthday is on 12 March.")
+        for asked, key in (("whats teh name of my cta", "Biscuit"), ("wher is my umbrela", "hall"),
+                           ("what is the wfii pasword", "tulip42"),
+                           ("when is my brithday?", "March")):
+            fit = answer(memory, asked)
+            self.assertIn(key, fit.answer if fit else "", asked)
+        self.assertFalse(is_a_fact(answer(memory, "What is my hrose called?")))
+        memory.close()
 
 
 class Turning(unittest.TestCase):
@@ -178,6 +215,12 @@ class Talking(Folder, unittest.TestCase):
         self.assertEqual(self.talk("when does the ferry depart", "name of my boat?", "gate code?"),
                          ["The ferry leaves at nine.", "Your boat is called Plover.",
                           "The gate code is 4711."])
+
+    def test_a_correction_in_short_is_understood(self):
+        self.talk("The meeting with Laura is on Thursday.", "No, it is on Friday.",
+                  "The ferry leaves at nine.", "No, at ten.")
+        self.assertEqual(self.talk("When is the meeting with Laura?", "when does the ferry leave"),
+                         ["The meeting with Laura is on Friday.", "The ferry leaves at ten."])
 
     def test_corrected_it_gives_the_newest(self):
         self.talk("My cat is called Biscuit.")

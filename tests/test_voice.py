@@ -63,21 +63,6 @@ class Questions(unittest.TestCase):
             self.assertFalse(m.is_question(text), text)
 
 
-class Weights(unittest.TestCase):
-    def test_the_rarer_a_stem_the_more_it_tells(self):
-        memory = memory_of(*ENGLISH)
-        weights = m.stem_weights(memory, ["the", "sleep", "sun", "walru"])
-        self.assertLess(weights["the"], weights["sleep"])
-        self.assertLess(weights["sleep"], weights["sun"])
-        self.assertLess(weights["sun"], weights["walru"])
-        self.assertGreater(weights["the"], 0.0)
-
-    def test_an_empty_memory_gives_finite_weights(self):
-        weights = m.stem_weights(memory_of(), ["a", "b"])
-        self.assertEqual(weights["a"], weights["b"])
-        self.assertGreater(weights["a"], 0.0)
-
-
 class Recalling(unittest.TestCase):
     def best(self, memory, text, seed=0):
         fits = m.recall(memory, text, random.Random(seed))
