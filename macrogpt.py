@@ -4493,12 +4493,11 @@ far distance kilometre mile away
 big size large
 meet appointment see
 appointment go see visit
-travel trip holiday vacation journey flight fly go
+travel trip holiday vacation journey go
 flight plane fly
 speak language
 wear size
 lose missing
-read book
 write author writer book novelist
 play instrument
 sing song choir
@@ -4510,7 +4509,7 @@ dream want wish
 plan intend
 team club
 blood group type
-pill medicine medication tablet drug
+pill medicine medication drug
 company firm business
 friend mate buddy pal
 neighbour neighbor
@@ -4601,13 +4600,15 @@ SLOT_WORDS = {
     "colour": "colour color", "age": "age", "person": "person man woman guy whom",
 }
 SLOT_IMPLIED = {"birthday": "time", "birthdate": "time", "anniversary": "time",
-                "birthplace": "place", "hometown": "place", "workplace": "place"}
+                "birthplace": "place", "hometown": "place", "workplace": "place",
+                "height": "amount", "weight": "amount", "salary": "amount"}
 LEADING = PREPOSITIONS | {"many", "much", "for", "of", "about"}
 ADJECTIVES = frozenset("""best own old new big small little first last next favourite favorite
     former current only good other whole full exact""".split())
 UNITS = frozenset("""second minute hour day week month year metre meter kilometre kilometer mile
     centimetre centimeter foot inch page cm km m h min""".split())
-GOALS = frozenset("work school bed church town university college hospital sea".split())
+GOALS = frozenset("""work school bed church town university college hospital sea room platform
+    floor level""".split())
 PLACES = frozenset("""here home abroad upstairs downstairs outside inside street road avenue lane
     square town city village country cellar attic kitchen""".split())
 TIMES = frozenset("""january february march april may june july august september october november
@@ -4826,8 +4827,10 @@ def agreement(asked: Token, told: Token, known: bool = True) -> float:
 
     A word that is known is never taken for a misspelling.
     """
-    if asked.base == told.base or asked.word == told.word:
+    if asked.word == told.word:
         return 1.0
+    if asked.base == told.base:  # the meeting is not quite where we meet
+        return 1.0 if asked.word.endswith("ing") == told.word.endswith("ing") else 0.94
     if asked.base in (told.base + "er", told.base + "r"):
         return 0.0  # the gardener is not the garden
     shared = asked.senses & told.senses
@@ -4977,6 +4980,14 @@ def owner_at(tokens: Sequence[Token], at: int, adjoining: bool = False) -> str:
     return ""
 
 
+def _noun_owner(tokens: Sequence[Token], at: int) -> str:
+    """Return the owner of a noun that stands by itself or behind another: my phone number → my."""
+    owner = owner_at(tokens, at, adjoining=True)
+    if not owner and at and _is_relation(tokens[at - 1]):
+        return owner_at(tokens, at - 1, adjoining=True)
+    return owner
+
+
 def _slot(tokens: Sequence[Token]) -> Tuple[str, int]:
     """Return what is to fill the gap of a question, and the place of the word that asks for it."""
     words = [t.word for t in tokens]
@@ -5061,9 +5072,10 @@ def _terms(tokens: Sequence[Token], slot: str, slot_at: int) -> List[Term]:
     idle = IDLE_WORDS.get(slot, "").split()
     telling = [i for i, t in enumerate(tokens) if _tells(t, i, slot_at)]
     chosen = [i for i in telling if tokens[i].base not in idle] or telling
-    if slot in ("", "person") and not any(not owner_at(tokens, i, True) for i in chosen):
-        chosen += [i for i, t in enumerate(tokens) if t.base in LIGHT_WORDS - IDLE_VERBS
-                   and not owner_at(tokens, i, True)]  # what does my father make?
+    if slot in ("", "person") and all(
+            owner_at(tokens, i, True) or tokens[i - 1].word in ("what", "which") for i in chosen):
+        chosen += [i for i, t in enumerate(tokens) if not owner_at(tokens, i, True) and (
+            t.base in LIGHT_WORDS - IDLE_VERBS or t.word == "have" and i == len(tokens) - 1)]
     if not chosen:
         chosen = [i for i, t in enumerate(tokens) if t.word not in FUNCTION_WORDS
                   and t.word != "'s" or (i == slot_at and t.base in SENSES)
@@ -5323,6 +5335,8 @@ def unit_score(asked: Asked, unit: Unit) -> float:
 
 def _lies_so(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> bool:
     """Return whether "What is in the parcel?" is answered with what is in it."""
+    if asked.tokens[-1].word == "about":
+        return any(t.word == "about" for t in tokens)
     words = [t.word for t in asked.tokens[:3]]
     if len(words) < 3 or words[0] != "what" or words[1] not in AUXILIARIES or (
             words[2] not in ("in", "on", "under", "behind", "inside")):
@@ -5342,7 +5356,8 @@ def _defines(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, 
     first = next((i for i, t in enumerate(tokens) if t.word not in FUNCTION_WORDS), -1)
     if any(grade and at and tokens[at].text[:1].isupper() for grade, at in best):
         return True  # What is Biscuit?
-    return any(grade == 1.0 and at == first for grade, at in best)
+    return any(grade == 1.0 and at == first and owner_at(tokens, at) not in ("my", "your")
+               for grade, at in best)
 
 
 def _covered(asked: Asked, best: Sequence[Tuple[float, int]]) -> float:
@@ -5385,8 +5400,7 @@ def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) 
     if asked.bare:
         first = words if unit.entry.source in TOLD else {t.word for t in unit.tokens[:3]}
         subjects = {"i", "me", "we", "us", "mine", "myself"} & first
-        related = [owner_at(unit.tokens, at, not _is_relation(unit.tokens[at]))
-                   for grade, at in best if grade]
+        related = [_noun_owner(unit.tokens, at) for grade, at in best if grade]
         if asked.slot_at >= 0 and (asked.slot == "name" or not asked.terms):
             related += [owner_at(unit.tokens, i, True) for i, t in enumerate(unit.tokens)
                         if asked.tokens[asked.slot_at].senses & t.senses]
@@ -5434,7 +5448,7 @@ def _says_third(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[floa
 def _owner_factor(term: Term, unit: Unit, at: int, asked: Asked) -> float:
     """Return 1 when a thing belongs to whom the question says, or else less."""
     tokens = unit.tokens
-    owner = owner_at(tokens, at)
+    owner = owner_at(tokens, at, adjoining=tokens[at].base != term.token.base)
     asked_bases = {t.base for t in asked.tokens}
     alone = not any(t.vital and t is not term and max(agreement(t.token, told) for told in tokens)
                     for t in asked.terms)
@@ -5446,10 +5460,12 @@ def _owner_factor(term: Term, unit: Unit, at: int, asked: Asked) -> float:
             return 0.3
     if at > 1 and tokens[at - 1].word in DETERMINERS and tokens[at - 2].word == "of" and at > 2:
         head = tokens[at - 3]
-        if (head.word not in FUNCTION_WORDS and SLOT_OF.get(head.base) is None
-                and not any(agreement(t.token, head) for t in asked.terms)
-                and _is_subject(tokens, at - 3)):
+        if alone and head.word not in FUNCTION_WORDS and SLOT_OF.get(head.base) is None and (
+                not any(agreement(t.token, head) for t in asked.terms)):
             return 0.3
+    if alone and asked.slot == "place" and term.vital and at > 1 and (
+            tokens[at - 1].word in DETERMINERS and tokens[at - 2].word in PREPOSITIONS):
+        return 0.3  # the sofa is not where the cat is: the cat is on it
     if not term.vital or term.owner not in ("my", "your"):
         if owner and owner not in DETERMINERS and owner not in asked_bases and term.vital:
             return 0.9
@@ -5464,14 +5480,12 @@ def _owner_factor(term: Term, unit: Unit, at: int, asked: Asked) -> float:
     if owner in ("his", "her", "their", "its"):
         return 0.6
     words = {token.word for token in tokens}
+    if tokens[0].word in ("my", "our") and not any(
+            agreement(t.token, told) for t in asked.terms for told in tokens[1:4]):
+        return 0.4  # my manager's holiday is not mine
     if unit.entry.source in TOLD:
-        return 0.98
+        return 0.95 if words & {"i", "we"} else 0.88
     return 0.95 if words & {"i", "we"} and "have" in {t.base for t in tokens} else 0.3
-
-
-def _is_subject(tokens: Sequence[Token], at: int) -> bool:
-    """Return whether a noun stands before every verb that shows itself as one."""
-    return not any(t.word in AUXILIARIES for t in tokens[:at])
 
 
 def _slot_factor(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> float:
@@ -5547,12 +5561,12 @@ def _is_place(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
 def _capital(tokens: Sequence[Token], at: int) -> bool:
     """Return whether a word is written as a name; in a text all small, any telling word is one."""
     token = tokens[at]
-    if token.text[:1].isupper():
+    if token.text[:1].isupper() and token.base not in TIMES:
         return token.word != "i" and token.word not in FUNCTION_WORDS and (
             at > 0 or token.base not in KNOWN_WORDS)
-    if not token.word.isalpha():
+    if not token.word.isalpha() or token.base in TIMES:
         return False
-    small = not any(t.text[:1].isupper() and t.word != "i" for t in tokens[1:])
+    small = not any(t.text[:1].isupper() and t.word != "i" for t in tokens)
     return small and token.word not in FUNCTION_WORDS and token.base not in KNOWN_WORDS
 
 
@@ -5577,7 +5591,8 @@ def _is_name(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
     for back in range(at - 1, max(-1, at - 5), -1):
         if back in used or tokens[back].word == "i":
             return True
-        if tokens[back].word not in FUNCTION_WORDS and not _capital(tokens, back):
+        if tokens[back].word in PREPOSITIONS or (
+                tokens[back].word not in FUNCTION_WORDS and not _capital(tokens, back)):
             break
     ahead = [t.word for t in tokens[at + 1:at + 4]]
     return len(ahead) == 3 and ahead[0] in ("is", "are", "was") and any(
