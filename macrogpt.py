@@ -5132,19 +5132,26 @@ class Unit(NamedTuple):
     tokens: List[Token]
 
 
+OFTEN_LEFT_OUT = "aeiouhrtns"
+KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm", "aeiouy")
+BESIDE = {key: "".join(row[max(0, i - 1):i] + row[i + 1:i + 2] if row != "aeiouy" else row
+                       for row in KEYS for i in [row.find(key)] if i >= 0)
+          for key in "abcdefghijklmnopqrstuvwxyz"}  # keys hit by mistake, vowels taken for another
+
+
 def _spellings(memory: Memory, token: Token) -> List[str]:
     """Return words of the memory that one slip of the finger may have made of this one."""
-    word, letters = token.word, "abcdefghijklmnopqrstuvwxyz"
+    word = token.word
     if not 3 <= len(word) <= 20 or not word.isascii() or token.base in KNOWN_WORDS:
         return []
-    if len(word) == 3:
-        return memory.words_among([word[1] + word[0] + word[2], word[0] + word[2] + word[1]])
-    reach = range(1, min(len(word), STEM_CHARS + 1))  # words are found by how they begin
-    near = {word[:i] + word[i + 1:] for i in reach}
-    near |= {word[:i] + word[i + 1] + word[i] + word[i + 2:] for i in range(len(word) - 1)}
-    near |= {word[:i] + c + word[i:] for i in reach for c in letters}
-    if len(word) > 5:
-        near |= {word[:i] + c + word[i + 1:] for i in reach for c in letters}
+    swaps = range(len(word) - 1)
+    near = {word[:i] + word[i + 1] + word[i] + word[i + 2:] for i in swaps}
+    if len(word) > 3:
+        reach = range(1, min(len(word), STEM_CHARS + 1))  # words are found by how they begin
+        near |= {word[:i] + word[i + 1:] for i in reach}
+        near |= {word[:i] + c + word[i:] for i in reach for c in OFTEN_LEFT_OUT + word[i - 1]}
+        near |= {word[:i] + c + word[i + 1:] for i in reach if len(word) > 5
+                 for c in BESIDE.get(word[i], "")}
     return memory.words_among(sorted(near))
 
 
@@ -5915,10 +5922,11 @@ def asks_for_a_fact(text: str) -> bool:
     text = text[:MAX_ASKED_CHARS]
     tokens = tokens_of(unframed(text)[0] or text)
     words = {t.word for t in tokens}
-    if words & OWN_SELF_WORDS or words & ADVICE:
+    if not tokens or words & OWN_SELF_WORDS or words & ADVICE or tokens[0].word in OFFERS:
         return False
     named = any(_capital(tokens, i) and t.text[:1].isupper() for i, t in enumerate(tokens) if i)
-    return bool(words & OWNERS_WORDS or "'s" in words or "the" in words or named)
+    about = "the" in words and any(_tells(t, i, -1) for i, t in enumerate(tokens))
+    return bool(words & OWNERS_WORDS or "'s" in words or about or named)
 
 
 def holds_statements(text: str) -> bool:

@@ -5,6 +5,9 @@ ordinary talk, and facts that change. Thresholds lie a little under what was mea
 """
 import os
 import random
+import statistics
+import sys
+import time
 import unittest
 
 import macrogpt as m
@@ -241,5 +244,35 @@ class Talking(Folder, unittest.TestCase):
         self.assertNotIn("Biscuit", said[2])
 
 
+def figures(unrelated=0):
+    """Print the measures of each group, its memory grown by so many unrelated lines."""
+    rng = random.Random(5)
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        words = file.read().split()
+    for cases in groups():
+        memory = memory_of(*(fields[0] for tag, fields in cases if tag == "F"))
+        with memory.transaction():
+            for i in range(unrelated):
+                at = rng.randrange(len(words) - 9)
+                memory.add_entry("corpus", m.Document((" ".join(words[at:at + 9]) + f" {i}",), True))
+        right, times = {"Q": [], "U": [], "T": []}, []
+        for tag, fields in cases:
+            if tag == "F":
+                key = fields[1].lower()
+            elif tag in right:
+                start = time.perf_counter()
+                fit = answer(memory, fields[0])
+                times.append(1e3 * (time.perf_counter() - start))
+                right[tag].append(fit is not None and key in fit.answer.lower() if tag == "Q"
+                                  else not is_a_fact(fit))
+        print(*(f"{name} {sum(right[tag])} of {len(right[tag])}" for tag, name in
+                (("Q", "asked in other words"), ("U", "never told"), ("T", "ordinary talk"))),
+              f"median {statistics.median(times):.1f} ms", sep=", ")
+        memory.close()
+
+
 if __name__ == "__main__":
-    unittest.main()
+    if sys.argv[1:2] == ["figures"]:
+        figures(*map(int, sys.argv[2:]))
+    else:
+        unittest.main()
