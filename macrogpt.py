@@ -4471,7 +4471,8 @@ come visit arrive pick collect appear
 begin start opening
 end finish close over stop
 close shut
-open unlock code password pin combination passcode passphrase
+code password pin combination passcode passphrase
+open unlock
 study learn student university college school
 study subject degree major
 learn lesson class course
@@ -4538,6 +4539,7 @@ son: boy
 boy: son
 daughter: girl
 girl: daughter
+open unlock: code password pin combination key passcode
 money cost price pay: euro dollar franc pound cent penny crown
 child kid: son daughter
 spouse partner: husband wife marry
@@ -4800,7 +4802,7 @@ def _same_root(a: str, b: str) -> bool:
     if shared == len(shorter) >= 6 and not longer.endswith("inlaw"):
         return True  # physio, physiotherapy
     strange = a not in KNOWN_WORDS and b not in KNOWN_WORDS and len(longer) - shared <= 3
-    return shared >= 5 and shared >= 0.6 * len(longer) and (
+    return shared >= 5 and shared >= 0.55 * len(longer) and (
         strange or {a[shared:], b[shared:]} <= ENDINGS)
 
 
@@ -4837,7 +4839,7 @@ def agreement(asked: Token, told: Token, known: bool = True) -> float:
     if shared:
         return 1.0 if max(shared).startswith("=") else 0.9
     if told.base in KINDS.get(asked.base, ()):
-        return 0.84
+        return 0.8
     if _same_root(asked.base, told.base):
         return 0.9
     return 0.85 if not known and _misspelt(asked.word, told.word) else 0.0
@@ -5074,8 +5076,10 @@ def _terms(tokens: Sequence[Token], slot: str, slot_at: int) -> List[Term]:
     chosen = [i for i in telling if tokens[i].base not in idle] or telling
     if slot in ("", "person") and all(
             owner_at(tokens, i, True) or tokens[i - 1].word in ("what", "which") for i in chosen):
+        sought = any(tokens[i - 1].word in ("what", "which") for i in chosen if i)
         chosen += [i for i, t in enumerate(tokens) if not owner_at(tokens, i, True) and (
-            t.base in LIGHT_WORDS - IDLE_VERBS or t.word == "have" and i == len(tokens) - 1)]
+            t.base in LIGHT_WORDS - IDLE_VERBS
+            or t.word == "have" and not sought and tokens[0].word == "what")]
     if not chosen:
         chosen = [i for i, t in enumerate(tokens) if t.word not in FUNCTION_WORDS
                   and t.word != "'s" or (i == slot_at and t.base in SENSES)
@@ -5335,8 +5339,9 @@ def unit_score(asked: Asked, unit: Unit) -> float:
     for term, (grade, at) in zip(asked.terms, best):
         if grade:
             score *= _owner_factor(term, unit, at, asked)
-            if term.sought and owner_at(tokens, at, True) in ("the", "my", "this"):
-                score *= 0.8  # "the car" does not say which
+            if term.sought and owner_at(tokens, at, True) in ("the", "my", "this") and not any(
+                    t.word in AUXILIARIES for t in tokens[at + 1:at + 3]):
+                score *= 0.6  # "I parked the car" does not say which
     return score if asked.closed else score * _slot_factor(asked, tokens, best)
 
 
@@ -5394,6 +5399,8 @@ def _is_relative(token: Token) -> bool:
 def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) -> float:
     """Return 1 when the statement is about whom the question is about, or else less."""
     words = {token.word for token in unit.tokens}
+    if asked.closed and asked.tokens[1:] and asked.tokens[1].word in PRONOUNS:
+        return 0.3  # Is it far?
     if asked.closed and asked.tokens[0].word in OFFERS and asked.tokens[0].word not in words:
         return 0.3  # Shall we go? asks for no fact
     if asked.person == "self":
@@ -5426,6 +5433,7 @@ def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) 
 
 
 ADVICE = frozenset("should shall could would might".split())
+PRONOUNS = frozenset("it this that he she they".split())
 OPINION = ADVICE | {"best", "better", "worst"}
 OFFERS = frozenset("can could may might shall should will would must".split())
 
@@ -5476,7 +5484,8 @@ def _owner_factor(term: Term, unit: Unit, at: int, asked: Asked) -> float:
     if not term.vital or term.owner not in ("my", "your"):
         if owner and owner not in DETERMINERS and owner not in asked_bases and term.vital:
             return 0.9
-        vague = term.owner == "the" and owner in ("a", "an") and unit.entry.source not in TOLD
+        vague = term.owner == "the" and owner in ("a", "an", "no", "any", "each", "every") and (
+            unit.entry.source not in TOLD)
         return 0.6 if vague else 1.0
     if owner == term.owner:
         return 1.0
@@ -5791,6 +5800,8 @@ def _exchange_score(asked: Asked, words: str, asking: bool, weights: Dict[str, f
     if any(t.vital and (not grade or t.owner == "my" != owner_at(told, at))
            for t, (grade, at) in zip(asked.terms, best)):
         score *= 0.6
+    if any(not grade and _is_relative(t.token) for t, (grade, _) in zip(asked.terms, best)):
+        score *= 0.75  # when it opens is not when it closes
     return score * (0.6 if asked.slot and _slot(told)[0] != asked.slot else 1.0)
 
 
