@@ -5137,10 +5137,12 @@ class Unit(NamedTuple):
 
 
 OFTEN_LEFT_OUT = "aeiouhrtns"
-KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm", "aeiouy")
-BESIDE = {key: "".join(row[max(0, i - 1):i] + row[i + 1:i + 2] if row != "aeiouy" else row
+KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+VOWELS = "aeiouy"
+BESIDE = {key: "".join(row[max(0, i - 1):i] + row[i + 1:i + 2]
                        for row in KEYS for i in [row.find(key)] if i >= 0)
-          for key in "abcdefghijklmnopqrstuvwxyz"}  # keys hit by mistake, vowels taken for another
+          + (VOWELS if key in VOWELS else "")
+          for key in "".join(KEYS)}  # keys hit by mistake, and vowels taken for one another
 
 
 def _spellings(memory: Memory, token: Token) -> List[str]:
@@ -5165,10 +5167,8 @@ def gathered(memory: Memory, asked: Asked) -> Tuple[Asked, List[Entry]]:
     Those entries come first that hold most of what is telling. A word that is in very many brings
     what the owner said, the newest, and those where another of the words stands with it.
     """
-    if not asked.terms:  # only words that are in every sentence: how are you?
-        words = [t.word for t in asked.tokens[:MAX_QUERY_TERMS] if t.word != "'s"]
-        ids = memory.ids_holding([[w] for w in words], MOST_HELD)
-        return asked, memory.entries_of(ids or memory.ids_holding([words], MOST_HELD))
+    if not asked.terms:
+        return asked, _of_common_words(memory, asked)
     total, terms = memory.about_count() + 1.0, []
     mass: DefaultDict[int, float] = defaultdict(float)
     forms = [_forms(term.token) for term in asked.terms]
@@ -5195,6 +5195,13 @@ def gathered(memory: Memory, asked: Asked) -> Tuple[Asked, List[Entry]]:
     least = 0.45 * max(mass.values(), default=0.0)
     best = sorted((i for i in mass if mass[i] >= least), key=lambda i: (mass[i], i))
     return asked._replace(terms=terms), memory.entries_of(best[:-MOST_ENTRIES - 1:-1])
+
+
+def _of_common_words(memory: Memory, asked: Asked) -> List[Entry]:
+    """Return the newest entries for a text of words that are everywhere, like "How are you?"."""
+    words = [t.word for t in asked.tokens[:MAX_QUERY_TERMS] if t.word != "'s"]
+    ids = memory.ids_holding([[word] for word in words], MOST_HELD)
+    return memory.entries_of(ids or memory.ids_holding([words], MOST_HELD))
 
 
 def _held(memory: Memory, forms: Sequence[Sequence[str]], at: int, own: Sequence[str],
@@ -5460,27 +5467,34 @@ def _says_third(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[floa
     return False
 
 
+def _only_describes(asked: Asked, term: Term, tokens: Sequence[Token], at: int) -> bool:
+    """Return whether a word says only whose, or where, the thing is that a statement is about."""
+    if any(t.vital and t is not term and max(agreement(t.token, told) for told in tokens)
+           for t in asked.terms):
+        return False  # the question names the thing as well
+    after, before = tokens[at + 1:at + 3], tokens[max(0, at - 3):at]
+    heads = []
+    if len(after) == 2 and after[0].word == "'s":
+        heads.append(after[1])  # my cat's vet is no cat
+    if len(before) == 3 and before[1].word == "of" and before[2].word in DETERMINERS and (
+            before[0].word not in FUNCTION_WORDS):
+        heads.append(before[0])  # neither is the vet of my cat
+    if any(SLOT_OF.get(head.base) is None and not any(
+            agreement(t, head) for t in (*asked.tokens, *(t.token for t in asked.terms)))
+           for head in heads):
+        return True
+    # the sofa is not where the cat is: the cat is on it
+    return asked.slot == "place" and term.vital and len(before) > 1 and (
+        before[-1].word in DETERMINERS and before[-2].word in PREPOSITIONS)
+
+
 def _owner_factor(term: Term, unit: Unit, at: int, asked: Asked) -> float:
     """Return 1 when a thing belongs to whom the question says, or else less."""
     tokens = unit.tokens
     owner = owner_at(tokens, at, adjoining=tokens[at].base != term.token.base)
     asked_bases = {t.base for t in asked.tokens}
-    alone = not any(t.vital and t is not term and max(agreement(t.token, told) for told in tokens)
-                    for t in asked.terms)
-    noun = at + 1 < len(tokens) and tokens[at + 1].word == "'s"
-    if noun and alone and at + 2 < len(tokens):  # my cat's vet is no cat
-        head = tokens[at + 2]
-        if head.base not in asked_bases and SLOT_OF.get(head.base) is None and not any(
-                agreement(t.token, head) for t in asked.terms):
-            return 0.3
-    if at > 1 and tokens[at - 1].word in DETERMINERS and tokens[at - 2].word == "of" and at > 2:
-        head = tokens[at - 3]
-        if alone and head.word not in FUNCTION_WORDS and SLOT_OF.get(head.base) is None and (
-                not any(agreement(t.token, head) for t in asked.terms)):
-            return 0.3
-    if alone and asked.slot == "place" and term.vital and at > 1 and (
-            tokens[at - 1].word in DETERMINERS and tokens[at - 2].word in PREPOSITIONS):
-        return 0.3  # the sofa is not where the cat is: the cat is on it
+    if _only_describes(asked, term, tokens, at):
+        return 0.3
     if not term.vital or term.owner not in ("my", "your"):
         if owner and owner not in DETERMINERS and owner not in asked_bases and term.vital:
             return 0.9
