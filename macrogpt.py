@@ -5418,25 +5418,28 @@ def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) 
     if asked.bare and asked.slot == "name" and not [
             t for t in asked.terms if t.token != asked.tokens[asked.slot_at]]:
         return 1.0 if _names_the_owner(unit.tokens) else 0.3
-    if asked.bare:
-        first = words if unit.entry.source in TOLD else {t.word for t in unit.tokens[:3]}
-        subjects = {"i", "me", "we", "us", "mine", "myself"} & first
-        related = [_noun_owner(unit.tokens, at) for grade, at in best if grade]
-        if asked.slot_at >= 0 and (asked.slot == "name" or not asked.terms):
-            related += [owner_at(unit.tokens, i, True) for i, t in enumerate(unit.tokens)
-                        if asked.tokens[asked.slot_at].senses & t.senses]
-        if any(grade and at and unit.tokens[at].text[:1].isupper() for grade, at in best):
-            return 1.0  # somebody's name is of its owner's choice
-        if not subjects and "my" not in related:
-            return 0.3
-        others = [t for i, t in enumerate(unit.tokens) if owner_at(unit.tokens, i, True) == "my"
-                  and all(i != at for grade, at in best if grade) and not _is_relation(t)
-                  and t.word not in ADJECTIVES]
-        if others and not related.count("my"):
-            return 0.95
-        if subjects and "my" not in related and _says_third(asked, unit.tokens, best):
-            return 0.3
-    return 1.0
+    return _bare_factor(asked, unit, best) if asked.bare else 1.0
+
+
+def _bare_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) -> float:
+    """Return 1 when what a statement says is said of its own "I", or else less."""
+    tokens = unit.tokens
+    if any(grade and at and tokens[at].text[:1].isupper() for grade, at in best):
+        return 1.0  # the question names somebody, and that is who it is about
+    first = tokens if unit.entry.source in TOLD else tokens[:3]
+    subjects = {"i", "me", "we", "us", "mine", "myself"} & {t.word for t in first}
+    related = [_noun_owner(tokens, at) for grade, at in best if grade]
+    if asked.slot_at >= 0 and (asked.slot == "name" or not asked.terms):
+        related += [owner_at(tokens, i, True) for i, t in enumerate(tokens)
+                    if asked.tokens[asked.slot_at].senses & t.senses]
+    if "my" in related:
+        return 1.0
+    if not subjects or _says_third(asked, tokens, best):
+        return 0.3
+    held = {at for grade, at in best if grade}
+    others = [t for i, t in enumerate(tokens) if i not in held and not _is_relation(t)
+              and t.word not in ADJECTIVES and owner_at(tokens, i, True) == "my"]
+    return 0.95 if others else 1.0  # my wife and I met
 
 
 ADVICE = frozenset("should shall could would might".split())
