@@ -4552,6 +4552,9 @@ FULL_TEXT = """
 
 MAX_QUERY_STEMS = 64  # a longer text is searched for by its first words
 WORDS = re.compile(r"\w+")
+HYPHENED = re.compile(r"\b\w{1,2}-\w+")  # Wi-Fi is found as wifi too
+TOLD = ("chat", "taught")
+TOLD_MARK = "_told_"  # a word of every statement of the owner, found fast among millions of others
 
 
 def folded_words(text: str) -> List[str]:
@@ -4766,6 +4769,8 @@ class Memory:
                   recall: bool = True, held_out: bool = False,
                   told_at: Optional[float] = None) -> None:
         """Store a document, told now or at told_at; one told again only becomes recent."""
+        mark = [TOLD_MARK] if recall and source in TOLD else []
+        joined = folded_words(" ".join(HYPHENED.findall(document.text)).replace("-", ""))
         with self.transaction():
             self._rows("""
                 INSERT INTO entries(source, key, text, words, session_id, told_at, closed, recall,
@@ -4773,7 +4778,7 @@ class Memory:
                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT(source, key) DO UPDATE SET told_at = max(told_at, excluded.told_at)""",
                        source, document.key, document.text,
-                       " " + " ".join(folded_words(document.text)), session_id,
+                       " ".join(["", *folded_words(document.text), *joined, *mark]), session_id,
                        self.clock() if told_at is None else told_at,
                        int(document.closed), int(recall), int(held_out))
 
@@ -4858,6 +4863,47 @@ class Memory:
                 SELECT {ENTRY_COLUMNS} FROM entries e WHERE ({anyone}) AND e.recall
                 ORDER BY e.id DESC LIMIT ?""", *(f"% {_like(s)}%" for s in stems), limit)
         return [_entry(row) for row in rows]
+
+    def about_count(self) -> int:
+        """Return about how many entries there are, at once however many they be."""
+        return self._one("SELECT max(id) FROM entries") or 0
+
+    def ids_holding(self, groups: Sequence[Sequence[str]], limit: int) -> List[int]:
+        """Return the newest ids of entries that hold a form of each of the groups.
+
+        A form is a word or several in a row; with * at its end it is only how the last one begins.
+        """
+        groups = [[f.replace("\0", "") for f in group if f.strip("*\0 ")] for group in groups]
+        if not groups or not all(groups):
+            return []
+        if self.has_fts:
+            query = " AND ".join("(" + " OR ".join(map(_fts_form, g)) + ")" for g in groups)
+            rows = self._rows("SELECT rowid FROM entries_fts WHERE entries_fts MATCH ? "
+                              "ORDER BY rowid DESC LIMIT ?", query, limit)
+        else:
+            like = "words || ' ' LIKE ? ESCAPE '\\'"
+            each = " AND ".join("(" + " OR ".join([like] * len(g)) + ")" for g in groups)
+            rows = self._rows(f"SELECT id FROM entries WHERE {each} ORDER BY id DESC LIMIT ?",
+                              *(_like_form(f) for g in groups for f in g), limit)
+        return [row[0] for row in rows]
+
+    def entries_of(self, ids: Sequence[int]) -> List[Entry]:
+        """Return the entries of these ids that may be recalled, in the order of the ids."""
+        found = {entry.id: entry for entry in self.entries(
+            f"e.id IN ({','.join('?' * len(ids))}) AND e.recall", *ids)}
+        return [found[i] for i in ids if i in found]
+
+    def words_among(self, words: Sequence[str]) -> List[str]:
+        """Return which of the words occur in the memory; none where there is no full-text index."""
+        if not self.has_fts:
+            return []
+        found: List[str] = []
+        for at in range(0, len(words), 500):
+            part = words[at:at + 500]
+            marks = ",".join("?" * len(part))
+            found += [row[0] for row in self._rows(
+                f"SELECT term FROM entries_words WHERE term IN ({marks})", *part)]
+        return found
 
     def file_bytes(self) -> int:
         """Return the size of the file."""
@@ -5027,6 +5073,17 @@ def _statements(script: str) -> Iterator[str]:
 def _like(text: str) -> str:
     """Return text with LIKE's wildcards escaped."""
     return re.sub(r"([\\%_])", r"\\\1", text)
+
+
+def _fts_form(form: str) -> str:
+    """Return a form, quoted so that nothing in it can be a sign of FTS5's own."""
+    star = "*" if form.endswith("*") else ""
+    return '"' + form.rstrip("*").replace('"', '""') + '"' + star
+
+
+def _like_form(form: str) -> str:
+    """Return the LIKE pattern of a form in words that have a space before each."""
+    return f"% {_like(form[:-1])}%" if form.endswith("*") else f"% {_like(form)} %"
 
 
 def _entry(row: Sequence[Any]) -> Entry:
@@ -5298,17 +5355,259 @@ class NgramMemory:
 # 12 · VOICE — it says what it knows, or that it does not know   uses: 0 1 2 4 7 9 11
 # ──────────────────────────────────────────────────────────────────────────────────────
 #
-# A reply comes from one of three places, and says from which: an entry of the memory that fits the
-# question closely; the model, once it has learned enough to be trusted; or, before that, whatever
-# entry fits best. Words are compared by stems and weighed by how rare they are in the memory, so
-# that no list of words of any language is needed. The model does not speak by itself: counts of all
-# that was read, and a copyist of the entries at hand, are weighed with it for every token.
+# A reply comes from one of three places, and says from which: what was told and answers the
+# question; the model, once it has learned enough; or, before that, the exchange that fits best.
+#
+# A question is taken apart (analyzed): about what, about whose, and which slot is to be filled, a
+# name, a place, a time. Entries that hold its rarest words are gathered, their sentences taken
+# apart in the same way, and each is scored: does it hold every telling word, or one that names the
+# same relation; is it about the same owner; has it something new to fill the slot with? Only what
+# passes all three is said, turned round (my cat, your cat). What nobody told, nobody can know.
+#
+# The model does not speak by itself: counts of all that was read, and a copyist of the entries at
+# hand, are weighed with it for every token.
 
 UNKNOWN_REPLY = "I do not know that yet. Tell me, and I will keep it."
+UNKNOWN_REPLIES = (UNKNOWN_REPLY, "That is something I was never told.",
+                   "I have nothing about that in my memory.", "I cannot say; nobody told me.")
 KEPT_REPLY = "I will keep that."
-TOLD = ("chat", "taught")
 STEM_CHARS = 5
 WEAK_SCORE = 0.45
+SURE_SCORE = 0.65
+NEAR_SCORE = 0.035      # facts that fit equally well up to this are told apart by their time
+MOST_HELD = 100         # entries that one word brings, newest first
+TOLD_PRIOR = 1.5        # what the owner said is looked at before what was read
+MOST_ENTRIES = 30       # of those with most of the words, so many are read
+MOST_UNITS = 40         # sentences that are looked at closely
+MAX_ASKED_CHARS = 500   # a longer text is understood by its beginning
+MAX_QUERY_TERMS = 8     # a longer question is searched for by its rarest words
+WORD_OR_SIGN = re.compile(r"\b\w{1,2}-\w+|\w+-in-law|\w+(?:['’]\w+)*['’]?|[.!?…;,:]")
+
+# Facts about English: its closed classes, and everyday relations that have several names. Words of
+# other languages are told apart by how common they are in the memory, and by nothing else.
+FUNCTION_WORDS = frozenset("""
+    a an the this that these those some any no not every each all both other another such
+    same own often i me my mine myself we us our ours you your yours yourself he him his she
+    her hers it its they them their theirs who whom whose which what where when why how
+    whatever one ones something am is are was were be been being have has had having do does
+    did doing done will would shall should can could may might must cannot ought let of in
+    on at to from for with by about as into onto over under off up down out through since
+    until till than then and or but nor if whether so because while there here again also
+    too just only very really quite rather please now still ever never always already yet
+    maybe perhaps actually exactly right ok okay yes well hey hi hello oh anything
+    everything anybody somebody anyone someone ago wrong matter thing things more most much
+    many lot lots kind sort type currently today moment bit best better company firm""".split())
+IDLE_VERBS = frozenset("be have do get got go went put keep find come came happen".split())
+LIGHT_WORDS = frozenset("""be have get got go put keep find use take make give come happen mean
+    tell say know remember remind forget need long way""".split())
+OWNERS_WORDS = frozenset("i me my mine myself we us our ours ourselves".split())
+OWN_SELF_WORDS = frozenset("you your yours yourself".split())
+DETERMINERS = frozenset("""my our your his her its their the a an this that these those some any
+    each every no mine two three four five six seven eight nine ten""".split())
+ASKING_WORDS = frozenset("who whom whose which what where when why how".split())
+AUXILIARIES = frozenset("""am is are was were do does did can could will would have has had should
+    shall may might must""".split())
+PREPOSITIONS = frozenset("""in on at under behind near beside below above inside outside between
+    opposite by next to from into onto over along through off across around with""".split())
+ABBREVIATED = re.compile(r"(?:\b(?:mr|mrs|ms|dr|st|prof|no|vs|approx|e\.g|i\.e|a\.m|p\.m)|\b\w)\.$",
+                         re.I)
+
+# One relation a line: its words say the same of the same thing. Behind = they say it so well that
+# the newer of two such statements takes the place of the older.
+RELATIONS = """
+= name call nickname
+= live home house reside address flat apartment dwell lodge move
+= born birth birthday birthdate birthplace
+= old age year turn
+= job work profession occupation employ employer career workplace office
+job become
+like love favourite enjoy prefer fond adore fan
+hate dislike loathe detest stand
+marry marriage wed anniversary
+mother mum mummy mama
+father dad daddy papa
+grandmother grandma granny nan
+grandfather grandpa grandad granddad
+child kid
+boss manager supervisor chief superior
+doctor physician gp
+flat apartment
+couch sofa settee
+bike bicycle cycle
+car drive automobile vehicle auto
+phone telephone mobile number call ring cell tel
+fridge refrigerator
+movie film cinema
+trash garbage rubbish bin
+floor storey level
+parcel package packet
+recycle recycling
+buy purchase shop get from
+leave depart departure go start set
+leave park put place store hide keep lay lie stay
+arrive arrival come land
+come visit arrive pick collect appear
+begin start opening
+end finish close over stop
+close shut
+code password pin combination passcode passphrase
+open unlock
+study learn student university college school
+study subject degree major
+learn lesson class course
+member belong membership
+teach teacher
+eat food meal dish diet
+cook make dish bake recipe
+drink beverage take
+allergy allergic
+ill sick disease illness
+fear afraid scare frighten terrify
+hobby enjoy pastime
+cost price pay rent expensive charge
+earn salary income wage
+weigh weight heavy kilo
+tall height high centimetre centimeter
+long length last duration
+far distance kilometre mile away
+big size large
+meet appointment see
+appointment go see visit
+travel trip holiday vacation journey go
+flight plane fly
+speak language
+wear size
+lose missing
+write author writer book novelist
+play instrument
+sing song choir
+give present gift
+grow plant tree flower
+sleep bed
+wake alarm
+dream want wish
+plan intend
+team club
+blood group type
+pill medicine medication drug
+company firm business
+friend mate buddy pal
+neighbour neighbor
+holiday vacation
+mail post
+mail email
+horoscope zodiac star
+turn birthday
+origin from born come native nationality
+origin buy
+city town place
+nationality country from citizen
+bus coach
+cellar basement
+garden yard
+""".strip().splitlines()
+
+# Kinds of things that questions ask for by name, and what is of that kind.
+KINDS_TEXT = """
+colour color: red orange yellow green blue purple violet pink brown black white grey gray gold
+    silver beige turquoise blond blonde dark light
+pet animal: cat dog hamster rabbit parrot horse pony canary turtle tortoise goldfish fish mouse
+    snake lizard bird budgie gerbil ferret kitten puppy hen chicken cow goat sheep donkey
+sibling: brother sister
+son: boy
+boy: son
+daughter: girl
+girl: daughter
+open unlock: code password pin combination key passcode
+money cost price pay: euro dollar franc pound cent penny crown
+child kid: son daughter
+spouse partner: husband wife marry
+wife husband: marry
+relative family: mother father brother sister aunt uncle cousin niece nephew son daughter
+    grandmother grandfather grandma grandpa wife husband child
+parent: mother father mum dad mom
+instrument: piano guitar violin cello flute trumpet drum drums clarinet saxophone oboe harp viola
+    accordion organ trombone bass ukulele banjo recorder keyboard bassoon horn
+sport: football soccer tennis basketball volleyball hockey golf rugby cricket badminton swimming
+    running climbing judo karate boxing rowing sailing cycling skiing handball squash fencing yoga
+drink beverage: tea coffee water milk juice wine beer cola lemonade cocoa chocolate whisky gin
+bird: parrot budgie canary chicken hen duck goose pigeon sparrow owl cockatoo
+fruit: apple pear banana orange cherry plum grape strawberry raspberry melon peach apricot mango
+vegetable: carrot potato tomato onion cabbage spinach pea bean leek cucumber pumpkin broccoli
+food dish meal: pizza pasta rice soup bread cheese lasagne curry salad cake sushi stew risotto
+    noodle egg meat fish potato pancake porridge burger sandwich dumpling spaghetti paella
+language: english german french italian spanish portuguese dutch danish swedish norwegian finnish
+    estonian russian polish czech greek turkish arabic hebrew chinese japanese korean hindi latin
+    hungarian romanian ukrainian
+vehicle: car bike bicycle bus train tram van truck lorry motorbike scooter motorcycle
+season: spring summer autumn winter fall
+flower: rose tulip daisy lily sunflower orchid daffodil violet
+tree: oak apple birch pine cherry fir maple willow
+""".strip().replace("\n    ", " ").splitlines()
+
+# Forms that no ending explains, and what is written in short.
+IRREGULAR = dict(pair.split("=") for pair in """
+    children=child men=man women=woman feet=foot teeth=tooth mice=mouse
+    people=person wives=wife knives=knife lives=live leaves=leave went=go gone=go
+    got=get gotten=get gave=give given=give took=take taken=take came=come saw=see
+    seen=see met=meet taught=teach wrote=write written=write ate=eat eaten=eat
+    drank=drink drunk=drink drove=drive driven=drive flew=fly flown=fly spoke=speak
+    spoken=speak kept=keep broke=break broken=break lost=lose sold=sell paid=pay
+    grew=grow grown=grow slept=sleep sang=sing sung=sing swam=swim ran=run won=win
+    found=find built=build chose=choose chosen=choose wore=wear worn=wear rode=ride
+    ridden=ride hid=hide hidden=hide hung=hang knew=know known=know sent=send
+    thought=think stole=steal stolen=steal woke=wake fell=fall fallen=fall held=hold
+    told=tell said=say became=become began=begin begun=begin brought=bring
+    caught=catch drew=draw drawn=draw felt=feel fought=fight lent=lend laid=lay
+    rang=ring rung=ring spent=spend stood=stand swept=sweep threw=throw thrown=throw
+    bought=buy left=leave made=make did=do done=do had=have has=have learnt=learn
+    burnt=burn dreamt=dream bitten=bite forgot=forget forgotten=forget tv=television
+    fav=favourite fave=favourite bday=birthday xmas=christmas tyre=tire
+    appt=appointment christmas=christmas favorite=favourite color=colour mom=mum
+    mommy=mum""".split())
+
+# Words that ask for nothing more where a place or a time is asked for already.
+IDLE_WORDS = {"place": "leave left park put place store hide hidden lay lie lies located kept keep "
+                       "stay find",
+              "time": "start begin schedule due back away"}
+
+# What fills a slot.  A word that asks for one of these need not be in the statement itself.
+SLOT_WORDS = {
+    "name": "name nickname called call",
+    "time": "time day date year month hour weekday",
+    "place": "place location spot whereabouts address street road",
+    "region": "city town country village",
+    "number": "number amount count sum quantity",
+    "colour": "colour color", "age": "age", "person": "person man woman guy whom",
+}
+SLOT_IMPLIED = {"birthday": "time", "birthdate": "time", "anniversary": "time",
+                "birthplace": "place", "hometown": "place", "workplace": "place",
+                "height": "amount", "weight": "amount", "salary": "amount"}
+LEADING = PREPOSITIONS | {"many", "much", "for", "of", "about"}
+ADJECTIVES = frozenset("""best own old new big small little first last next favourite favorite
+    former current only good other whole full exact""".split())
+UNITS = frozenset("""second minute hour day week month year metre meter kilometre kilometer mile
+    centimetre centimeter foot inch page cm km m h min""".split())
+GOALS = frozenset("""work school bed church town university college hospital sea room platform
+    floor level""".split())
+PLACES = frozenset("""here home abroad upstairs downstairs outside inside street road avenue lane
+    square town city village country cellar attic kitchen""".split())
+TIMES = frozenset("""january february march april may june july august september october november
+    december monday tuesday wednesday thursday friday saturday sunday mon tue wed thu fri sat sun
+    oclock clock pm noon midnight midday morning evening night afternoon tomorrow tonight
+    yesterday today week weekend month year day hour minute second spring summer autumn winter
+    christmas easter daily weekly monthly yearly always never every before after when since until
+    birthday whitsun dawn dusk lunch breakfast dinner century decade sunrise sunset jan feb mar apr
+    jun jul aug sep sept oct nov dec""".split())
+NUMBERS = frozenset("""zero one two three four five six seven eight nine ten eleven twelve thirteen
+    fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy
+    eighty ninety hundred thousand million half dozen single couple no once twice first second
+    third fourth fifth both none""".split())
+PEOPLE = frozenset("""man woman boy girl person people friend boss teacher doctor dentist lawyer
+    neighbour neighbor colleague mother father brother sister son daughter wife husband uncle aunt
+    cousin niece nephew grandmother grandfather grandma grandpa mum dad mom child parents partner
+    girlfriend boyfriend nurse plumber electrician everybody nobody""".split())
+NEGATIONS = frozenset("not no never nobody nothing none neither without cannot".split())
 
 
 class Reply(NamedTuple):
@@ -5328,9 +5627,275 @@ class Recall(NamedTuple):
     answer: str
 
 
-def stems_of(text: str) -> List[str]:
-    """Return the first five letters, folded, of each word: of each run of letters or digits."""
-    return [word[:STEM_CHARS] for word in folded_words(text)]
+class Token(NamedTuple):
+    """A word as it stands, folded, without its endings, and every relation that it may name."""
+
+    text: str
+    word: str
+    base: str
+    senses: FrozenSet[str]
+
+
+class Term(NamedTuple):
+    """A word that the question is about: how telling it is, and how it is owned ("my", "the")."""
+
+    token: Token
+    weight: float
+    vital: bool
+    owner: str
+    known: bool
+    sought: bool = False
+
+
+class Asked(NamedTuple):
+    """A question taken apart: what it is about, what is to fill the gap, and about whom."""
+
+    tokens: List[Token]
+    terms: List[Term]
+    slot: str
+    slot_at: int
+    person: str
+    bare: bool
+    closed: bool
+
+
+# words
+
+
+@functools.lru_cache(maxsize=1 << 15)
+def base_of(word: str) -> str:
+    """Return a folded word without the commonest English endings: cities → city."""
+    if word in IRREGULAR:
+        return IRREGULAR[word]
+    if len(word) > 4 and word.endswith("ies"):
+        return word[:-3] + "y"
+    if len(word) > 4 and word.endswith(("sses", "xes", "ches", "shes", "oes")):
+        return word[:-2]
+    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        return word[:-1]
+    if len(word) > 4 and word.endswith("ied"):
+        return word[:-3] + "y"
+    for ending in ("ing", "ed"):
+        stump = word[:-len(ending)]
+        if word.endswith(ending) and not word.endswith("eed") and len(stump) > 1 and (
+                re.search("[aeiouy]", stump)):
+            if len(stump) > 2 and stump[-1] == stump[-2] and stump[-1] not in "lsz":
+                return stump[:-1]
+            short = re.fullmatch("[^aeiou]*[aeiouy][^aeiouwxy]", stump)
+            mute = stump.endswith(("v", "c", "dg", "iz", "ur", "s")) and stump[-2:] != "ss"
+            return stump + "e" if short or mute else stump
+    return word
+
+
+def _relations(lines: Iterable[str]) -> Dict[str, FrozenSet[str]]:
+    """Return the relations that each base may name, each by a sign that is no word."""
+    table: DefaultDict[str, Set[str]] = defaultdict(set)
+    for number, line in enumerate(lines):
+        sign = "=" if line.startswith("=") else "#"
+        for word in line.strip("= ").split():
+            table[base_of(word)].add(f"{sign}{number}")
+    return {base: frozenset(signs) for base, signs in table.items()}
+
+
+def _kinds(lines: Iterable[str]) -> Dict[str, FrozenSet[str]]:
+    """Return the members of each kind."""
+    table: Dict[str, FrozenSet[str]] = {}
+    for line in lines:
+        names, _, members = line.partition(":")
+        for name in map(base_of, names.split()):
+            table[name] = table.get(name, frozenset()) | frozenset(map(base_of, members.split()))
+    return table
+
+
+def _slots(table: Dict[str, str]) -> Dict[str, str]:
+    return {base_of(word): slot for slot, words in table.items() for word in words.split()}
+
+
+SENSES = _relations(RELATIONS)
+KINDS = _kinds(KINDS_TEXT)
+SLOT_OF = _slots(SLOT_WORDS)
+NAME_SENSE = min(SENSES["name"])
+
+
+@functools.lru_cache(maxsize=1 << 15)
+def _senses(word: str) -> FrozenSet[str]:
+    base = base_of(word)
+    return SENSES.get(base, frozenset()) | SENSES.get(word, frozenset()) | {base}
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _token(text: str, word: str) -> Token:
+    return Token(text, word, base_of(word), _senses(word))
+
+
+def _unfolded(text: str) -> str:
+    """Return one word without case and accents."""
+    return text.casefold() if text.isascii() else "".join(folded_words(text)) or text.casefold()
+
+
+def tokens_of(text: str) -> List[Token]:
+    """Return the words of a sentence, contractions in full and each possessive 's by itself."""
+    tokens = []
+    for found in WORD_OR_SIGN.findall(text.replace("’", "'")):
+        if not found[0].isalnum() and found[0] != "_":
+            continue
+        found = found.replace("-", "")
+        stump, mark, tail = found.partition("'")
+        word, tail = _unfolded(stump), tail.casefold()
+        if word in RUN_TOGETHER and not mark:
+            tokens += [_token(part, part) for part in RUN_TOGETHER[word].split()]
+            continue
+        if tail == "t" and word.endswith("n") and word != "n":  # don't, can't, won't
+            word = {"can": "can", "won": "will", "shan": "shall"}.get(word, word[:-1])
+            tokens += [_token(word, word), _token("not", "not")]
+            continue
+        tokens.append(_token(stump, word))
+        full = CONTRACTED.get(tail)
+        if tail == "s" and word in TAKES_IS:
+            full = "is"
+        if full:
+            tokens.append(_token(full, full))
+        elif mark and (tail == "s" or (not tail and word.endswith("s"))):
+            tokens.append(_token("'s", "'s"))
+    return tokens
+
+
+CONTRACTED = {"m": "am", "re": "are", "ve": "have", "ll": "will", "d": "would"}
+TAKES_IS = frozenset("it he she that there here who what where when how why this which".split())
+RUN_TOGETHER = {
+    "whats": "what is", "wheres": "where is", "whos": "who is", "hows": "how is",
+    "whens": "when is", "im": "i am", "ive": "i have", "dont": "do not", "doesnt": "does not",
+    "didnt": "did not", "isnt": "is not", "arent": "are not", "cant": "can not",
+    "wont": "will not", "thats": "that is", "theres": "there is", "wasnt": "was not",
+    "teh": "the", "u": "you", "ur": "your", "wher": "where", "waht": "what", "wat": "what"}
+
+
+def _same_root(a: str, b: str) -> bool:
+    """Return whether two bases differ by an ending alone: allergy, allergic; bake, bakery."""
+    if a[:4] != b[:4] or len(a) < 4:
+        return False
+    shared = len(os.path.commonprefix([a, b]))
+    shorter, longer = sorted((a, b), key=len)
+    if shared == len(shorter) == 4:
+        return longer[4:] in ENDINGS
+    if shared == len(shorter) >= 6 and not longer.endswith("inlaw"):
+        return True  # physio, physiotherapy
+    strange = a not in KNOWN_WORDS and b not in KNOWN_WORDS and len(longer) - shared <= 3
+    return shared >= 5 and shared >= 0.55 * len(longer) and (
+        strange or {a[shared:], b[shared:]} <= ENDINGS)
+
+
+ENDINGS = frozenset(("", *"""e y er or r ry ery ing ed ly ist al ic ics ies ion ian an ish ment ness
+    ity able ful ous ant ance ent ence ive ate ation age hood ship""".split()))
+
+
+def _misspelt(a: str, b: str) -> bool:
+    """Return whether one slip of the finger leads from a to b; short words are left alone."""
+    if min(len(a), len(b)) < 3 or abs(len(a) - len(b)) > 1 or a == b:
+        return False
+    if min(len(a), len(b)) == 3:
+        return sorted(a) == sorted(b)
+    at = len(os.path.commonprefix([a, b]))
+    if len(a) == len(b):
+        swapped = a[:at] + a[at + 1:at + 2] + a[at] + a[at + 2:]
+        return swapped == b or (len(a) >= 6 and a[at + 1:] == b[at + 1:])
+    shorter, longer = sorted((a, b), key=len)
+    return longer[:at] + longer[at + 1:] == shorter
+
+
+def agreement(asked: Token, told: Token, known: bool = True) -> float:
+    """Return how surely two words mean the same: 1 the same word, less a relation's other name.
+
+    A word that is known is never taken for a misspelling.
+    """
+    if asked.word == told.word:
+        return 1.0
+    if asked.base == told.base:  # the meeting is not quite where we meet
+        return 1.0 if asked.word.endswith("ing") == told.word.endswith("ing") else 0.94
+    if asked.base in (told.base + "er", told.base + "r"):
+        return 0.0  # the gardener is not the garden
+    shared = asked.senses & told.senses
+    if shared:
+        return 1.0 if max(shared).startswith("=") else 0.9
+    if told.base in KINDS.get(asked.base, ()):
+        return 0.8
+    if _same_root(asked.base, told.base):
+        return 0.9
+    return 0.85 if not known and _misspelt(asked.word, told.word) else 0.0
+
+
+# what is asked
+
+
+_AGAIN = r"(?:please|just|still|maybe|kindly|happen to|even|also|quickly|ever|again|by any chance)"
+_POLITE = re.compile(
+    r"(?:hey|hi|hello|oh|ok|okay|well|so|and|but|um+|uh+|h+m+|please|now|then|by the way|btw|say|"
+    r"listen|sorry|excuse me|quick question|also|again|just|no|yes|yeah|actually|wait)\b"
+    r"[\s,.!:;…]*", re.I)
+_FRAME = re.compile(
+    r"(?:(?:(?:can|could|would|will) (?:you|u) {a}*(?:tell|remind|help|remember|recall|say)"
+    r"(?: me)?(?: remember)?"
+    r"|do (?:you|u) {a}*(?:know|remember|recall|have any idea)|(?:you|u) (?:know|remember)"
+    r"|(?:please )?(?:tell|remind) me|let me know|any idea|remember"
+    r"|(?:i )?{a}*(?:forgot|forget|don'?t know|do not know|can'?t remember|cannot remember|"
+    r"don'?t remember|do not remember|can'?t recall|wonder|was wondering|am wondering|"
+    r"need to know|want to know|would like to know)|i'?d (?:like|love) to know"
+    r"|(?:have|did) i {a}*(?:tell|told|mention|mentioned|say|said)(?: to)?(?: you)?"
+    r"|what (?:did|have) i {a}*(?:tell|told|say|said)(?: to)?(?: you)?"
+    r"|what (?:else )?do (?:you|u) (?:know|remember)|may i ask|what about|how about)"
+    r"(?:[\s,:]+(?:again|of|about|that|if|whether|once more|anything|something|everything))*"
+    r"(?:[\s,:]+|$))"
+    .replace("{a}", r"(?:" + _AGAIN + r" )"), re.I)
+_ASKS = re.compile(
+    r"(?:(?:in|on|at|under|from|to|for|with|by|since|until|till|of|about|into|around) "
+    r"(?:what|when|who|where|how|which|whose|whom)|which|whose|whom"
+    r"|(?:what|who|how|why|where|when)s|(?:what|who|how|why|where|when)'s"
+    r"|(?:where|when|why|who|what|how) (?:is|are|was|were|do|does|did|can|could|will|would|"
+    r"should|am|have|has|had|shall|may|might|must|else|again|on earth|exactly)"
+    r"|what (?!an? |i |we |he |she |they |you )\w+|who \w+"
+    r"|how (?:many|much|old|long|far|tall|big|often|heavy|high|late|early|large|wide|deep|fast)"
+    r"|(?:do|does|did|is|are|was|were|am|can|could|will|would|has|had|should|shall|may|isn't|"
+    r"aren't|don't|doesn't|didn't) (?:i|my|you|your|we|our|he|she|it|they|there|this|that|his|her|"
+    r"their|u|any)"
+    r"|(?:is|are|was|were|does|did|has|can|will) (?:the|[A-Z]\w+)"
+    r"|have (?:i|you|we|they))\b", re.I)
+_INDIRECT = re.compile(
+    r"(?:what|which|who|whose|whom|where|when|why|how|if|whether|my|our|the|about|of|in|on|at)\b",
+    re.I)
+_EXCLAIMS = re.compile(
+    r"(?:what an?|how (?:nice|lovely|sad|good|great|funny|cool|beautiful))\b", re.I)
+
+
+_WORK = re.compile(r"^(what (?:do|does|did) .*?)\bdo(?: for (?:a living|work|money)| as (?:a )?"
+                   r"(?:job|work))?\W*$", re.I)
+_FROM = re.compile(r"^((?:where|(?:from )?(?:what|which) (?:country|city|town|place))\b.*?)"
+                   r"(?: come)? from\W*$", re.I)
+_WHO_AM_I = re.compile(r"^who(?:'?m| am) i\W*$", re.I)
+
+
+def unframed(text: str) -> Tuple[str, bool]:
+    """Return a text without its opening courtesies, and whether those asked for something.
+
+    "Hey, do you remember where I live" asks where I live.
+    """
+    framed = False
+    first, _, others = text.partition(" ")
+    text = " ".join(filter(None, (RUN_TOGETHER.get(first.casefold(), first), others)))
+    while text:
+        match = _POLITE.match(text)
+        if not match:
+            match = _FRAME.match(text)
+            rest = text[match.end():] if match else ""
+            if match and "about" not in match[0].casefold() and not (
+                    _INDIRECT.match(rest) or re.match(r"[\w']+(?:'s\b|s' )", rest)):
+                match = None
+            framed = framed or bool(match)
+        if not match or match.end() == 0:
+            text = _WORK.sub(r"\1 have as job", text)  # What does she do?
+            text = _FROM.sub(r"\1 origin", text)
+            return _WHO_AM_I.sub("what is my name", text), framed
+        text = text[match.end():]
+    return text, framed
 
 
 def is_question(text: str) -> bool:
@@ -5338,65 +5903,1096 @@ def is_question(text: str) -> bool:
     return text.rstrip(" \"')").endswith(("?", "？", "؟"))
 
 
-def stem_weights(memory: Memory, stems: Iterable[str]) -> Dict[str, float]:
-    """Return how telling each stem is: the logarithm of how rare it is in the memory."""
-    total = memory.entry_count()
-    return {s: log(1.0 + (total + 1.0) / (memory.stem_count(s) + 0.5)) for s in set(stems)}
+def asks(text: str) -> bool:
+    """Return whether the text asks: by its mark, or by the way in which it begins."""
+    if is_question(text):
+        return True
+    text = text[:MAX_ASKED_CHARS]
+    if _EXCLAIMS.match(text):
+        return False
+    rest, framed = unframed(text)
+    if framed:
+        statement = re.match(r"(?:i )?(?:just )?(?:forgot|forget|remember)\b", text, re.I)
+        return not statement or bool(re.match(r"(?:wh|how|if)", rest, re.I)) or bool(
+            re.search(r"\b(?:what|where|who|when)(?: \w+)* (?:it|is|was|again)\W*$", rest, re.I))
+    if _ASKS.match(rest):
+        return not _is_clause(rest)
+    return _only_names(tokens_of(rest))
 
 
-def is_of_the_owner(text: str) -> bool:
-    """Return whether it is about what the owner has, of which only the owner knows."""
-    return "my" in stems_of(text)
+def _only_names(tokens: Sequence[Token]) -> bool:
+    """Return whether a text only names what it wants: code of the alarm; my cat's name."""
+    words = [t.word for t in tokens if t.word != "please"]
+    if not 2 <= len(words) <= 7 or set(words) & AUXILIARIES:
+        return False
+    bases = [base_of(word) for word in words]
+    return bases[0] in WANTED and words[1] == "of" or (
+        bases[-1] in WANTED and words[0] in ("my", "our", "the", *WANTED))
+
+
+WANTED = frozenset("""name birthday age address number code password pin colour size date time
+    title key price""".split())
+
+
+def _is_clause(text: str) -> bool:
+    """Return whether "who" or "what" opens a part of a statement: "Who dares wins." """
+    return text.rstrip().endswith(("!", "."))  and bool(
+        re.match(r"(?:who|what) (?!is|are|was|were|do|does|did|has|have|can|will)", text, re.I))
+
+
+def owner_at(tokens: Sequence[Token], at: int, adjoining: bool = False) -> str:
+    """Return to whom the noun at a place belongs: "my", "your", another noun, "the", or "".
+
+    my cat → my; my sister's cat → sister; the cat of my sister → sister. Where it has to be
+    adjoining, only the commonest adjectives may stand between.
+    """
+    if at + 1 < len(tokens) and tokens[at + 1].word == "of":
+        for token in tokens[at + 2:at + 5]:
+            if token.word not in DETERMINERS and token.word not in FUNCTION_WORDS:
+                return token.base
+    for back in range(at - 1, max(-1, at - 5), -1):
+        word = tokens[back].word
+        if word == "'s":
+            return tokens[back - 1].base if back else ""
+        if word in DETERMINERS:
+            return {"our": "my", "mine": "my"}.get(word, word)
+        if word not in ADJECTIVES and (word in FUNCTION_WORDS or word in PREPOSITIONS or adjoining):
+            return ""
+    return ""
+
+
+def _noun_owner(tokens: Sequence[Token], at: int) -> str:
+    """Return the owner of a noun that stands by itself or behind another: my phone number → my."""
+    owner = owner_at(tokens, at, adjoining=True)
+    if not owner and at and _is_relation(tokens[at - 1]):
+        return owner_at(tokens, at - 1, adjoining=True)
+    return owner
+
+
+def _slot(tokens: Sequence[Token]) -> Tuple[str, int]:
+    """Return what is to fill the gap of a question, and the place of the word that asks for it."""
+    words = [t.word for t in tokens]
+    heads = [t.base in SLOT_OF and not (i + 1 < len(tokens) and tokens[i + 1].base in SLOT_OF)
+             for i, t in enumerate(tokens)]  # of a street number the number is asked for
+    for i, token in enumerate(tokens[1:], 1):
+        if words[i - 1] in ("what", "which") and heads[i]:
+            return SLOT_OF[token.base], i
+    named = [i for i, t in enumerate(tokens) if SLOT_OF.get(t.base) == "name"]
+    if named:
+        return "name", named[0]
+    for i, word in enumerate(words):
+        after = words[i + 1] if i + 1 < len(words) else ""
+        if word == "where":
+            return "place", i
+        if word == "when" or (word == "how" and after in ("often", "late", "early")):
+            return "time", i
+        if word in ("who", "whom", "whose"):
+            return "person", i
+        if word == "why":
+            return "reason", i
+        if word == "how" and after == "old":
+            return "age", i + 1
+        if word == "how" and after == "long":
+            return "span", i + 1
+        if word == "how" and after in ("many", "much", "far"):
+            return ("number" if after == "many" else "amount"), i + 1
+        if word == "how" and after in ("tall", "heavy", "high", "big"):
+            return "number", i
+    for i, token in enumerate(tokens):
+        if heads[i] and SLOT_OF[token.base] != "name" and (
+                not i or words[i - 1] != "favourite"):
+            return SLOT_OF[token.base], i
+    return next((SLOT_IMPLIED[t.base] for t in tokens if t.base in SLOT_IMPLIED), ""), -1
+
+
+def _known_words() -> FrozenSet[str]:
+    """Return every base that the tables hold."""
+    return frozenset().union(SENSES, KINDS, *KINDS.values(), PEOPLE, TIMES, PLACES, NUMBERS)
+
+
+KNOWN_WORDS = _known_words()
+
+
+def analyzed(text: str) -> Asked:
+    """Return a question taken apart."""
+    rest, framed = unframed(text)
+    rest = rest or text
+    tokens = tokens_of(rest)
+    words = {t.word for t in tokens}
+    slot, slot_at = _slot(tokens)
+    closed = not words & ASKING_WORDS and not framed and bool(tokens) and (
+        tokens[0].word in AUXILIARIES)
+    terms = _terms(tokens, slot, slot_at)
+    mine = bool({"my", "our"} & words) and not closed  # How do you call my cat?
+    person = ("self" if words & OWN_SELF_WORDS and not mine else
+              "owner" if words & OWNERS_WORDS else "")
+    bare = person == "owner" and all(_is_relation(t.token) or not t.vital or (
+        t.owner in ("", "a", "an", "any", "some") and not t.token.text[:1].isupper())
+        for t in terms)
+    return Asked(tokens, terms, slot, slot_at, person, bare, closed)
+
+
+RELATION_NAMES = frozenset("""name birthday age job work profession home address phone number height
+    weight favourite favorite color colour size hobby team language nationality allergy
+    salary shoe blood type group workplace""".split())
+
+
+def _is_relation(token: Token) -> bool:
+    """Return whether a noun names an attribute of its owner rather than a thing of its own."""
+    return token.base in RELATION_NAMES
+
+
+def _tells(token: Token, at: int, slot_at: int) -> bool:
+    """Return whether a word of a question says what it is about."""
+    return (at != slot_at and token.word not in FUNCTION_WORDS and token.word != "'s"
+            and token.base not in LIGHT_WORDS and token.word not in LIGHT_WORDS)
+
+
+def _terms(tokens: Sequence[Token], slot: str, slot_at: int) -> List[Term]:
+    """Return the telling words of a question; where there are none, those that hardly tell."""
+    idle = IDLE_WORDS.get(slot, "").split()
+    telling = [i for i, t in enumerate(tokens) if _tells(t, i, slot_at)]
+    chosen = [i for i in telling if tokens[i].base not in idle] or telling
+    if slot in ("", "person") and all(
+            owner_at(tokens, i, True) or tokens[i - 1].word in ("what", "which") for i in chosen):
+        sought = any(tokens[i - 1].word in ("what", "which") for i in chosen if i)
+        chosen += [i for i, t in enumerate(tokens) if not owner_at(tokens, i, True) and (
+            t.base in LIGHT_WORDS - IDLE_VERBS
+            or t.word == "have" and not sought and tokens[0].word == "what")]
+    if not chosen:
+        chosen = [i for i, t in enumerate(tokens) if t.word not in FUNCTION_WORDS
+                  and t.word != "'s" or (i == slot_at and t.base in SENSES)
+                  or (i and t.word in ("up", "off", "out", "down"))]
+    return [_term(tokens, i) for i in chosen[:MAX_QUERY_TERMS]]
+
+
+def _term(tokens: Sequence[Token], at: int) -> Term:
+    token, owner = tokens[at], owner_at(tokens, at, adjoining=True)
+    before = tokens[at - 1].word if at else ""
+    after = tokens[at + 1].word if at + 1 < len(tokens) else ""
+    vital = bool(owner) or after == "'s" or before in LEADING or (
+        token.text[:1].isupper() and at > 0) or (
+        # Where is the spare battery? Behind "is" all that follows "the" names the thing
+        len(tokens) > 1 and tokens[1].word in ("is", "are", "was", "were") and at > 2
+        and bool(owner_at(tokens, at)) and token.word not in IRREGULAR
+        and not token.word.endswith(("ing", "ed")))
+    sought = before in ("what", "which") or (before == "of" and at > 2)
+    return Term(token, 1.5 if vital else 1.0, vital, owner, True, sought and not owner)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _forms(token: Token) -> List[str]:
+    """Return how a word and the other names of its relations are looked for, its own form first."""
+    mates = [base for base, senses in SENSES.items() if senses & token.senses]
+    members = [form for base in KINDS.get(token.base, ()) for form in (base, base + "s")]
+    return list(dict.fromkeys(itertools.chain(
+        *map(_endings, [token.base, *mates]), members)))
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _endings(base: str) -> Tuple[str, ...]:
+    """Return what to look for to find a word with any of its endings."""
+    irregular = [word for word, its_base in IRREGULAR.items() if its_base == base]
+    if len(base) > 4 or (len(base) == 4 and base[-1] not in "ye"):
+        stump = base[:-1] if base[-1] in "ye" else base  # studied
+        return (stump[:STEM_CHARS] + "*", *irregular)
+    if not base.isascii() or len(base) < 2:
+        return (base,)
+    stump = base[:-1] if base[-1] in "ye" else base + base[-1]
+    endings = {"y": ["ies", "ied"], "e": ["ing"]}.get(base[-1], ["ing", "ed"])
+    own = ("", "s", "d", "r") if base[-1] == "e" else ("", "s", "ed", "ing")
+    return (*(base + ending for ending in own), *(stump + ending for ending in endings), *irregular)
+
+
+# candidates
+
+
+class Unit(NamedTuple):
+    """A sentence of the memory that might answer: where it stands and what would be said."""
+
+    entry: Entry
+    text: str
+    tokens: List[Token]
+
+
+OFTEN_LEFT_OUT = "aeiouhrtns"
+KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+VOWELS = "aeiouy"
+BESIDE = {key: "".join(row[max(0, i - 1):i] + row[i + 1:i + 2]
+                       for row in KEYS for i in [row.find(key)] if i >= 0)
+          + (VOWELS if key in VOWELS else "")
+          for key in "".join(KEYS)}  # keys hit by mistake, and vowels taken for one another
+
+
+def _spellings(memory: Memory, token: Token) -> List[str]:
+    """Return words of the memory that one slip of the finger may have made of this one."""
+    word = token.word
+    if not 3 <= len(word) <= 20 or not word.isascii() or token.base in KNOWN_WORDS:
+        return []
+    swaps = range(len(word) - 1)
+    near = {word[:i] + word[i + 1] + word[i] + word[i + 2:] for i in swaps}
+    if len(word) > 3:
+        reach = range(1, min(len(word), STEM_CHARS + 1))  # words are found by how they begin
+        near |= {word[:i] + word[i + 1:] for i in reach}
+        near |= {word[:i] + c + word[i:] for i in reach for c in OFTEN_LEFT_OUT + word[i - 1]}
+        near |= {word[:i] + c + word[i + 1:] for i in reach if len(word) > 5
+                 for c in BESIDE.get(word[i], "")}
+    return memory.words_among(sorted(near))
+
+
+def gathered(memory: Memory, asked: Asked) -> Tuple[Asked, List[Entry]]:
+    """Return the question with its words weighed by how rare they are, and what may answer it.
+
+    Those entries come first that hold most of what is telling. A word that is in very many brings
+    what the owner said, the newest, and those where another of the words stands with it.
+    """
+    if not asked.terms:
+        return asked, _of_common_words(memory, asked)
+    total, terms = memory.about_count() + 1.0, []
+    mass: DefaultDict[int, float] = defaultdict(float)
+    forms = [_forms(term.token) for term in asked.terms]
+    told: Set[int] = set()
+    for at, term in enumerate(asked.terms):
+        ids, own = _held(memory, forms, at, _endings(term.token.base), asked.bare)
+        known = bool(ids)
+        if not ids:
+            slips = _spellings(memory, term.token)
+            ids, own = _held(memory, [slips], 0, slips, False) if slips else (ids, own)
+        rare = log(1.0 + total / (len(ids) + 0.5)) / log(1.0 + 2.0 * total)
+        if not ids and not term.vital:
+            rare = 0.6  # a word that was never heard tells little, unless it names what is meant
+        terms.append(term._replace(weight=term.weight * max(rare, 0.4),
+                                   known=known or term.token.base in KNOWN_WORDS))
+        told |= own
+        for i in ids:
+            mass[i] += terms[-1].weight
+    usual = max((term.weight for term in terms), default=1.0)
+    for i in _ids_of_i_am(memory, asked):
+        mass[i] = max(mass[i], usual)
+    for i in told & mass.keys():
+        mass[i] *= TOLD_PRIOR
+    least = 0.45 * max(mass.values(), default=0.0)
+    best = sorted((i for i in mass if mass[i] >= least), key=lambda i: (mass[i], i))
+    return asked._replace(terms=terms), memory.entries_of(best[:-MOST_ENTRIES - 1:-1])
+
+
+def _of_common_words(memory: Memory, asked: Asked) -> List[Entry]:
+    """Return the newest entries for a text of words that are everywhere, like "How are you?"."""
+    words = [t.word for t in asked.tokens[:MAX_QUERY_TERMS] if t.word != "'s"]
+    ids = memory.ids_holding([[word] for word in words], MOST_HELD)
+    return memory.entries_of(ids or memory.ids_holding([words], MOST_HELD))
+
+
+def _held(memory: Memory, forms: Sequence[Sequence[str]], at: int, own: Sequence[str],
+          bare: bool) -> Tuple[Set[int], Set[int]]:
+    """Return the ids of entries with a form of one word, and those of them that the owner told."""
+    ids = memory.ids_holding([forms[at]], MOST_HELD)
+    if len(ids) < MOST_ENTRIES:
+        return set(ids), set()
+    told = memory.ids_holding([forms[at], [TOLD_MARK]], MOST_HELD)
+    if len(ids) < MOST_HELD:
+        return set(ids), set(told)
+    told += memory.ids_holding([own, [TOLD_MARK]], MOST_HELD)
+    others = [form for i, more in enumerate(forms) if i != at for form in more]
+    others = others or (["i", "my", "we", "our"] if bare else [])
+    if len(told) >= MOST_HELD:
+        told += memory.ids_holding([forms[at], others, [TOLD_MARK]], MOST_HELD)
+    ids += memory.ids_holding([own], MOST_HELD)
+    return {*ids, *told, *memory.ids_holding([forms[at], others], MOST_HELD)}, set(told)
+
+
+def _ids_of_i_am(memory: Memory, asked: Asked) -> List[int]:
+    """Return the ids of what says "I am ...", where that may tell a name, an age or a job."""
+    if asked.bare and asked.slot in ("name", "age"):
+        return memory.ids_holding([["i am", "i m"], [TOLD_MARK]], MOST_HELD)
+    if asked.bare and any(term.token.base in CLASSES for term in asked.terms):
+        return memory.ids_holding([["i am a", "i m a", "i am an", "i m an", "be a", "be an"]],
+                                  MOST_HELD)
+    return []
+
+
+def sentences_of(text: str) -> List[str]:
+    """Return the sentences of one line; an abbreviation's full stop ends none."""
+    pieces: List[str] = []
+    for piece in _BREAKS.split(text.strip()):
+        if pieces and ABBREVIATED.search(pieces[-1]):
+            pieces[-1] += " " + piece
+        elif piece:
+            pieces.append(piece)
+    return pieces
+
+
+_BREAKS = re.compile(r"(?<=[.!?…;])[\"')\]]*\s+|(?<=[。！？])")
+_CLAUSES = re.compile(
+    r",? (?:and|but) (?=(?:my|our|I|i|we)\b(?! (?:both|all)\b))|, (?=(?:my|our) )")
+_HAS_VERB = re.compile(r"\b(?:is|are|was|were|am|has|have|had|do|does|did|can|will)\b|'s |'m |"
+                       r"^\W*(?:I|i|we|We) \w+ \w+", re.I)
+_ANAPHORS = re.compile(r"(?:and |but )?(?:he|she|it|they|his|her|its|their)\b", re.I)
+
+
+def statements_of(line: str) -> List[str]:
+    """Return what a line states, sentence by sentence and clause by clause; not what it asks.
+
+    A sentence that opens with "he" or "its" stays with the one before it, which says whose.
+    """
+    told: List[str] = []
+    for sentence in sentences_of(line):
+        if asks(sentence):
+            continue
+        if told and _ANAPHORS.match(sentence):
+            told[-1] += " " + sentence
+            continue
+        start = 0
+        for cut in _CLAUSES.finditer(sentence):
+            if _HAS_VERB.search(sentence[start:cut.start()]) and _HAS_VERB.search(
+                    sentence[cut.end():]):
+                told.append(sentence[start:cut.start()])
+                start = cut.end()
+        told.append(sentence[start:])
+    return told
+
+
+def _lines_to_match(entry: Entry) -> Iterator[str]:
+    """Yield the lines of an entry that may state something; of an exchange that is none."""
+    document = Document(tuple(entry.text.splitlines()), entry.closed)
+    if entry.source in TOLD or not document.is_exchange:
+        if entry.source in TOLD or not _is_self_talk(entry.text):
+            yield from document.lines
+
+
+def _is_self_talk(text: str) -> bool:
+    """Return whether the "I" of a passage is the program: it says so, or it speaks to a "you"."""
+    words = {word.casefold() for word in WORDS.findall(text)}
+    return bool(_SELF_TALK.search(text)) or bool(
+        words & OWN_SELF_WORDS and words & OWNERS_WORDS)
+
+
+_SELF_TALK = re.compile(r"\bI am (?:a|an|the) (?:\w+ )?(?:program|machine|robot|mind)\b", re.I)
+
+
+def units_of(entries: Iterable[Entry], asked: Asked) -> List[Unit]:
+    """Return the sentences of the entries that share a telling word with the question."""
+    needles = {form.rstrip("*")[:4] for term in asked.terms for form in _forms(term.token)}
+    units: List[Unit] = []
+    for entry in entries:
+        for line in _lines_to_match(entry):
+            folded = _unfolded(line) if line.isascii() else " ".join(folded_words(line))
+            if len(entry.text) < 200 or any(needle in folded for needle in needles):
+                units += [Unit(entry, text, tokens_of(text)) for text in statements_of(line)]
+        if len(units) >= MOST_UNITS:
+            break
+    return units
+
+
+# how well a statement fills the gap
+
+
+def _matches(asked: Asked, tokens: Sequence[Token]) -> List[Tuple[float, int]]:
+    """Return, for each term, how well the statement's best word agrees with it, and its place."""
+    return [max([(agreement(term.token, token, term.known), -i) for i, token in enumerate(tokens)]
+                + [(0.86, -i) for i in _classed_at(term.token, tokens)],
+                default=(0.0, 0)) for term in asked.terms]
+
+
+def _classed_at(asked: Token, tokens: Sequence[Token]) -> List[int]:
+    """Return where a statement says "is a ...", which names a job, or the breed of an animal."""
+    if asked.base not in CLASSES:
+        return []
+    return [i for i in range(len(tokens) - 2) if tokens[i].word in ("am", "is", "are", "was", "be")
+            and tokens[i + 1].word in ("a", "an") and tokens[i + 2].base not in NO_CALLINGS]
+
+
+NO_CALLINGS = frozenset("""member fan vegetarian vegan twin child baby man woman boy girl friend
+    smoker lover person bit lot good bad big small great very""".split())
+CLASSES = frozenset("""job work profession occupation career breed race species brand
+    model""".split())
+
+
+def unit_score(asked: Asked, unit: Unit) -> float:
+    """Return how well a sentence answers a question, 0 to 1."""
+    tokens = unit.tokens
+    best = [(grade, -place) for grade, place in _matches(asked, tokens)]
+    if not any(grade for grade, _ in best) or not (
+            _defines(asked, tokens, best) and _lies_so(asked, tokens, best)):
+        return 0.0
+    classed = [at for term, (grade, at) in zip(asked.terms, best) if at in _classed_at(
+        term.token, tokens)]
+    if classed and any(term.vital and grade and at > classed[0]
+                       for term, (grade, at) in zip(asked.terms, best)):
+        return 0.0  # it says of another what that is
+    score = _covered(asked, best)
+    score *= _person_factor(asked, unit, best)
+    for term, (grade, at) in zip(asked.terms, best):
+        if grade:
+            score *= _owner_factor(term, unit, at, asked)
+            if term.sought and owner_at(tokens, at, True) in ("the", "my", "this") and not any(
+                    t.word in AUXILIARIES for t in tokens[at + 1:at + 3]):
+                score *= 0.6  # "I parked the car" does not say which
+    return score if asked.closed else score * _slot_factor(asked, tokens, best)
+
+
+def _lies_so(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> bool:
+    """Return whether "What is in the parcel?" is answered with what is in it."""
+    if asked.tokens[-1].word == "about":
+        return any(t.word == "about" for t in tokens)
+    words = [t.word for t in asked.tokens[:3]]
+    if len(words) < 3 or words[0] != "what" or words[1] not in AUXILIARIES or (
+            words[2] not in ("in", "on", "under", "behind", "inside")):
+        return True
+    return any(grade and words[2] in [t.word for t in tokens[max(0, at - 4):at]]
+               for grade, at in best)
+
+
+def _defines(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> bool:
+    """Return whether a statement may answer "What is love?": it must be about nothing else."""
+    if asked.person or asked.closed or [t for t in asked.terms if t.vital and t.owner not in (
+            "", "a", "an")] or [t.base for t in asked.tokens[:1]] != ["what"] or (
+            asked.tokens[1:] and asked.tokens[1].word not in AUXILIARIES):
+        return True
+    if len(asked.tokens) > 2 + sum(t.word in ("a", "an") for t in asked.tokens) + len(asked.terms):
+        return True
+    first = next((i for i, t in enumerate(tokens) if t.word not in FUNCTION_WORDS), -1)
+    if any(grade and at and tokens[at].text[:1].isupper() for grade, at in best):
+        return True  # What is Biscuit?
+    return any(grade == 1.0 and at == first and owner_at(tokens, at) not in ("my", "your")
+               for grade, at in best)
+
+
+def _covered(asked: Asked, best: Sequence[Tuple[float, int]]) -> float:
+    """Return the share of what is telling in the question that the statement holds."""
+    missing = [term for term, (grade, _) in zip(asked.terms, best) if not grade]
+    # a verb of no known relation may be another word for what fills a slot of its own
+    places = {term.token: asked.tokens.index(term.token) for term in asked.terms}
+    held_at = {places[t.token] for t, (grade, _) in zip(asked.terms, best) if grade}
+    loose = asked.slot in ("place", "time", "number", "amount", "span", "person") and not any(
+        term.vital or _is_relative(term.token) or places[term.token] + 1 in held_at
+        for term in missing)
+    whole = sum(term.weight * (0.5 if loose and term in missing else 1.0) for term in asked.terms)
+    held = sum(term.weight * grade for term, (grade, _) in zip(asked.terms, best))
+    score = held / whole
+    if any(term.vital for term in missing):
+        return 0.5 * score
+    if missing and not any(g and not t.vital for t, (g, _) in zip(asked.terms, best)):
+        return (0.9 if loose else 0.7) * score  # the thing is there, what is asked of it is not
+    return score
+
+
+def _is_relative(token: Token) -> bool:
+    """Return whether a word names a relation or a kind, so that its absence tells."""
+    return len(token.senses) > 1 or token.base in KINDS
+
+
+def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) -> float:
+    """Return 1 when the statement is about whom the question is about, or else less."""
+    words = {token.word for token in unit.tokens}
+    if asked.closed and asked.tokens[1:] and asked.tokens[1].word in PRONOUNS:
+        return 0.3  # Is it far?
+    if asked.closed and asked.tokens[0].word in OFFERS and asked.tokens[0].word not in words:
+        return 0.3  # Shall we go? asks for no fact
+    if asked.person == "self":
+        return 1.0 if words & OWN_SELF_WORDS and unit.entry.source in TOLD else 0.3
+    advice = {t.word for t in asked.tokens} & (ADVICE if asked.person else OPINION)
+    if advice and not advice & words:
+        return 0.5
+    if asked.bare and asked.slot == "name" and not [
+            t for t in asked.terms if t.token != asked.tokens[asked.slot_at]]:
+        return 1.0 if _names_the_owner(unit.tokens) else 0.3
+    return _bare_factor(asked, unit, best) if asked.bare else 1.0
+
+
+def _bare_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) -> float:
+    """Return 1 when what a statement says is said of its own "I", or else less."""
+    tokens = unit.tokens
+    if any(grade and at and tokens[at].text[:1].isupper() for grade, at in best):
+        return 1.0  # the question names somebody, and that is who it is about
+    first = tokens if unit.entry.source in TOLD else tokens[:3]
+    subjects = {"i", "me", "we", "us", "mine", "myself"} & {t.word for t in first}
+    related = [_noun_owner(tokens, at) for grade, at in best if grade]
+    if asked.slot_at >= 0 and (asked.slot == "name" or not asked.terms):
+        related += [owner_at(tokens, i, True) for i, t in enumerate(tokens)
+                    if asked.tokens[asked.slot_at].senses & t.senses]
+    if "my" in related:
+        return 1.0
+    if not subjects or _says_third(asked, tokens, best):
+        return 0.3
+    held = {at for grade, at in best if grade}
+    others = [t for i, t in enumerate(tokens) if i not in held and not _is_relation(t)
+              and t.word not in ADJECTIVES and owner_at(tokens, i, True) == "my"]
+    return 0.95 if others else 1.0  # my wife and I met
+
+
+ADVICE = frozenset("should shall could would might".split())
+PRONOUNS = frozenset("it this that he she they".split())
+OPINION = ADVICE | {"best", "better", "worst"}
+OFFERS = frozenset("can could may might shall should will would must".split())
+
+
+def _names_the_owner(tokens: Sequence[Token]) -> bool:
+    """Return whether a statement says how its "I" is called."""
+    for i, token in enumerate(tokens):
+        if NAME_SENSE in token.senses and (
+                owner_at(tokens, i, True) == "my" or (i > 1 and tokens[i - 2].word == "i")
+                or (i + 1 < len(tokens) and tokens[i + 1].word == "me")):
+            return True
+        if token.word == "am" and i + 1 < len(tokens) and _capital(tokens, i + 1):
+            return True
+    return False
+
+
+def _says_third(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> bool:
+    """Return whether the verb that the owner's "I" asks for belongs to somebody else."""
+    for term, (grade, at) in zip(asked.terms, best):
+        if grade and not term.vital and at and tokens[at].word.endswith("s") \
+                and tokens[at].word != term.token.word and tokens[at].base != tokens[at].word \
+                and tokens[at - 1].word in ("he", "she", "it", "who", "that", "which"):
+            return True
+    return False
+
+
+def _only_describes(asked: Asked, term: Term, tokens: Sequence[Token], at: int) -> bool:
+    """Return whether a word says only whose, or where, the thing is that a statement is about."""
+    if any(t.vital and t is not term and max(agreement(t.token, told) for told in tokens)
+           for t in asked.terms):
+        return False  # the question names the thing as well
+    after, before = tokens[at + 1:at + 3], tokens[max(0, at - 3):at]
+    heads = []
+    if len(after) == 2 and after[0].word == "'s":
+        heads.append(after[1])  # my cat's vet is no cat
+    if len(before) == 3 and before[1].word == "of" and before[2].word in DETERMINERS and (
+            before[0].word not in FUNCTION_WORDS):
+        heads.append(before[0])  # neither is the vet of my cat
+    if any(SLOT_OF.get(head.base) is None and not any(
+            agreement(t, head) for t in (*asked.tokens, *(t.token for t in asked.terms)))
+           for head in heads):
+        return True
+    # the sofa is not where the cat is: the cat is on it
+    return asked.slot == "place" and term.vital and len(before) > 1 and (
+        before[-1].word in DETERMINERS and before[-2].word in PREPOSITIONS)
+
+
+def _owner_factor(term: Term, unit: Unit, at: int, asked: Asked) -> float:
+    """Return 1 when a thing belongs to whom the question says, or else less."""
+    tokens = unit.tokens
+    owner = owner_at(tokens, at, adjoining=tokens[at].base != term.token.base)
+    asked_bases = {t.base for t in asked.tokens}
+    if _only_describes(asked, term, tokens, at):
+        return 0.3
+    if not term.vital or term.owner not in ("my", "your"):
+        if owner and owner not in DETERMINERS and owner not in asked_bases and term.vital:
+            return 0.9
+        vague = term.owner == "the" and owner in ("a", "an", "no", "any", "each", "every") and (
+            unit.entry.source not in TOLD)
+        return 0.6 if vague else 1.0
+    if owner == term.owner:
+        return 1.0
+    if owner in ("my", "your"):
+        return 0.3
+    if owner and owner not in DETERMINERS:
+        return 1.0 if owner in asked_bases else 0.3
+    if owner in ("his", "her", "their", "its"):
+        return 0.6
+    words = {token.word for token in tokens}
+    if tokens[0].word in ("my", "our") and not any(
+            agreement(t.token, told) for t in asked.terms for told in tokens[1:4]):
+        return 0.4  # my manager's holiday is not mine
+    if unit.entry.source in TOLD:
+        return 0.95 if words & {"i", "we"} else 0.88
+    return 0.95 if words & {"i", "we"} and "have" in {t.base for t in tokens} else 0.3
+
+
+def _slot_factor(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> float:
+    """Return 1 when the statement holds something new of the kind that is asked for."""
+    if not asked.slot:
+        return 1.0
+    used = {at for grade, at in best if grade}
+    new = [i for i, t in enumerate(tokens) if i not in used]
+    filler = SLOT_FILLERS[asked.slot]
+    if any(filler(tokens, i, used) for i in range(len(tokens))
+           if i not in used or tokens[i].word in PREPOSITIONS):
+        return 1.0
+    literal = asked.tokens[asked.slot_at] if asked.slot_at >= 0 else tokens[0]
+    if literal.word not in ASKING_WORDS and literal.word not in ("old", "many", "much", "called") \
+            and asked.slot != "name" and any(agreement(literal, tokens[i]) for i in new):
+        return 1.0
+    return 0.4
+
+
+_CLOCK = re.compile(r"\d(?:st|nd|rd|th|h|am|pm)$")
+
+
+def _is_time(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
+    token, before = tokens[at], tokens[at - 1].word if at else ""
+    if token.base in TIMES or token.word in TIMES or _CLOCK.search(token.word):
+        return True
+    number = token.word in NUMBERS or token.word.isdigit()
+    return number and (before in ("at", "in", "on", "by", "from", "until", "till", "since",
+                                  "around", "before", "after", "is") or (
+        len(token.word) == 4 and token.word[:2] in ("19", "20")))
+
+
+def _is_number(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
+    word = tokens[at].word
+    return word in NUMBERS or any(c.isdigit() for c in word) or word in ("a", "an") and (
+        at + 1 in used)
+
+
+def _is_age(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
+    if not _is_number(tokens, at, set()):
+        return False
+    near = {t.base for t in tokens[max(0, at - 2):at + 4]}
+    following = tokens[at + 1].base if at + 1 < len(tokens) else "now"
+    return bool(near & {"old", "age", "turn"}) or (
+        tokens[at - 1].word in ("is", "am", "are", "already", "just")
+        and following in ("year", "month", "week", "now", "today", "and"))
+
+
+def _is_place(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
+    token = tokens[at]
+    if token.base in PLACES or token.word in PLACES:
+        return True
+    before = tokens[at - 1].base if at else ""
+    if before == "work" and token.word == "for" or before == "visit" and _capital(tokens, at):
+        return True
+    if token.word in PREPOSITIONS and not (token.word == "with" and at
+                                           and tokens[at - 1].word not in AUXILIARIES):
+        for i in range(at + 1, min(at + 6, len(tokens))):
+            t = tokens[i]
+            if token.word == "to" and i == at + 1 and not (
+                    t.word in DETERMINERS or _capital(tokens, i) or t.base in GOALS):
+                return False  # wanted to stay
+            if t.word in DETERMINERS and t.word not in NUMBERS or t.word in PREPOSITIONS:
+                continue
+            if t.word in FUNCTION_WORDS:
+                return False
+            timely = t.base in TIMES or t.word in NUMBERS or any(c.isdigit() for c in t.word)
+            return i not in used and not timely or (timely and i + 1 < len(tokens)
+                                                    and _capital(tokens, i + 1))
+    return False
+
+
+def _capital(tokens: Sequence[Token], at: int) -> bool:
+    """Return whether a word is written as a name; in a text all small, any telling word is one."""
+    token = tokens[at]
+    if token.text[:1].isupper() and token.base not in TIMES:
+        return token.word != "i" and token.word not in FUNCTION_WORDS and (
+            at > 0 or token.base not in KNOWN_WORDS)
+    if not token.word.isalpha() or token.base in TIMES:
+        return False
+    small = not any(t.text[:1].isupper() and t.word != "i" for t in tokens)
+    return small and token.word not in FUNCTION_WORDS and token.base not in KNOWN_WORDS
+
+
+def _is_person(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
+    return _capital(tokens, at) or tokens[at].base in PEOPLE or tokens[at].base in KINDS["pet"]
+
+
+def _is_colour(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
+    return tokens[at].base in KINDS["colour"] or tokens[at].base in ("colour", "color")
+
+
+def _is_name(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
+    """Return whether a word says what something is called, or is a name beside what it names."""
+    if tokens[at].word in ("called", "named", "name", "nickname", "nicknamed", "call"):
+        return True
+    if not _capital(tokens, at):
+        return False
+    said = at - 1 if tokens[at - 1].word in AUXILIARIES else at - 2
+    if at > 1 and tokens[said].word in ("is", "are", "was", "were") and any(
+            i < said for i in used):
+        return True  # my teacher at school was Mr. Brown
+    for back in range(at - 1, max(-1, at - 5), -1):
+        if back in used or tokens[back].word == "i":
+            return True
+        if tokens[back].word in PREPOSITIONS or (
+                tokens[back].word not in FUNCTION_WORDS and not _capital(tokens, back)):
+            break
+    ahead = [t.word for t in tokens[at + 1:at + 4]]
+    return len(ahead) == 3 and ahead[0] in ("is", "are", "was") and any(
+        i in used for i in range(at + 2, min(at + 5, len(tokens))))
+
+
+def _is_amount(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
+    return _is_number(tokens, at, set())
+
+
+def _is_span(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
+    units = {t.base for t in tokens[at + 1:at + 3]} & UNITS
+    return _is_number(tokens, at, set()) and bool(units) or (
+        tokens[at].word in ("since", "until", "till"))
+
+
+def _is_reason(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
+    return tokens[at].word in ("because", "since", "so", "for", "to")
+
+
+def _is_region(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
+    return _capital(tokens, at) and tokens[at].base not in TIMES
+
+
+SLOT_FILLERS = {"region": _is_region, "time": _is_time, "place": _is_place,
+                "number": _is_number, "amount": _is_amount, "age": _is_age,
+                "colour": _is_colour, "person": _is_person, "name": _is_name, "span": _is_span,
+                "reason": _is_reason}
+
+
+# what is said
+
+
+_TURNS = {"i": "you", "we": "you", "me": "you", "us": "you", "my": "your", "our": "your",
+          "mine": "yours", "ours": "yours", "myself": "yourself", "ourselves": "yourselves",
+          "i'm": "you are", "i've": "you have", "i'll": "you will", "i'd": "you would",
+          "im": "you are", "ive": "you have", "am": "are",
+          "we're": "you are", "we've": "you have", "we'll": "you will", "we'd": "you would",
+          "your": "my", "yours": "mine", "yourself": "myself", "you're": "I am",
+          "you've": "I have", "you'll": "I will", "you'd": "I would"}
+_LEADS = re.compile(
+    r"(?:(?:no|nope|yes|ok|okay|sorry|so|well|wait|hi|hello|hey|oh|please|right|correction|"
+    r"good (?:morning|evening|day|afternoon))[ \w]{0,8}[,.!:;…-]+|(?:actually|by the way|btw|also|"
+    r"fyi|for your information)[,:]?|(?:please |just |and |but )*(?:remember|note|keep in mind|"
+    r"don'?t forget|do not forget|know|you should know|i want you to know|let me tell you|"
+    r"i (?:wanted|want|have) to tell you|did you know|i (?:already )?told you)"
+    r"(?: this)?(?: that\b|[:,])|(?:please )?remember(?= (?:my|the|i|our)\b)|and|but)\s+", re.I)
+
+
+def turned(text: str) -> str:
+    """Return what one said of oneself as it is said to one: my cat → your cat, I am → you are.
+
+    What speaks of nobody present stays as it is.
+    """
+    pieces = re.findall(r"\w+(?:['’]\w+)*|[^\w]+", text)
+    said: List[str] = []
+    for at, piece in enumerate(pieces):
+        word = piece.casefold().replace("’", "'")
+        opens = not said or bool(re.search(r"[.!?…:]\s*$", pieces[at - 1]))
+        before = [p.casefold() for p in pieces[max(0, at - 6):at] if p[0].isalnum()]
+        new = _TURNS.get(word, piece)
+        if word == "you":
+            new = "I" if _leads_a_verb(pieces, at, opens) else "me"
+        elif word in ("was", "wasn't") and _speaks(before, "i"):
+            new = word.replace("was", "were")
+        elif word in ("are", "were", "aren't", "weren't") and _speaks(before, "you"):
+            new = {"are": "am", "were": "was", "aren't": "am not", "weren't": "wasn't"}[word]
+        said.append(new[:1].upper() + new[1:] if opens and new != piece else new)
+    return "".join(said)
+
+
+def _speaks(before: Sequence[str], who: str) -> bool:
+    """Return whether the nearest pronoun before a verb is who."""
+    for word in reversed(before[-3:]):
+        if word == who:
+            return True
+        if word in ("it", "he", "she", "that", "who", "which", "they", "and", "is", "was"):
+            return False
+    return False
+
+
+def _leads_a_verb(pieces: Sequence[str], at: int, opens: bool) -> bool:
+    """Return whether "you" stands where "I" would, and not where "me" would."""
+    following = pieces[at + 2].casefold() if at + 2 < len(pieces) else ""
+    before = pieces[at - 2].casefold() if at > 1 else ""
+    return bool(following) and pieces[at + 1].isspace() and (
+        opens or following in AUXILIARIES or before in ("that", "and", "but", "if", "when", "what",
+                                                        "where", "because", "whether"))
+
+
+def said_back(unit: Unit) -> str:
+    """Return a statement as an answer: without opening words, turned round, with a full stop."""
+    text = unit.text.strip()
+    while True:
+        lead = _LEADS.match(text)
+        if not lead or lead.end() == len(text):
+            break
+        text = text[lead.end():]
+    text = turned(text).rstrip(" ,;:")
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith((".", "!", "?", "…", "。", "\"")) else text + "."
+
+
+def _told_fits(asked: Asked, found: Sequence[Entry]) -> Iterator[Recall]:
+    """Yield what statements of the memory answer to a question."""
+    for unit in units_of(found, asked):
+        score = unit_score(asked, unit)
+        if score < (0.1 if asked.closed else 0.3):
+            continue
+        answer = said_back(unit)
+        if asked.closed:
+            score, verdict = _verdict(asked, unit, score)
+            answer = verdict + answer
+        if unit.entry.source not in TOLD:
+            score *= 0.98
+        yield Recall(min(1.0, score), unit.entry, answer)
+
+
+def _verdict(asked: Asked, unit: Unit, score: float) -> Tuple[float, str]:
+    """Return the score of a statement for a question of yes or no, and the word to begin with."""
+    best = [(grade, -place) for grade, place in _matches(asked, unit.tokens)]
+    missing = [t for t, (grade, _) in zip(asked.terms, best) if not grade]
+    held = [t for t, (grade, _) in zip(asked.terms, best) if grade]
+    denied = bool({t.word for t in unit.tokens} & NEGATIONS) != bool(
+        {t.word for t in asked.tokens} & NEGATIONS)
+    if not missing:
+        return score, "No. " if denied else "Yes. "
+    single = asked.slot == "name" or any(SENSES.get(t.token.base, frozenset()) & SINGLE
+                                         for t in held)
+    topics = [t for t in held if t.vital]
+    if single and topics and not any(t.vital and t.owner for t in missing):
+        factor = _person_factor(asked, unit, best)
+        for term, (grade, at) in zip(asked.terms, best):
+            factor *= _owner_factor(term, unit, at, asked) if grade else 1.0
+        filled = asked.slot != "name" or _slot_factor(asked, unit.tokens, best) == 1.0
+        return (0.8 * factor if filled else 0.0), "No. "
+    return score, ""
+
+
+SINGLE = frozenset().union(*(SENSES[word] for word in ("live", "born", "age", "job")))
+
+
+def _exchange_fits(asked: Asked, text: str, asking: bool, factual: bool,
+                   found: Sequence[Entry]) -> Iterator[Recall]:
+    """Yield the answers of the exchanges whose question is like the text."""
+    weights = {t.word[:STEM_CHARS]: _plain_weight(t) for t in asked.tokens}
+    weights.update((term.token.word[:STEM_CHARS], 2.0 * term.weight) for term in asked.terms)
+    for entry in found:
+        document = Document(tuple(entry.text.splitlines()), entry.closed)
+        if entry.source in TOLD or not document.is_exchange:
+            continue
+        turns = document.turns()
+        for place, ((asker, words), (teller, answer)) in enumerate(zip(turns, turns[1:])):
+            if (asker, teller) != ("H", "A") or not answer:
+                continue
+            if asking and place and asked.person == "owner":
+                continue  # further on, an exchange speaks of what was said in it before
+            score = _exchange_score(asked, words, asking, weights)
+            if factual and score < 0.9:
+                score *= 0.6
+            if asking and not place and asks(words):
+                score = max(score, _answer_score(asked, entry, answer))
+            yield Recall(min(1.0, score), entry, answer)
+
+
+def _plain_weight(token: Token) -> float:
+    if token.word in ASKING_WORDS:
+        return 1.0
+    return 0.5 if token.word in FUNCTION_WORDS or token.base in LIGHT_WORDS else 1.5
+
+
+def _exchange_score(asked: Asked, words: str, asking: bool, weights: Dict[str, float]) -> float:
+    """Return how alike the text and the first line of an exchange are, 0 to 1."""
+    told = tokens_of(unframed(words)[0] or words)
+    stems = {t.word[:STEM_CHARS] for t in told}
+    weights = {**{t.word[:STEM_CHARS]: _plain_weight(t) for t in told}, **weights}
+    score = _likeness({t.word[:STEM_CHARS] for t in asked.tokens}, stems, weights)
+    if not asking:
+        return score
+    said = {t.word for t in told}
+    person = "self" if said & OWN_SELF_WORDS else "owner" if said & OWNERS_WORDS else ""
+    best = [(grade, -place) for grade, place in _matches(asked, told)]
+    if asked.terms and any(_tells(t, i, -1) for i, t in enumerate(told)):
+        score = max(score, _mutual(asked, told, best))
+    if not asks(words) or asked.closed != (not said & ASKING_WORDS):
+        score *= 0.6 if asked.person == "owner" or asked.closed else 0.8
+    if person != asked.person and "" not in (person, asked.person):
+        score *= 0.5
+    if any(t.vital and (not grade or t.owner == "my" != owner_at(told, at))
+           for t, (grade, at) in zip(asked.terms, best)):
+        score *= 0.6
+    if any(not grade and _is_relative(t.token) for t, (grade, _) in zip(asked.terms, best)):
+        score *= 0.75  # when it opens is not when it closes
+    return score * (0.6 if asked.slot and _slot(told)[0] != asked.slot else 1.0)
+
+
+def _mutual(asked: Asked, told: Sequence[Token], best: Sequence[Tuple[float, int]]) -> float:
+    """Return how far two questions hold each other's telling words, 0 to 1."""
+    slot_at = _slot(told)[1]
+    theirs = [t for i, t in enumerate(told) if _tells(t, i, slot_at)]
+    if not theirs:
+        return 0.0
+    back = sum(max(agreement(t, mine) for mine in asked.tokens) for t in theirs) / len(theirs)
+    return min(_covered(asked, best), back)
+
+
+def _answer_score(asked: Asked, entry: Entry, answer: str) -> float:
+    """Return how well the answer of an exchange answers a question by itself."""
+    if asked.person == "owner" and not re.search(r"\byour\b|^You\b", answer):
+        return 0.0
+    scores = [0.97 * unit_score(asked, Unit(entry, text, tokens_of(turned(text))))
+              for text in statements_of(answer)]
+    return 0.0 if asked.closed else max(scores, default=0.0)
 
 
 def recall(memory: Memory, text: str, rng: random.Random) -> List[Recall]:
-    """Return what fits the text, best first; equal ones in an order that rng decides."""
-    question, asks = stems_of(text), is_question(text)
-    asked = set(question)
-    found = memory.candidates(sorted(asked))
-    others = {s for entry in found for s in stems_of(entry.text)}
-    weights = stem_weights(memory, asked)
-    common = weights.values()
-    default = sum(common) / len(common) if common else 1.0
-    weights.update((s, default) for s in others - asked)
-    rarest = {_rarest(question, weights)} if asks else set()
-    vital = rarest if is_of_the_owner(text) else set()
-    fits = [fit for entry in found for fit in _fits(entry, asked, rarest, vital, weights)]
-    return sorted(fits, key=lambda fit: (-round(fit.score, 2), rng.random()))
+    """Return what fits the text, best first; equal ones in an order that rng decides.
 
-
-def _fits(entry: Entry, asked: Set[str], rarest: Set[str], vital: Set[str],
-          weights: Dict[str, float]) -> Iterator[Recall]:
-    """Yield how well each turn of an exchange, or a plain or told sentence, answers the text.
-
-    rarest is the most telling stem of a question, empty where nothing is asked; without what is
-    vital another's answer is trusted less.
+    Of statements that fit equally well the newest comes first: it may replace the others.
     """
-    document = Document(tuple(entry.text.splitlines()), entry.closed)
-    if entry.source in TOLD:
-        if rarest:
-            words = " ".join(document.lines)
-            yield Recall(_told_score(asked, rarest, set(stems_of(words)), weights), entry,
-                         f'You said: "{words}"')
-    elif document.is_exchange:
-        turns = document.turns()
-        for (asker, words), (teller, answer) in zip(turns, turns[1:]):
-            if (asker, teller) == ("H", "A"):
-                stems = set(stems_of(words))
-                trust = 1.0 if _shared(vital, stems) == vital else 0.8
-                yield Recall(trust * _likeness(asked, stems, weights), entry, answer)
-    else:
-        for line in document.lines:
-            yield Recall(0.8 * _likeness(asked, set(stems_of(line)), weights), entry, line)
+    asking = asks(text)
+    text = _question_in(text) if asking else text[:MAX_ASKED_CHARS]
+    asked = analyzed(text)
+    about_nothing = not asked.bare and asked.slot_at >= 0 and all(
+        t.token == asked.tokens[asked.slot_at] for t in asked.terms)
+    if not asked.tokens:
+        return []
+    asked, found = gathered(memory, asked)
+    fits = list(_exchange_fits(asked, text, asking, not asking and states_a_fact(text), found))
+    told = list(_told_fits(asked, found)) if asking and not about_nothing else []
+    fits.sort(key=lambda fit: (-round(fit.score, 2), rng.random()))
+    said = [fit.score for fit in told if fit.entry.source in TOLD]
+    top = max((fit.score for fit in told), default=0.0)
+    if asked.person == "owner" and max(said, default=0.0) >= SURE_SCORE:
+        top = max(said)  # of the owner the owner knows best
+    near = [fit for fit in told if top - NEAR_SCORE < fit.score
+            and (fit.score <= top or fit.entry.source in TOLD)]
+    near.sort(key=lambda fit: (fit.entry.source not in TOLD, -fit.entry.told_at, -fit.entry.id,
+                               -fit.score))
+    rest = [fit for fit in told if fit not in near]
+    sure = asked.person == "owner" and top >= SURE_SCORE
+    if near and fits and fits[0].score > top + NEAR_SCORE * (near[0].entry.source in TOLD) and (
+            not sure or near[0].entry.source not in TOLD):
+        return sorted([*fits, *near, *rest], key=lambda fit: -round(fit.score, 2))
+    near = [near[0]._replace(score=top), *near[1:]] if near else []
+    return near + sorted([*rest, *fits], key=lambda fit: -round(fit.score, 2))
+
+
+def _question_in(text: str) -> str:
+    """Return the last sentence of a text that asks, or all of it."""
+    asking = [s for line in text.splitlines() for s in sentences_of(line[-MAX_ASKED_CHARS:])
+              if asks(s)]
+    return asking[-1] if asking else text[:MAX_ASKED_CHARS]
+
+
+def states_a_fact(text: str) -> bool:
+    """Return whether a text tells something to be kept, rather than how one feels or fares."""
+    if _LEADS.match(text) and re.match(r"(?:please )?(?:remember|note|don't forget)", text, re.I):
+        return True
+    corrects = bool(_CORRECTS.match(text))
+    for statement in statements_of(text[:MAX_ASKED_CHARS]):
+        tokens = tokens_of(statement)
+        words = [t.word for t in tokens]
+        if "my" in words or "our" in words:
+            return True
+        telling = [i for i, t in enumerate(tokens) if _tells(t, i, -1)]
+        filled = {i for i in range(1, len(tokens)) if _is_value(tokens, i)}
+        others = [i for i in telling if i not in filled]
+        if filled and not set(words) & OWN_SELF_WORDS and (
+                corrects or others or {"i", "we"} & set(words)):
+            return True
+    return False
+
+
+def completed(text: str, turns: Sequence[Tuple[str, str]]) -> Optional[str]:
+    """Return a correction that leaves out what it is about as a whole sentence, or None.
+
+    "No, it is Friday" after "The meeting is on Monday" says that the meeting is Friday; "No, at
+    ten" after "The ferry leaves at nine" that the ferry leaves at ten.
+    """
+    found = _CORRECTS.match(text)
+    if not found or asks(text):
+        return None
+    rest = text[found.end():].rstrip(" .!")
+    pronoun = _BY_PRONOUN.match(rest)
+    for role, words in reversed(turns[-3:]):
+        said = [s for line in words.splitlines() for s in statements_of(line)]
+        before = (said[-1] if role == "owner" else turned(said[-1])).rstrip(" .!") if said else ""
+        about = re.match(r"(.{2,80}?) (is|are|was|were)\b(?: (?!not\b).*)$", before)
+        if pronoun and about and not _ANAPHORS.match(before):
+            return f"{about[1]} {about[2]} {rest[pronoun.end():]}."
+        opening = re.match(r"(at|on|in|to|from|with|for|by|under) ", rest)
+        place = before.rfind(f" {opening[1]} ") if opening else -1
+        if place > 0:
+            return f"{before[:place]} {rest}."
+    return None
+
+
+_CORRECTS = re.compile(r"(?:no|nope|actually|sorry|wait|correction|i mean)"
+                       r"(?:[,.!:; ]+(?:sorry|wait|i mean|actually)\b)*[,.!:; ]+", re.I)
+_BY_PRONOUN = re.compile(r"(?:it|he|she|they|that)(?:'s| is| was| are| were)(?: now)? ", re.I)
+
+
+def _is_value(tokens: Sequence[Token], at: int) -> bool:
+    """Return whether a word is a name, a number, a place or a time, other than this very day."""
+    token = tokens[at]
+    return (token.text[:1].isupper() and _capital(tokens, at)
+            or _is_number(tokens, at, set()) and token.word not in ("a", "an", "no", "one")
+            or _is_place(tokens, at, set()) and token.word not in PASSING_TIMES
+            or _is_time(tokens, at, set()) and token.base not in PASSING_TIMES)
+
+
+PASSING_TIMES = frozenset("""here home outside inside day night morning evening
+    afternoon today tonight week time now always never ever every before after when since until
+    again""".split())
+
+
+def asks_for_a_fact(text: str) -> bool:
+    """Return whether a text asks for something that only who was told it can know."""
+    if not asks(text):
+        return False
+    text = text[:MAX_ASKED_CHARS]
+    tokens = tokens_of(unframed(text)[0] or text)
+    words = {t.word for t in tokens}
+    if not tokens or words & OWN_SELF_WORDS or words & ADVICE or tokens[0].word in OFFERS:
+        return False
+    named = any(_capital(tokens, i) and t.text[:1].isupper() for i, t in enumerate(tokens) if i)
+    about = "the" in words and any(_tells(t, i, -1) for i, t in enumerate(tokens))
+    return bool(words & OWNERS_WORDS or "'s" in words or about or named)
+
+
+def holds_statements(text: str) -> bool:
+    """Return whether a text tells anything that a question may ask for later."""
+    return len(text) > MAX_ASKED_CHARS or any(map(statements_of, text.splitlines()))
+
+
+def is_exchange(entry: Entry) -> bool:
+    """Return whether an entry is an exchange of the corpus, or an approved one."""
+    return entry.source not in TOLD and entry.text.startswith(MARKERS)
 
 
 def search(memory: Memory, text: str, count: int = 20) -> List[Entry]:
     """Return the entries that hold most of what is telling in the text, best and newest first."""
-    asked = set(stems_of(text))
-    weights = stem_weights(memory, asked)
-    found = [(_coverage(asked, set(stems_of(entry.text)), weights), entry.id, entry)
-             for entry in memory.candidates(sorted(asked))]
-    return [entry for score, _, entry in sorted(found, reverse=True)[:count] if score > 0.0]
+    stems = list(dict.fromkeys(stems_of(text)))[:MAX_QUERY_STEMS]
+    total = memory.about_count() + 1.0
+    stems = [stem for stem in stems if stem not in FUNCTION_WORDS] or stems
+    held = {stem: memory.ids_holding([[stem + "*"]], 2 * MOST_HELD) for stem in stems}
+    mass: DefaultDict[int, float] = defaultdict(float)
+    for stem in sorted(stems, key=lambda s: (len(held[s]), s)):
+        ids = held[stem]
+        if len(ids) == 2 * MOST_HELD and mass:  # those of a common word that hold a rarer one too
+            rarer = [s + "*" for s in stems if len(held[s]) < len(ids)]
+            ids = ids + memory.ids_holding([[stem + "*"], rarer], 2 * MOST_HELD)
+        for i in set(ids):
+            mass[i] += log(1.0 + total / (len(ids) + 0.5))
+    best = sorted(mass, key=lambda i: (-round(mass[i], 6), -i))
+    return memory.entries_of(best[:count])
+
+
+def rejection(question: str, answer: str) -> str:
+    """Return the sign under which an answer to a question is kept as rejected; it tells neither."""
+    question = question[:MAX_ASKED_CHARS]
+    asked = " ".join(t.word for t in tokens_of(unframed(question)[0] or question))
+    return f"{line_key(asked):x}:{line_key(' '.join(folded_words(answer))):x}"
+
+
+def recollection(memory: Memory, text: str, rng: random.Random, least: float,
+                 rejected: Container[str] = ()) -> Tuple[Optional[Recall], List[Recall]]:
+    """Return what memory answers by itself to a text, or None; and all that fits at all.
+
+    What the owner has rejected as an answer to the same question is passed over.
+    """
+    fits = [fit for fit in recall(memory, text, rng)
+            if rejection(text, fit.answer) not in rejected]
+    return (fits[0] if fits and fits[0].score >= least else None), fits
+
+
+def silence(text: str, rejected: Container[str] = ()) -> str:
+    """Return what to say when there is nothing to say: that it is kept, or that it is not known."""
+    if asks(text) or (not states_a_fact(text) and len(stems_of(text)) < 3):
+        return next((words for words in UNKNOWN_REPLIES
+                     if rejection(text, words) not in rejected), UNKNOWN_REPLY)
+    return KEPT_REPLY
+
+
+def stems_of(text: str) -> List[str]:
+    """Return the first five letters, folded, of each word: of each run of letters or digits."""
+    return [word[:STEM_CHARS] for word in folded_words(text)]
 
 
 def _mass(stems: Iterable[str], weights: Dict[str, float]) -> float:
@@ -5415,29 +7011,6 @@ def _likeness(a: Set[str], b: Set[str], weights: Dict[str, float]) -> float:
     whole = _mass(a, weights) + _mass(b, weights)
     both = _mass(_shared(a, b), weights) + _mass(_shared(b, a), weights)
     return both / whole if whole else 0.0
-
-
-def _coverage(asked: Set[str], told: Set[str], weights: Dict[str, float]) -> float:
-    """Return the share of the question's weight that a statement holds, 0 to 1."""
-    whole = _mass(asked, weights)
-    return _mass(_shared(asked, told), weights) / whole if whole else 0.0
-
-
-def _told_score(asked: Set[str], rarest: Set[str], told: Set[str],
-                weights: Dict[str, float]) -> float:
-    """Return how well a statement answers a question, 0 to 1.
-
-    A statement without the question's rarest word is about something else, and comes to at most ½.
-    """
-    return 0.5 * _coverage(asked, told, weights) + (0.5 if _shared(rarest, told) else 0.0)
-
-
-def _rarest(question: List[str], weights: Dict[str, float]) -> str:
-    """Return a question's most telling stem.
-
-    The first word is left out of that: it says what is asked for, not what about.
-    """
-    return max(question[1:] or question, key=lambda s: (weights[s], s), default="")
 
 
 def prompt_ids(tokenizer: EvolvingTokenizer, turns: Sequence[Tuple[str, str]], text: str,
@@ -5495,7 +7068,7 @@ def _tellable(exchange: List[Message]) -> List[Message]:
         return []
     if not is_question(first.text):
         return [first]
-    answers = [m for m in exchange[1:2] if m.verdict >= 0 and m.text not in ("", UNKNOWN_REPLY)]
+    answers = [m for m in exchange[1:2] if m.verdict >= 0 and m.text not in ("", *UNKNOWN_REPLIES)]
     return [first, *answers] if answers else []
 
 
@@ -6588,6 +8161,7 @@ sys.path.insert(0, folder)
 sys.exit(importlib.import_module(os.path.splitext(name)[0]).trainer_main())
 """
 BIG_ADDITION = 50
+MOST_TRIES = 4  # at words that were not rejected before
 NO_ORDER = (("force", False), ("steps", None), ("seconds", None))
 LEASE_SECONDS = 120.0
 LISTEN_SECONDS = 3.0  # how often one that may not train asks whether it now may
@@ -6765,32 +8339,51 @@ class Organism:
             self.last_ids = (said, memory.add_message(session, "self", answer))
             self.last = (self.last or Reply("", "nothing"))._replace(text=answer)
             self._after_turn(session)
+            whole = completed(text, turns)
+            if whole:
+                self._remember(whole, "chat", session)
 
     def _answer(self, text: str, turns: Sequence[Tuple[str, str]],
                 rng: random.Random) -> Iterator[str]:
         """Yield the answer's pieces and note in self.last where they come from."""
-        fits = recall(self.memory, text, rng)
+        rejected = self.memory.setting("rejected", [])
+        sure, fits = recollection(self.memory, text, rng, self.config.recall_score, rejected)
         self._near = [fit.entry for fit in fits if fit.score > 0.0]
-        best = fits[0] if fits else None
-        if best and best.score >= self.config.recall_score:
-            yield from self._recalled(best)
+        if sure:
+            yield from self._recalled(sure)
             return
-        if is_of_the_owner(text):  # what nobody told, nobody can know
+        if asks_for_a_fact(text) or states_a_fact(text):  # what nobody told, nobody can know
             self.last = Reply("", "nothing")
-            yield UNKNOWN_REPLY if is_question(text) else KEPT_REPLY
+            yield silence(text, rejected)
             return
         spoken_any = False
         if self.trusts_model():
             self.last = Reply("", "model")
             fitting = [fit.entry for fit in fits if fit.score >= WEAK_SCORE]
-            for piece in self._model_pieces(text, turns, fitting, rng):
+            for piece in self._unrejected(text, turns, fitting, rng, rejected):
                 spoken_any = spoken_any or bool(piece.strip())
                 yield piece if spoken_any else piece.lstrip()
-        if not spoken_any and best and best.score >= WEAK_SCORE:
-            yield from self._recalled(best)
+        if not spoken_any and fits and fits[0].score >= WEAK_SCORE and is_exchange(fits[0].entry):
+            yield from self._recalled(fits[0])
         elif not spoken_any:
             self.last = Reply("", "nothing")
-            yield UNKNOWN_REPLY if is_question(text) or len(stems_of(text)) < 3 else KEPT_REPLY
+            yield silence(text, rejected)
+
+    def _unrejected(self, text: str, turns: Sequence[Tuple[str, str]], fitting: Sequence[Entry],
+                    rng: random.Random, rejected: Sequence[str]) -> Iterator[str]:
+        """Yield the model's words, but not an answer to this text that was rejected before.
+
+        Where one was, it has to be heard to its end before it is said.
+        """
+        asked = rejection(text, "").partition(":")[0] + ":"
+        if not any(sign.startswith(asked) for sign in rejected):
+            yield from self._model_pieces(text, turns, fitting, rng)
+            return
+        for _ in range(MOST_TRIES):
+            pieces = list(self._model_pieces(text, turns, fitting, rng))
+            if rejection(text, "".join(pieces).strip()) not in rejected:
+                yield from pieces
+                return
 
     def _recalled(self, fit: Recall) -> Iterator[str]:
         self.last = Reply("", "memory", fit.entry, fit.score)
@@ -6835,7 +8428,7 @@ class Organism:
             heard = self.memory.heard_messages()
             for m in heard:
                 if m.role == "owner":
-                    self._remember(m.text, "chat", m.session_id, not is_question(m.text),
+                    self._remember(m.text, "chat", m.session_id, holds_statements(m.text),
                                    m.said_at)
             self.memory.advance_messages([m.id for m in heard], KEPT)
 
@@ -6892,19 +8485,25 @@ class Organism:
         said, answered = self.last_ids
         if not answered or self.last is None:
             return False
-        self.memory.judge(answered, 1 if good else -1)
+        asked, answer = self.memory.message_texts((said, answered))
+        sign = rejection(asked, answer)
+        rejected = [other for other in self.memory.setting("rejected", []) if other != sign]
+        with self.memory.transaction():
+            self.memory.judge(answered, 1 if good else -1)
+            self.memory.set_setting("rejected", rejected if good else [*rejected, sign])
+            if not good:
+                self.memory.remove_entries("approved", [self._exchange(asked, answer).key])
         if good:
-            rows = self.memory.message_texts((said, answered))
-            self._remember_exchange(rows[0], rows[1])
+            self.memory.add_entry("approved", self._exchange(asked, answer))
+            self._text_version += 1
+            self._rouse()
         return True
 
-    def _remember_exchange(self, asked: str, answer: str) -> None:
+    def _exchange(self, asked: str, answer: str) -> Document:
         limit = self.config.max_line_chars
         lines = tuple(clean_line(f"{marker}: {' '.join(words.split())}", limit)
                       for marker, words in (("H", asked), ("A", answer)))
-        self.memory.add_entry("approved", Document(lines, True))
-        self._text_version += 1
-        self._rouse()
+        return Document(lines, True)
 
     # learning
 

@@ -1,0 +1,278 @@
+"""Claims about what is told, asked for in other words, never told, and small talk.
+
+The sentences are in recall_cases.txt: facts with questions, questions about what nobody told,
+ordinary talk, and facts that change. Thresholds lie a little under what was measured.
+"""
+import os
+import random
+import statistics
+import sys
+import time
+import unittest
+
+import macrogpt as m
+from support import ROOT, Folder
+
+
+def groups():
+    """Return the cases: groups of (tag, fields)."""
+    found = []
+    with open(os.path.join(ROOT, "tests", "recall_cases.txt"), encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("G "):
+                found.append([])
+            elif line[0] != "#":
+                found[-1].append((line[0], [part.strip() for part in line[2:].split("|")]))
+    return found
+
+
+class Clock:
+    """A clock that ticks once a look."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        self.now += 1.0
+        return self.now
+
+
+def memory_of(*told, source="chat"):
+    """Return a memory that has read the project's corpus and was told the sentences."""
+    memory = m.Memory(":memory:", Clock())
+    with memory.transaction():
+        for document in m.read_corpus(os.path.join(ROOT, "nonames.txt")).documents:
+            memory.add_entry("corpus", document)
+        for text in told:
+            memory.add_entry(source, m.Document((text,), True))
+    return memory
+
+
+def answer(memory, text):
+    """Return what memory answers by itself, or None."""
+    return m.recollection(memory, text, random.Random(0), m.Config.recall_score)[0]
+
+
+def is_a_fact(fit):
+    """Return whether an answer is a told or written statement, not a turn of an exchange."""
+    return fit is not None and not m.is_exchange(fit.entry)
+
+
+class Remembering(unittest.TestCase):
+    """Every group is told to a memory of its own, beside the project's corpus."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.groups = [(memory_of(*(fields[0] for tag, fields in cases if tag == "F")), cases)
+                      for cases in groups()]
+
+    @classmethod
+    def tearDownClass(cls):
+        for memory, _ in cls.groups:
+            memory.close()
+
+    def cases(self, tag):
+        """Yield (memory, fields) of every case with that tag."""
+        for memory, cases in self.groups:
+            for own, fields in cases:
+                if own == tag:
+                    yield memory, fields
+
+    def questions(self):
+        """Yield (memory, what a right answer holds, question)."""
+        for memory, cases in self.groups:
+            for tag, fields in cases:
+                if tag == "F":
+                    key = fields[1].lower()
+                elif tag == "Q":
+                    yield memory, key, fields[0]
+
+    def reach(self, least, rows):
+        """Assert that at least such a share of the (passed, what) rows passed."""
+        failed = [what for passed, what in rows if not passed]
+        self.assertGreaterEqual(1.0 - len(failed) / len(rows), least, "\n".join(failed))
+
+    def test_what_was_told_is_answered_in_other_words(self):
+        self.reach(0.92, [(fit is not None and key in fit.answer.lower(),
+                           f"{asked} -> {fit and fit.answer}")
+                          for memory, key, asked in self.questions()
+                          for fit in [answer(memory, asked)]])
+
+    def test_without_full_text_search_as_well(self):
+        memory, cases = self.groups[0]
+        self.addCleanup(setattr, memory, "has_fts", memory.has_fts)
+        memory.has_fts = False
+        rows = [row for row in self.questions() if row[0] is memory]
+        self.reach(0.9, [(fit is not None and key in fit.answer.lower(), asked)
+                         for _, key, asked in rows[::3] for fit in [answer(memory, asked)]])
+
+    def test_what_was_never_told_is_not_answered_with_something_else(self):
+        self.reach(0.97, [(not is_a_fact(fit), f"{asked} -> {fit and fit.answer}")
+                          for memory, (asked,) in self.cases("U")
+                          for fit in [answer(memory, asked)]])
+
+    def test_ordinary_talk_is_never_answered_with_a_fact(self):
+        for memory, (text,) in self.cases("T"):
+            fit = answer(memory, text)
+            self.assertFalse(is_a_fact(fit), f"{text} -> {fit and fit.answer}")
+
+    def test_facts_are_told_from_ordinary_talk(self):
+        self.reach(0.95, [(not m.states_a_fact(text), text) for _, (text,) in self.cases("T")])
+        self.reach(0.85, [(m.states_a_fact(fact), fact) for _, (fact, _) in self.cases("F")])
+
+    def test_the_newest_of_what_was_told_is_given(self):
+        for _, (old, new, asked, key) in self.cases("C"):
+            memory = memory_of(old, "The moon is full.", new)
+            fit = answer(memory, asked)
+            self.assertIn(key, fit.answer if fit else "", asked)
+            memory.close()
+
+    def test_a_question_of_yes_or_no_is_answered_so(self):
+        for _, (told, asked, begins) in self.cases("Y"):
+            memory = memory_of(told)
+            fit = answer(memory, asked)
+            self.assertTrue(fit and fit.answer.startswith(begins), f"{asked} -> {fit}")
+            memory.close()
+
+    def test_slips_of_the_finger_are_seen_through(self):
+        memory = memory_of("My cat is called Biscuit.", "My umbrella is in the hall cupboard.",
+                           "The wifi password is tulip42.", "My birthday is on 12 March.")
+        for asked, key in (("whats teh name of my cta", "Biscuit"), ("wher is my umbrela", "hall"),
+                           ("what is the wfii pasword", "tulip42"),
+                           ("when is my brithday?", "March")):
+            fit = answer(memory, asked)
+            self.assertIn(key, fit.answer if fit else "", asked)
+        self.assertFalse(is_a_fact(answer(memory, "What is my hrose called?")))
+        memory.close()
+
+
+class Turning(unittest.TestCase):
+    def test_the_owner_is_spoken_to(self):
+        for told, said in (("My cat is called Biscuit.", "Your cat is called Biscuit."),
+                           ("I am tired and I was ill", "You are tired and you were ill"),
+                           ("I've lost my keys", "You have lost your keys"),
+                           ("My wife and I met in Rome", "Your wife and you met in Rome"),
+                           ("That book is mine", "That book is yours"),
+                           ("I taught myself", "You taught yourself"),
+                           ("Your name is Mac", "My name is Mac"),
+                           ("You are my friend", "I am your friend"),
+                           ("Karl gave me your book", "Karl gave you my book"),
+                           ("He was born in May", "He was born in May"),
+                           ("I'll call you", "You will call me"),
+                           ("The key is under the mat.", "The key is under the mat.")):
+            self.assertEqual(m.turned(told), said)
+
+    def test_opening_words_are_not_said_back(self):
+        memory = memory_of()
+        for told, said in (("No, my cat is called Muffin now.", "Your cat is called Muffin now."),
+                           ("Remember that the key is under the mat", "The key is under the mat."),
+                           ("Hi! My name is Ada and I live in Bern.", "Your name is Ada"),
+                           ("by the way, my boss is Karl", "Your boss is Karl.")):
+            entry = m.Entry(1, "chat", 1, told, 0.0, True, True, False, False)
+            texts = m.statements_of(told)
+            units = [m.Unit(entry, text, m.tokens_of(text)) for text in texts]
+            self.assertTrue(any(m.said_back(u).startswith(said) for u in units), (told, texts))
+        memory.close()
+
+
+class Asking(unittest.TestCase):
+    def test_a_question_is_one_without_its_mark_too(self):
+        for text in ("what is my name", "tell me where I live", "do you know my birthday",
+                     "whats my cat called", "remind me what my code is", "where did i park",
+                     "in which city do I live", "can you tell me when I was born",
+                     "is my cat black", "how old am i", "I forgot where I put my keys"):
+            self.assertTrue(m.asks(text), text)
+
+    def test_a_statement_or_a_wish_is_none(self):
+        for text in ("tell me a joke", "I am tired", "what a nice day", "When I was young I sang.",
+                     "My cat is called Biscuit.", "I forgot my umbrella at the office.",
+                     "Remember that my code is 12.", "hello", "Have a nice day"):
+            self.assertFalse(m.asks(text), text)
+
+
+class Talking(Folder, unittest.TestCase):
+    """The same through real processes: told, closed, opened, asked."""
+
+    def talk(self, *lines):
+        done = self.run_here("--no-train", stdin=("\n".join(lines) + "\n").encode())
+        self.assertEqual(done.returncode, 0, done.stderr)
+        said = done.stdout.decode().splitlines()
+        self.assertEqual(len(said), len(lines))
+        return said
+
+    def test_told_closed_opened_asked(self):
+        told = self.talk("My cat is called Biscuit.", "/teach The wifi password is tulip42.",
+                         "Hi! My name is Ada and I live in Bern.", "I have a dog named Rex.")
+        self.assertEqual(told[0], m.KEPT_REPLY)
+        asked = self.talk("What is the name of my cat?", "what's my cat called", "wifi password?",
+                          "How do I call my cat?", "tell me where I live", "who am i",
+                          "Do I have a dog?", "What is the name of my horse?")
+        self.assertEqual(asked, ["Your cat is called Biscuit.", "Your cat is called Biscuit.",
+                                 "The wifi password is tulip42.", "Your cat is called Biscuit.",
+                                 "You live in Bern.", "Your name is Ada.",
+                                 "Yes. You have a dog named Rex.", m.UNKNOWN_REPLY])
+
+    def test_written_into_the_corpus_it_is_known_too(self):
+        self.write("nonames.txt", "The ferry leaves at nine.\nMy boat is called Plover.\n\n"
+                                  "H: What is the code of the gate?\nA: The gate code is 4711.\n")
+        self.assertEqual(self.talk("when does the ferry depart", "name of my boat?", "gate code?"),
+                         ["The ferry leaves at nine.", "Your boat is called Plover.",
+                          "The gate code is 4711."])
+
+    def test_a_correction_in_short_is_understood(self):
+        self.talk("The meeting with Laura is on Thursday.", "No, it is on Friday.",
+                  "The ferry leaves at nine.", "No, at ten.")
+        self.assertEqual(self.talk("When is the meeting with Laura?", "when does the ferry leave"),
+                         ["The meeting with Laura is on Friday.", "The ferry leaves at ten."])
+
+    def test_corrected_it_gives_the_newest(self):
+        self.talk("My cat is called Biscuit.")
+        self.talk("No, my cat is called Muffin now.")
+        self.assertEqual(self.talk("What is my cat called?"), ["Your cat is called Muffin now."])
+
+    def test_a_rejected_answer_is_not_given_again_to_the_same_question(self):
+        first, _ = self.talk("Who are you?", "/bad")
+        again, = self.talk("who are you")
+        self.assertNotEqual(first, again)
+        self.assertEqual(self.talk("Where does the heron sleep?"),
+                         ["The heron sleeps beside the mill pond."])
+
+    def test_a_rejected_fact_comes_back_when_it_is_approved(self):
+        self.talk("My cat is called Biscuit.")
+        said = self.talk("What is my cat called?", "/bad", "What is my cat called?")
+        self.assertIn("Biscuit", said[0])
+        self.assertNotIn("Biscuit", said[2])
+
+
+def figures(unrelated=0):
+    """Print the measures of each group, its memory grown by so many unrelated lines."""
+    rng = random.Random(5)
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        words = file.read().split()
+    for cases in groups():
+        memory = memory_of(*(fields[0] for tag, fields in cases if tag == "F"))
+        with memory.transaction():
+            for i in range(unrelated):
+                at = rng.randrange(len(words) - 9)
+                memory.add_entry("corpus", m.Document((" ".join(words[at:at + 9]) + f" {i}",), True))
+        right, times = {"Q": [], "U": [], "T": []}, []
+        for tag, fields in cases:
+            if tag == "F":
+                key = fields[1].lower()
+            elif tag in right:
+                start = time.perf_counter()
+                fit = answer(memory, fields[0])
+                times.append(1e3 * (time.perf_counter() - start))
+                right[tag].append(fit is not None and key in fit.answer.lower() if tag == "Q"
+                                  else not is_a_fact(fit))
+        print(*(f"{name} {sum(right[tag])} of {len(right[tag])}" for tag, name in
+                (("Q", "asked in other words"), ("U", "never told"), ("T", "ordinary talk"))),
+              f"median {statistics.median(times):.1f} ms", sep=", ")
+        memory.close()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["figures"]:
+        figures(*map(int, sys.argv[2:]))
+    else:
+        unittest.main()
