@@ -5399,7 +5399,8 @@ FUNCTION_WORDS = frozenset("""
     many lot lots kind sort type currently today moment bit best better company firm""".split())
 IDLE_VERBS = frozenset("be have do get got go went put keep find come came happen".split())
 LIGHT_WORDS = frozenset("""be have get got go put keep find use take make give come happen mean
-    tell say know remember remind forget need long way""".split())
+    tell say know remember remind forget need long way try look able usual usually originally
+    another""".split())
 OWNERS_WORDS = frozenset("i me my mine myself we us our ours ourselves".split())
 OWN_SELF_WORDS = frozenset("you your yours yourself".split())
 DETERMINERS = frozenset("""my our your his her its their the a an this that these those some any
@@ -5464,7 +5465,7 @@ allergy allergic
 ill sick disease illness
 fear afraid scare frighten terrify
 hobby enjoy pastime
-cost price pay rent expensive charge
+cost price pay expensive charge
 earn salary income wage
 weigh weight heavy kilo
 tall height high centimetre centimeter
@@ -5501,7 +5502,18 @@ turn birthday
 origin from born come native nationality
 origin buy
 city town place
-nationality country from citizen
+nationality country from citizen origin
+borrow lend loan owe debt
+repair fix mend service maintain
+collect empty
+collect collection gather
+celebrate birthday
+hurt break injure injury
+fly travel trip
+run shop business own
+own belong
+home country
+treat eat food like
 bus coach
 cellar basement
 garden yard
@@ -5511,7 +5523,7 @@ garden yard
 KINDS_TEXT = """
 colour color: red orange yellow green blue purple violet pink brown black white grey gray gold
     silver beige turquoise blond blonde dark light
-pet animal: cat dog hamster rabbit parrot horse pony canary turtle tortoise goldfish fish mouse
+pet animal: bee cat dog hamster rabbit parrot horse pony canary turtle tortoise goldfish fish mouse
     snake lizard bird budgie gerbil ferret kitten puppy hen chicken cow goat sheep donkey
 sibling: brother sister
 son: boy
@@ -5586,6 +5598,7 @@ SLOT_IMPLIED = {"birthday": "time", "birthdate": "time", "anniversary": "time",
 LEADING = PREPOSITIONS | {"many", "much", "for", "of", "about"}
 ADJECTIVES = frozenset("""best own old new big small little first last next favourite favorite
     former current only good other whole full exact""".split())
+SPANS_OF_TIME = frozenset("day morning evening night week month year time moment".split())
 UNITS = frozenset("""second minute hour day week month year metre meter kilometre kilometer mile
     centimetre centimeter foot inch page cm km m h min""".split())
 GOALS = frozenset("""work school bed church town university college hospital sea room platform
@@ -5669,7 +5682,8 @@ def base_of(word: str) -> str:
         return IRREGULAR[word]
     if len(word) > 4 and word.endswith("ies"):
         return word[:-3] + "y"
-    if len(word) > 4 and word.endswith(("sses", "xes", "ches", "shes", "oes")):
+    if len(word) > 4 and word.endswith(("sses", "xes", "ches", "shes")) or (
+            len(word) > 5 and word.endswith("oes")):
         return word[:-2]
     if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
         return word[:-1]
@@ -5833,7 +5847,8 @@ _POLITE = re.compile(
     r"listen|sorry|excuse me|quick question|also|again|just|no|yes|yeah|actually|wait)\b"
     r"[\s,.!:;…]*", re.I)
 _FRAME = re.compile(
-    r"(?:(?:(?:can|could|would|will) (?:you|u) {a}*(?:tell|remind|help|remember|recall|say)"
+    r"(?:(?:(?:can|could|would|will) (?:you|u) {a}*"
+    r"(?:tell|remind|help|remember|recall|say|give|show)"
     r"(?: me)?(?: remember)?"
     r"|do (?:you|u) {a}*(?:know|remember|recall|have any idea)|(?:you|u) (?:know|remember)"
     r"|(?:please )?(?:tell|remind) me|let me know|any idea|remember"
@@ -5887,7 +5902,7 @@ def unframed(text: str) -> Tuple[str, bool]:
             match = _FRAME.match(text)
             rest = text[match.end():] if match else ""
             if match and "about" not in match[0].casefold() and not (
-                    _INDIRECT.match(rest) or re.match(r"[\w']+(?:'s\b|s' )", rest)):
+                    _INDIRECT.match(rest) or re.match(r"(?:\w+ ){0,2}[\w']+(?:'s\b|s' )", rest)):
                 match = None
             framed = framed or bool(match)
         if not match or match.end() == 0:
@@ -5917,6 +5932,8 @@ def asks(text: str) -> bool:
             re.search(r"\b(?:what|where|who|when)(?: \w+)* (?:it|is|was|again)\W*$", rest, re.I))
     if _ASKS.match(rest):
         return not _is_clause(rest)
+    needs = re.match(r"i need (.*)", rest, re.I)
+    rest = needs[1] if needs else rest
     return _only_names(tokens_of(rest))
 
 
@@ -5926,8 +5943,8 @@ def _only_names(tokens: Sequence[Token]) -> bool:
     if not 2 <= len(words) <= 7 or set(words) & AUXILIARIES:
         return False
     bases = [base_of(word) for word in words]
-    return bases[0] in WANTED and words[1] == "of" or (
-        bases[-1] in WANTED and words[0] in ("my", "our", "the", *WANTED))
+    return bases[0] in WANTED and words[1] == "of" or bases[-1] in WANTED and (
+        words[0] in ("my", "our", "the", *WANTED) or tokens[-1].word == "please")
 
 
 WANTED = frozenset("""name birthday age address number code password pin colour size date time
@@ -5984,7 +6001,8 @@ def _slot(tokens: Sequence[Token]) -> Tuple[str, int]:
         after = words[i + 1] if i + 1 < len(words) else ""
         if word == "where":
             return "place", i
-        if word == "when" or (word == "how" and after in ("often", "late", "early")):
+        if word == "when" and not ASKING_WORDS & set(words[:i]) or (
+                word == "how" and after in ("often", "late", "early")):
             return "time", i
         if word in ("who", "whom", "whose"):
             return "person", i
@@ -6000,7 +6018,7 @@ def _slot(tokens: Sequence[Token]) -> Tuple[str, int]:
             return "number", i
     for i, token in enumerate(tokens):
         if heads[i] and SLOT_OF[token.base] != "name" and (
-                not i or words[i - 1] != "favourite"):
+                not i or words[i - 1] not in ("favourite", "these", "those", "one", "some", "old")):
             return SLOT_OF[token.base], i
     return next((SLOT_IMPLIED[t.base] for t in tokens if t.base in SLOT_IMPLIED), ""), -1
 
@@ -6045,13 +6063,15 @@ def _is_relation(token: Token) -> bool:
 def _tells(token: Token, at: int, slot_at: int) -> bool:
     """Return whether a word of a question says what it is about."""
     return (at != slot_at and token.word not in FUNCTION_WORDS and token.word != "'s"
-            and token.base not in LIGHT_WORDS and token.word not in LIGHT_WORDS)
+            and token.base not in LIGHT_WORDS and token.word not in LIGHT_WORDS
+            and token.word not in PREPOSITIONS)
 
 
 def _terms(tokens: Sequence[Token], slot: str, slot_at: int) -> List[Term]:
     """Return the telling words of a question; where there are none, those that hardly tell."""
     idle = IDLE_WORDS.get(slot, "").split()
-    telling = [i for i, t in enumerate(tokens) if _tells(t, i, slot_at)]
+    telling = [i for i, t in enumerate(tokens) if _tells(t, i, slot_at)
+               and (not slot or SLOT_OF.get(t.base) != slot or owner_at(tokens, i) == "my")]
     chosen = [i for i in telling if tokens[i].base not in idle] or telling
     if slot in ("", "person") and all(
             owner_at(tokens, i, True) or tokens[i - 1].word in ("what", "which") for i in chosen):
@@ -6070,12 +6090,13 @@ def _term(tokens: Sequence[Token], at: int) -> Term:
     token, owner = tokens[at], owner_at(tokens, at, adjoining=True)
     before = tokens[at - 1].word if at else ""
     after = tokens[at + 1].word if at + 1 < len(tokens) else ""
-    vital = bool(owner) or after == "'s" or before in LEADING or (
+    led = before in LEADING and (before != "to" or token.text[:1].isupper())  # to eat is no goal
+    vital = token.base not in SPANS_OF_TIME and (bool(owner) or after == "'s" or led or (
         token.text[:1].isupper() and at > 0) or (
         # Where is the spare battery? Behind "is" all that follows "the" names the thing
         len(tokens) > 1 and tokens[1].word in ("is", "are", "was", "were") and at > 2
         and bool(owner_at(tokens, at)) and token.word not in IRREGULAR
-        and not token.word.endswith(("ing", "ed")))
+        and not token.word.endswith(("ing", "ed"))))
     sought = before in ("what", "which") or (before == "of" and at > 2)
     return Term(token, 1.5 if vital else 1.0, vital, owner, True, sought and not owner)
 
@@ -6326,7 +6347,8 @@ def unit_score(asked: Asked, unit: Unit) -> float:
         if grade:
             score *= _owner_factor(term, unit, at, asked)
             if term.sought and owner_at(tokens, at, True) in ("the", "my", "this") and not any(
-                    t.word in AUXILIARIES for t in tokens[at + 1:at + 3]):
+                    t.word in AUXILIARIES for t in tokens[at + 1:at + 3]) and not any(
+                    _capital(tokens, i) for i in range(1, len(tokens)) if i != at):
                 score *= 0.6  # "I parked the car" does not say which
     return score if asked.closed else score * _slot_factor(asked, tokens, best)
 
@@ -6360,14 +6382,28 @@ def _defines(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, 
 
 def _covered(asked: Asked, best: Sequence[Tuple[float, int]]) -> float:
     """Return the share of what is telling in the question that the statement holds."""
-    missing = [term for term, (grade, _) in zip(asked.terms, best) if not grade]
+    names = {t.token for t, (grade, _) in zip(asked.terms, best)
+             if grade and t.token.text[:1].isupper()}
+    led = {a for a, b in zip(asked.tokens, asked.tokens[1:]) if b in names}
+    terms = [(t, pair) for t, pair in zip(asked.terms, best) if pair[0] or not (
+        t.token in led and t.token.base in PEOPLE)]  # our neighbour Mrs Gray is Mrs Gray
+    best = [pair for _, pair in terms]
+    asked = asked._replace(terms=[t for t, _ in terms])
+    missing = [term for term, (grade, _) in terms if not grade]
     # a verb of no known relation may be another word for what fills a slot of its own
     places = {term.token: asked.tokens.index(term.token) for term in asked.terms}
     held_at = {places[t.token] for t, (grade, _) in zip(asked.terms, best) if grade}
     loose = asked.slot in ("place", "time", "number", "amount", "span", "person") and not any(
         term.vital or _is_relative(term.token) or places[term.token] + 1 in held_at
         for term in missing)
-    whole = sum(term.weight * (0.5 if loose and term in missing else 1.0) for term in asked.terms)
+    thing = any(g and t.vital and not t.token.text[:1].isupper() and t.token.base not in PEOPLE
+                for t, (g, _) in zip(asked.terms, best))
+    firm = sum(1 for grade, _ in best if grade) > 1
+    whole = sum(term.weight * (
+        1.0 if term not in missing or term.vital else
+        0.2 if thing and term.token.base in OPEN_VERBS else
+        0.5 if loose or firm and not _is_relative(term.token) else 1.0) for term in asked.terms)
+    missing = [t for t in missing if t.vital or not (thing and t.token.base in OPEN_VERBS)]
     held = sum(term.weight * grade for term, (grade, _) in zip(asked.terms, best))
     score = held / whole
     if any(term.vital for term in missing):
@@ -6375,6 +6411,10 @@ def _covered(asked: Asked, best: Sequence[Tuple[float, int]]) -> float:
     if missing and not any(g and not t.vital for t, (g, _) in zip(asked.terms, best)):
         return (0.9 if loose else 0.7) * score  # the thing is there, what is asked of it is not
     return score
+
+
+# What one does with a thing of any kind: that a statement lacks them says little.
+OPEN_VERBS = frozenset("eat drink like love wear take use make sleep fit offer serve".split())
 
 
 def _is_relative(token: Token) -> bool:
@@ -6390,10 +6430,15 @@ def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) 
     if asked.closed and asked.tokens[0].word in OFFERS and asked.tokens[0].word not in words:
         return 0.3  # Shall we go? asks for no fact
     if asked.person == "self":
-        return 1.0 if words & OWN_SELF_WORDS and unit.entry.source in TOLD else 0.3
+        if not words & OWN_SELF_WORDS:
+            return 0.3
+        read = 0.7 if asked.tokens[0].word in ASKING_WORDS else 0.3
+        return 1.0 if unit.entry.source in TOLD else read
     advice = {t.word for t in asked.tokens} & (ADVICE if asked.person else OPINION)
     if advice and not advice & words:
-        return 0.5
+        named = any(grade and t.vital and t.owner for t, (grade, _) in zip(asked.terms, best))
+        wondering = {t.word for t in asked.tokens[:2]} & ASKING_WORDS
+        return 0.8 if named and wondering else 0.5
     if asked.bare and asked.slot == "name" and not [
             t for t in asked.terms if t.token != asked.tokens[asked.slot_at]]:
         return 1.0 if _names_the_owner(unit.tokens) else 0.3
@@ -6413,6 +6458,9 @@ def _bare_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) ->
                     if asked.tokens[asked.slot_at].senses & t.senses]
     if "my" in related:
         return 1.0
+    if not subjects and asked.slot == "place" and all(
+            grade and not _is_relative(t.token) for t, (grade, _) in zip(asked.terms, best)):
+        return 0.75  # where do I find a thing, where is it
     if not subjects or _says_third(asked, tokens, best):
         return 0.3
     held = {at for grade, at in best if grade}
@@ -6497,7 +6545,23 @@ def _owner_factor(term: Term, unit: Unit, at: int, asked: Asked) -> float:
         return 0.4  # my manager's holiday is not mine
     if unit.entry.source in TOLD:
         return 0.95 if words & {"i", "we"} else 0.88
+    if at + 1 < len(tokens) and tokens[at + 1].text[:1].isupper() and (
+            tokens[at + 1].base in asked_bases):
+        return 1.0  # my uncle Henry is uncle Henry
+    if sum(max(agreement(t.token, told) for told in tokens) > 0.0 for t in asked.terms) > 1:
+        return 0.75
+    if owner == "the" and asked.slot in SELDOM and _fills(asked, tokens, {at}):
+        return 0.75
     return 0.95 if words & {"i", "we"} and "have" in {t.base for t in tokens} else 0.3
+
+
+SELDOM = frozenset("time number amount name age colour region".split())  # in mere stories
+
+
+def _fills(asked: Asked, tokens: Sequence[Token], used: Set[int]) -> bool:
+    """Return whether a statement holds, beside what is used, something of the kind asked for."""
+    return any(SLOT_FILLERS[asked.slot](tokens, i, used) for i in range(len(tokens))
+               if i not in used or tokens[i].word in PREPOSITIONS)
 
 
 def _slot_factor(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> float:
@@ -6506,9 +6570,7 @@ def _slot_factor(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[flo
         return 1.0
     used = {at for grade, at in best if grade}
     new = [i for i, t in enumerate(tokens) if i not in used]
-    filler = SLOT_FILLERS[asked.slot]
-    if any(filler(tokens, i, used) for i in range(len(tokens))
-           if i not in used or tokens[i].word in PREPOSITIONS):
+    if _fills(asked, tokens, used):
         return 1.0
     literal = asked.tokens[asked.slot_at] if asked.slot_at >= 0 else tokens[0]
     if literal.word not in ASKING_WORDS and literal.word not in ("old", "many", "much", "called") \
@@ -6524,10 +6586,15 @@ def _is_time(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
     token, before = tokens[at], tokens[at - 1].word if at else ""
     if token.base in TIMES or token.word in TIMES or _CLOCK.search(token.word):
         return True
+    if token.word in ORDINALS:  # the first of every month
+        return at + 1 < len(tokens) and tokens[at + 1].word == "of"
     number = token.word in NUMBERS or token.word.isdigit()
-    return number and (before in ("at", "in", "on", "by", "from", "until", "till", "since",
-                                  "around", "before", "after", "is") or (
+    return number and (before in ("at", "in", "on", "by", "from", "until", "till", "since", "past",
+                                  "around", "before", "after", "is", "to", "half") or (
         len(token.word) == 4 and token.word[:2] in ("19", "20")))
+
+
+ORDINALS = frozenset("first second third fourth fifth sixth seventh eighth ninth tenth".split())
 
 
 def _is_number(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
@@ -6612,7 +6679,7 @@ def _is_name(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
 
 
 def _is_amount(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
-    return _is_number(tokens, at, set())
+    return _is_number(tokens, at, set()) and tokens[at].word not in ORDINALS
 
 
 def _is_span(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
@@ -6993,6 +7060,12 @@ def silence(text: str, rejected: Container[str] = ()) -> str:
 def stems_of(text: str) -> List[str]:
     """Return the first five letters, folded, of each word: of each run of letters or digits."""
     return [word[:STEM_CHARS] for word in folded_words(text)]
+
+
+def stem_weights(memory: Memory, stems: Iterable[str]) -> Dict[str, float]:
+    """Return how telling each stem is: the logarithm of how rare it is in the memory."""
+    total = memory.entry_count()
+    return {s: log(1.0 + (total + 1.0) / (memory.stem_count(s) + 0.5)) for s in set(stems)}
 
 
 def _mass(stems: Iterable[str], weights: Dict[str, float]) -> float:

@@ -7,6 +7,8 @@ import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = os.path.join(ROOT, "macrogpt.py")
+# What the script does, by way of its bytecode: as a script it is compiled anew at every start.
+START = "import sys; sys.path.insert(0, sys.argv.pop(1)); import macrogpt; sys.exit(macrogpt.main())"
 
 # Where kernels are compiled to, once for all tests; the home of each test is its own.
 CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -48,7 +50,7 @@ def command(args, cwd):
     """Return the command line for args, with a --db inside cwd unless args name one."""
     given = any(word == "--db" or word.startswith("--db=") for word in args)
     own = () if given else ("--db", os.path.join(cwd, "memory.sqlite3"))
-    return [sys.executable, PROGRAM, *args, *own]
+    return [sys.executable, "-c", START, ROOT, *args, *own]
 
 
 def run_macrogpt(*args, stdin=b"", env=None, cwd=None, timeout=30):
