@@ -5374,6 +5374,7 @@ KEPT_REPLY = "I will keep that."
 STEM_CHARS = 5
 WEAK_SCORE = 0.45
 SURE_SCORE = 0.65
+FACT_SHARE = 0.8        # of recall_score is enough for a fact, which is scored more strictly
 NEAR_SCORE = 0.035      # facts that fit equally well up to this are told apart by their time
 MOST_HELD = 100         # entries that one word brings, newest first
 TOLD_PRIOR = 1.5        # what the owner said is looked at before what was read
@@ -5400,7 +5401,7 @@ FUNCTION_WORDS = frozenset("""
 IDLE_VERBS = frozenset("be have do get got go went put keep find come came happen".split())
 LIGHT_WORDS = frozenset("""be have get got go put keep find use take make give come happen mean
     tell say know remember remind forget need long way try look able usual usually originally
-    another""".split())
+    another big high little dear own new good whole nice lovely""".split())
 OWNERS_WORDS = frozenset("i me my mine myself we us our ours ourselves".split())
 OWN_SELF_WORDS = frozenset("you your yours yourself".split())
 DETERMINERS = frozenset("""my our your his her its their the a an this that these those some any
@@ -5510,7 +5511,6 @@ collect collection gather
 celebrate birthday
 hurt break injure injury
 fly travel trip
-run shop business own
 own belong
 home country
 treat eat food like
@@ -5885,6 +5885,7 @@ _WORK = re.compile(r"^(what (?:do|does|did) .*?)\bdo(?: for (?:a living|work|mon
                    r"(?:job|work))?\W*$", re.I)
 _FROM = re.compile(r"^((?:where|(?:from )?(?:what|which) (?:country|city|town|place))\b.*?)"
                    r"(?: come)? from\W*$", re.I)
+_LIVING = re.compile(r"\b(?:do|does|did) (?:for (?:a living|work)|as (?:a )?(?:job|work))\b", re.I)
 _WHO_AM_I = re.compile(r"^who(?:'?m| am) i\W*$", re.I)
 
 
@@ -5907,6 +5908,7 @@ def unframed(text: str) -> Tuple[str, bool]:
             framed = framed or bool(match)
         if not match or match.end() == 0:
             text = _WORK.sub(r"\1 have as job", text)  # What does she do?
+            text = _LIVING.sub("has as job", text)
             text = _FROM.sub(r"\1 origin", text)
             return _WHO_AM_I.sub("what is my name", text), framed
         text = text[match.end():]
@@ -6458,8 +6460,8 @@ def _bare_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) ->
                     if asked.tokens[asked.slot_at].senses & t.senses]
     if "my" in related:
         return 1.0
-    if not subjects and asked.slot == "place" and all(
-            grade and not _is_relative(t.token) for t, (grade, _) in zip(asked.terms, best)):
+    things = [t for t in asked.terms if not _is_relative(t.token)]
+    if not subjects and asked.slot == "place" and things and all(grade for grade, _ in best):
         return 0.75  # where do I find a thing, where is it
     if not subjects or _says_third(asked, tokens, best):
         return 0.3
@@ -7046,6 +7048,8 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
     """
     fits = [fit for fit in recall(memory, text, rng)
             if rejection(text, fit.answer) not in rejected]
+    if fits and not is_exchange(fits[0].entry):
+        least *= FACT_SHARE
     return (fits[0] if fits and fits[0].score >= least else None), fits
 
 

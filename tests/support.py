@@ -41,9 +41,10 @@ Copper turns green in the rain.
 def environment(home, changes=None):
     """Return this process's environment with a home of its own and nothing that steers a run."""
     kept = {name: value for name, value in os.environ.items()
-            if name not in ("NO_COLOR", "MACROGPT_DEBUG", "PYTHONWARNINGS", "COLUMNS")}
+            if name not in ("NO_COLOR", "MACROGPT_DEBUG", "PYTHONWARNINGS", "COLUMNS",
+                            "PYTHONDONTWRITEBYTECODE")}
     return {**kept, "HOME": home, "USERPROFILE": home, "TERM": "xterm", "XDG_CACHE_HOME": CACHE,
-            **(changes or {})}
+            "PYTHONPYCACHEPREFIX": os.path.join(CACHE, "bytecode"), **(changes or {})}
 
 
 def command(args, cwd):
