@@ -5374,7 +5374,7 @@ KEPT_REPLY = "I will keep that."
 STEM_CHARS = 5
 WEAK_SCORE = 0.45
 SURE_SCORE = 0.65
-FACT_SHARE = 0.8        # of recall_score is enough for a fact, which is scored more strictly
+FACT_SHARE = 0.8        # of recall_score is enough for a fact, which is no line of a story
 NEAR_SCORE = 0.035      # facts that fit equally well up to this are told apart by their time
 MOST_HELD = 100         # entries that one word brings, newest first
 TOLD_PRIOR = 1.5        # what the owner said is looked at before what was read
@@ -6279,15 +6279,16 @@ def _lines_to_match(entry: Entry) -> Iterator[str]:
     """Yield the lines of an entry that may state something; of an exchange that is none."""
     document = Document(tuple(entry.text.splitlines()), entry.closed)
     if entry.source in TOLD or not document.is_exchange:
-        if entry.source in TOLD or not _is_self_talk(entry.text):
+        if entry.source in TOLD:
             yield from document.lines
+        elif not _SELF_TALK.search(entry.text):  # there the "I" is the program
+            yield from (line for line in document.lines if not _speaks_to_you(line))
 
 
-def _is_self_talk(text: str) -> bool:
-    """Return whether the "I" of a passage is the program: it says so, or it speaks to a "you"."""
-    words = {word.casefold() for word in WORDS.findall(text)}
-    return bool(_SELF_TALK.search(text)) or bool(
-        words & OWN_SELF_WORDS and words & OWNERS_WORDS)
+def _speaks_to_you(line: str) -> bool:
+    """Return whether an "I" speaks to a "you", so that it is no owner who tells of himself."""
+    words = {word.casefold() for word in WORDS.findall(line)}
+    return bool(words & OWN_SELF_WORDS and words & OWNERS_WORDS)
 
 
 _SELF_TALK = re.compile(r"\bI am (?:a|an|the) (?:\w+ )?(?:program|machine|robot|mind)\b", re.I)
@@ -6352,7 +6353,14 @@ def unit_score(asked: Asked, unit: Unit) -> float:
                     t.word in AUXILIARIES for t in tokens[at + 1:at + 3]) and not any(
                     _capital(tokens, i) for i in range(1, len(tokens)) if i != at):
                 score *= 0.6  # "I parked the car" does not say which
+    if not asked.slot and _is_story(unit.entry) and sum(1 for grade, _ in best if grade) < 2:
+        score *= 0.6  # one word in common is small talk
     return score if asked.closed else score * _slot_factor(asked, tokens, best)
+
+
+def _is_story(entry: Entry) -> bool:
+    """Return whether an entry is a passage of several lines that somebody has written."""
+    return entry.source not in TOLD and "\n" in entry.text.strip() and not is_exchange(entry)
 
 
 def _lies_so(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> bool:
@@ -6369,6 +6377,8 @@ def _lies_so(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, 
 
 def _defines(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> bool:
     """Return whether a statement may answer "What is love?": it must be about nothing else."""
+    if asked.tokens[-1].word == "like" and not asked.person:  # What is the weather like?
+        return any(grade and at == 1 and tokens[0].word in DETERMINERS for grade, at in best)
     if asked.person or asked.closed or [t for t in asked.terms if t.vital and t.owner not in (
             "", "a", "an")] or [t.base for t in asked.tokens[:1]] != ["what"] or (
             asked.tokens[1:] and asked.tokens[1].word not in AUXILIARIES):
@@ -6440,7 +6450,7 @@ def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) 
     if advice and not advice & words:
         named = any(grade and t.vital and t.owner for t, (grade, _) in zip(asked.terms, best))
         wondering = {t.word for t in asked.tokens[:2]} & ASKING_WORDS
-        return 0.8 if named and wondering else 0.5
+        return 0.8 if named and wondering and asked.person else 0.5
     if asked.bare and asked.slot == "name" and not [
             t for t in asked.terms if t.token != asked.tokens[asked.slot_at]]:
         return 1.0 if _names_the_owner(unit.tokens) else 0.3
@@ -6772,7 +6782,8 @@ def said_back(unit: Unit) -> str:
         if not lead or lead.end() == len(text):
             break
         text = text[lead.end():]
-    text = turned(text).rstrip(" ,;:")
+    written = unit.entry.source not in TOLD and not OWNERS_WORDS & {t.word for t in unit.tokens}
+    text = (text if written else turned(text)).rstrip(" ,;:")  # whoever "you" is in a file
     text = text[:1].upper() + text[1:]
     return text if text.endswith((".", "!", "?", "…", "。", "\"")) else text + "."
 
@@ -6832,6 +6843,8 @@ def _exchange_fits(asked: Asked, text: str, asking: bool, factual: bool,
             if asking and place and asked.person == "owner":
                 continue  # further on, an exchange speaks of what was said in it before
             score = _exchange_score(asked, words, asking, weights)
+            if folded_words(words) != folded_words(text):
+                score = min(score, 0.98)  # the very words come first
             if factual and score < 0.9:
                 score *= 0.6
             if asking and not place and asks(words):
@@ -7048,7 +7061,7 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
     """
     fits = [fit for fit in recall(memory, text, rng)
             if rejection(text, fit.answer) not in rejected]
-    if fits and not is_exchange(fits[0].entry):
+    if fits and not is_exchange(fits[0].entry) and not _is_story(fits[0].entry):
         least *= FACT_SHARE
     return (fits[0] if fits and fits[0].score >= least else None), fits
 
