@@ -6199,6 +6199,19 @@ def gathered(memory: Memory, asked: Asked) -> Tuple[Asked, List[Entry]]:
     return asked._replace(terms=terms), memory.entries_of(best[:-MOST_ENTRIES - 1:-1])
 
 
+def said_so(memory: Memory, text: str) -> List[Entry]:
+    """Return exchanges in which somebody says just these words, then some that hold them in a row.
+
+    Common words have so many entries that the newest of them need not be those.
+    """
+    words = " ".join(folded_words(text[:MAX_ASKED_CHARS]))
+    if not words:
+        return []
+    ids = memory.ids_holding([[f"h {words} a"]], MOST_ENTRIES)
+    ids += memory.ids_holding([["h " + words], [words + " a"]], MOST_ENTRIES)
+    return memory.entries_of(list(dict.fromkeys(ids)))
+
+
 def _of_common_words(memory: Memory, asked: Asked) -> List[Entry]:
     """Return the newest entries for a text of words that are everywhere, like "How are you?"."""
     words = [t.word for t in asked.tokens[:MAX_QUERY_TERMS] if t.word != "'s"]
@@ -6845,6 +6858,8 @@ def _exchange_fits(asked: Asked, text: str, asking: bool, factual: bool,
             score = _exchange_score(asked, words, asking, weights)
             if folded_words(words) != folded_words(text):
                 score = min(score, 0.98)  # the very words come first
+            if place:
+                score *= 0.7  # what is said further on hangs on what was said before
             if factual and score < 0.9:
                 score *= 0.6
             if asking and not place and asks(words):
@@ -6915,7 +6930,8 @@ def recall(memory: Memory, text: str, rng: random.Random) -> List[Recall]:
     if not asked.tokens:
         return []
     asked, found = gathered(memory, asked)
-    fits = list(_exchange_fits(asked, text, asking, not asking and states_a_fact(text), found))
+    alike = list({entry.id: entry for entry in (*said_so(memory, text), *found)}.values())
+    fits = list(_exchange_fits(asked, text, asking, not asking and states_a_fact(text), alike))
     told = list(_told_fits(asked, found)) if asking and not about_nothing else []
     fits.sort(key=lambda fit: (-round(fit.score, 2), rng.random()))
     said = [fit.score for fit in told if fit.entry.source in TOLD]
