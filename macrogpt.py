@@ -210,7 +210,7 @@ class Config:
         "order of the chain, separated by commas")
     max_gen_tokens: int = _setting(180, "longest reply in tokens", 1, 100_000)
     # voice
-    recall_score: float = _setting(0.65, "match from which memory answers by itself", 0.0, 1.0)
+    recall_score: float = _setting(0.55, "match from which memory answers by itself", 0.0, 1.0)
     # a learner's words are readable from about 2.3; who is grown may speak up to half as much again
     trust_bpc: float = _setting(2.3, "held-out bits per character from which the model speaks", 0.0)
     # counts: 3 beat 2 by 0.03 bits per character on a million characters, 4 gained nothing
@@ -5374,7 +5374,8 @@ KEPT_REPLY = "I will keep that."
 STEM_CHARS = 5
 WEAK_SCORE = 0.45
 SURE_SCORE = 0.65
-FACT_SHARE = 0.8        # of recall_score is enough for a fact, which is no line of a story
+FACT_SHARE = 0.95       # of recall_score is enough for a fact
+STORY_SHARE = 1.2       # of it is wanted of a line in a passage, which may be a mere story
 NEAR_SCORE = 0.035      # facts that fit equally well up to this are told apart by their time
 MOST_HELD = 100         # entries that one word brings, newest first
 TOLD_PRIOR = 1.5        # what the owner said is looked at before what was read
@@ -6859,7 +6860,7 @@ def _exchange_fits(asked: Asked, text: str, asking: bool, factual: bool,
             if folded_words(words) != folded_words(text):
                 score = min(score, 0.98)  # the very words come first
             if place:
-                score *= 0.7  # what is said further on hangs on what was said before
+                score *= 0.6  # what is said further on hangs on what was said before
             if factual and score < 0.9:
                 score *= 0.6
             if asking and not place and asks(words):
@@ -6892,7 +6893,7 @@ def _exchange_score(asked: Asked, words: str, asking: bool, weights: Dict[str, f
         score *= 0.5
     if any(t.vital and (not grade or t.owner == "my" != owner_at(told, at))
            for t, (grade, at) in zip(asked.terms, best)):
-        score *= 0.6
+        score *= 0.5
     if any(not grade and _is_relative(t.token) for t, (grade, _) in zip(asked.terms, best)):
         score *= 0.75  # when it opens is not when it closes
     return score * (0.6 if asked.slot and _slot(told)[0] != asked.slot else 1.0)
@@ -7077,8 +7078,8 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
     """
     fits = [fit for fit in recall(memory, text, rng)
             if rejection(text, fit.answer) not in rejected]
-    if fits and not is_exchange(fits[0].entry) and not _is_story(fits[0].entry):
-        least *= FACT_SHARE
+    if fits and not is_exchange(fits[0].entry):
+        least *= STORY_SHARE if _is_story(fits[0].entry) else FACT_SHARE
     return (fits[0] if fits and fits[0].score >= least else None), fits
 
 
