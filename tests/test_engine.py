@@ -142,13 +142,6 @@ class EveryTwinDoesWhatItsKernelDoes(KernelCase):
                     size = 1.0 + largest(a) * largest(b) * inner
                     self.assert_near(fast, slow, CLOSE[typecode] * size, (name, shape, cols))
 
-    def test_dot(self):
-        for rng, typecode, make in self.each(45):
-            for n in (0, 1, 7, 33):
-                x, y = make(n + 2), make(n + 2)
-                size = 1e-30 + largest(x) * largest(y) * n
-                self.assertAlmostEqual(m.map_dot(x, y, n) / size, m.dot(x, y, n) / size, 5)
-
     def test_softmax(self):
         for rng, typecode, make in self.each(46):
             for n in (1, 7, 33):
