@@ -6142,10 +6142,15 @@ class Unit(NamedTuple):
 OFTEN_LEFT_OUT = "aeiouhrtns"
 KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 VOWELS = "aeiouy"
-BESIDE = {key: "".join(row[max(0, i - 1):i] + row[i + 1:i + 2]
-                       for row in KEYS for i in [row.find(key)] if i >= 0)
-          + (VOWELS if key in VOWELS else "")
-          for key in "".join(KEYS)}  # keys hit by mistake, and vowels taken for one another
+
+
+def _beside(rows: Sequence[str]) -> Dict[str, str]:
+    """Return, for each key, those hit in its place by mistake, and vowels taken for one another."""
+    return {key: row[max(0, i - 1):i] + row[i + 1:i + 2] + (VOWELS if key in VOWELS else "")
+            for row in rows for i, key in enumerate(row)}
+
+
+BESIDE = _beside(KEYS)
 
 
 def _spellings(memory: Memory, token: Token) -> List[str]:
