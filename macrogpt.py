@@ -5377,9 +5377,11 @@ SURE_SCORE = 0.65
 FACT_SHARE = 0.95       # of recall_score is enough for a fact
 STORY_SHARE = 1.2       # of it is wanted of a line in a passage, which may be a mere story
 NEAR_SCORE = 0.035      # facts that fit equally well up to this are told apart by their time
+NEWS_SCORE = 0.35       # that is enough where a statement says that something has changed
 MOST_HELD = 100         # entries that one word brings, newest first
 TOLD_PRIOR = 1.5        # what the owner said is looked at before what was read
 MOST_ENTRIES = 30       # of those with most of the words, so many are read
+MOST_TO_SCAN = 100_000  # entries, up to which words in a row are looked for (in 3 ms)
 MOST_UNITS = 40         # sentences that are looked at closely
 MAX_ASKED_CHARS = 500   # a longer text is understood by its beginning
 MAX_QUERY_TERMS = 8     # a longer question is searched for by its rarest words
@@ -6023,7 +6025,8 @@ def _slot(tokens: Sequence[Token]) -> Tuple[str, int]:
         if heads[i] and SLOT_OF[token.base] != "name" and (
                 not i or words[i - 1] not in ("favourite", "these", "those", "one", "some", "old")):
             return SLOT_OF[token.base], i
-    return next((SLOT_IMPLIED[t.base] for t in tokens if t.base in SLOT_IMPLIED), ""), -1
+    return next((SLOT_IMPLIED[t.base] for i, t in enumerate(tokens) if t.base in SLOT_IMPLIED
+                 and not {"for", "on", "at"} & set(words[max(0, i - 2):i])), ""), -1
 
 
 def _known_words() -> FrozenSet[str]:
@@ -6206,16 +6209,18 @@ def gathered(memory: Memory, asked: Asked) -> Tuple[Asked, List[Entry]]:
 
 
 def said_so(memory: Memory, text: str) -> List[Entry]:
-    """Return exchanges in which somebody says just these words, then some that hold them in a row.
+    """Return exchanges in which somebody says just these words, or some that hold them in a row.
 
     Common words have so many entries that the newest of them need not be those.
     """
-    words = " ".join(folded_words(text[:MAX_ASKED_CHARS]))
-    if not words:
+    words = folded_words(text[:MAX_ASKED_CHARS])
+    if not 0 < len(words) <= MAX_QUERY_TERMS:
         return []
-    ids = memory.ids_holding([[f"h {words} a"]], MOST_ENTRIES)
-    ids += memory.ids_holding([["h " + words], [words + " a"]], MOST_ENTRIES)
-    return memory.entries_of(list(dict.fromkeys(ids)))
+    said = " ".join(words)
+    ids = memory.ids_holding([[f"h {said} a"]], MOST_ENTRIES)
+    if not ids and memory.about_count() < MOST_TO_SCAN:
+        ids = memory.ids_holding([["h " + said], [said + " a"]], MOST_ENTRIES)
+    return memory.entries_of(ids)
 
 
 def _of_common_words(memory: Memory, asked: Asked) -> List[Entry]:
@@ -6944,7 +6949,8 @@ def recall(memory: Memory, text: str, rng: random.Random) -> List[Recall]:
     top = max((fit.score for fit in told), default=0.0)
     if asked.person == "owner" and max(said, default=0.0) >= SURE_SCORE:
         top = max(said)  # of the owner the owner knows best
-    near = [fit for fit in told if top - NEAR_SCORE < fit.score
+    near = [fit for fit in told if fit.score > top - (
+        NEWS_SCORE if _CHANGES.search(fit.entry.text) else NEAR_SCORE)
             and (fit.score <= top or fit.entry.source in TOLD)]
     near.sort(key=lambda fit: (fit.entry.source not in TOLD, -fit.entry.told_at, -fit.entry.id,
                                -fit.score))
@@ -6955,6 +6961,10 @@ def recall(memory: Memory, text: str, rng: random.Random) -> List[Recall]:
         return sorted([*fits, *near, *rest], key=lambda fit: -round(fit.score, 2))
     near = [near[0]._replace(score=top), *near[1:]] if near else []
     return near + sorted([*rest, *fits], key=lambda fit: -round(fit.score, 2))
+
+
+_CHANGES = re.compile(r"\b(?:now|new|no longer|any ?more|instead|renamed|changed|moved|switched|"
+                      r"replaced|these days)\b", re.I)
 
 
 def _question_in(text: str) -> str:
