@@ -6444,6 +6444,8 @@ def _covered(asked: Asked, best: Sequence[Tuple[float, int]]) -> float:
     score = held / whole
     if any(term.vital for term in missing):
         return 0.5 * score
+    if any(sense.startswith("=") for term in missing for sense in term.token.senses):
+        score *= 0.7  # who is not said to be born has no birthplace
     if missing and not any(g and not t.vital for t, (g, _) in zip(asked.terms, best)):
         return (0.9 if loose else 0.7) * score  # the thing is there, what is asked of it is not
     return score
@@ -6924,7 +6926,8 @@ def _answer_score(asked: Asked, entry: Entry, answer: str) -> float:
     if asked.person == "owner" and not re.search(r"\byour\b|^You\b", answer):
         return 0.0
     scores = [0.97 * unit_score(asked, Unit(entry, text, tokens_of(turned(text))))
-              for text in statements_of(answer)]
+              for text in statements_of(answer)
+              if not (asked.person == "owner" and OWNERS_WORDS & {t.word for t in tokens_of(text)})]
     return 0.0 if asked.closed else max(scores, default=0.0)
 
 
