@@ -6465,7 +6465,8 @@ def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) 
     words = {token.word for token in unit.tokens}
     if asked.closed and asked.tokens[1:] and asked.tokens[1].word in PRONOUNS:
         return 0.3  # Is it far?
-    if asked.tokens[0].word in ASKING_WORDS and {t.word for t in asked.tokens[2:3]} & {"it", "this"}:
+    if asked.tokens[0].word in ASKING_WORDS and [t.word for t in asked.tokens[2:3]] in (
+            ["it"], ["this"]):
         return 0.3  # How does this work?
     if asked.closed and asked.tokens[0].word in OFFERS and asked.tokens[0].word not in words:
         return 0.3  # Shall we go? asks for no fact
