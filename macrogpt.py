@@ -2671,13 +2671,21 @@ C_TUNING = ("-march=native", "-mcpu=native")  # which of them a compiler knows, 
 KEPT_LIBRARIES = 8
 COMPILE_SECONDS = 60.0
 ANSWER_SECONDS = 5.0
+HANG_SECONDS = 3600.0  # for so long a compiler that did not answer is not asked again
+
+
+class CompilerHangs(EngineError):
+    """A compiler did not answer in time."""
 
 
 def _run(command: Sequence[str], seconds: float) -> None:
-    """Run a command to its end; EngineError when it fails, hangs or is not there."""
+    """Run a command to its end; EngineError when it fails or is not there, or else hangs."""
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True,
                               timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        raise CompilerHangs(f"{command[0]} did not answer in {seconds:g} seconds; "
+                            f"set CC to a C compiler that does") from None
     except (OSError, subprocess.SubprocessError) as error:
         raise EngineError(f"{command[0]} cannot be used ({error}); "
                           f"set CC to a C compiler") from None
@@ -2708,11 +2716,12 @@ def find_compiler() -> Optional[List[str]]:
 
 def _tuning(compiler: Sequence[str]) -> List[str]:
     """Return the option that makes the compiler use all of this processor, if it knows one."""
+    asked = ["-E", "-x", "c", os.devnull]
+    _run([*compiler, *asked], ANSWER_SECONDS)  # what does not work at all is seen here
     for option in C_TUNING:
         with contextlib.suppress(EngineError):
-            _run([*compiler, option, "-E", "-x", "c", os.devnull], ANSWER_SECONDS)
+            _run([*compiler, option, *asked], ANSWER_SECONDS)
             return [option]
-    _run([*compiler, "-E", "-x", "c", os.devnull], ANSWER_SECONDS)  # raises where nothing works
     return []
 
 
@@ -2768,6 +2777,21 @@ def _compile(compiler: Sequence[str], folder: str) -> str:
         os.replace(library, final)
     _drop_old_libraries(folder)
     return final
+
+
+def _compile_unless_it_hangs(compiler: Sequence[str], folder: str, note: str, patient: bool,
+                             clock: Callable[[], float]) -> str:
+    """Do what _compile does, and leave a note where the compiler does not answer."""
+    with contextlib.suppress(FileNotFoundError):
+        if not patient and 0.0 <= clock() - os.path.getmtime(note) < HANG_SECONDS:
+            raise CompilerHangs(f"{compiler[0]} did not answer when it was tried last; it is tried "
+                                f"again an hour after that, or with MACROGPT_ENGINE=native")
+    try:
+        return _compile(compiler, folder)
+    except CompilerHangs:
+        with open(note, "w", encoding="utf-8"):
+            pass
+        raise
 
 
 def _drop_old_libraries(folder: str) -> None:
@@ -2923,10 +2947,12 @@ def check_library(path: str) -> None:
                                   f"try another compiler with CC")
 
 
-def native_engine(build: bool = True) -> Engine:
+def native_engine(build: bool = True, patient: bool = True,
+                  clock: Callable[[], float] = time.time) -> Engine:
     """Return the engine of compiled kernels.  Raises EngineError when there can be none.
 
-    Without build only a library that was compiled and checked before will do.
+    Without build only a library that was compiled and checked before will do. Who is not patient
+    does not wait again for a compiler that has just kept somebody waiting in vain.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -2940,7 +2966,8 @@ def native_engine(build: bool = True) -> Engine:
         if not build:
             raise EngineError("the kernels have not been compiled yet; train once")
         if folder:
-            return NativeEngine(load_kernels(_compile(compiler, folder)))
+            return NativeEngine(load_kernels(_compile_unless_it_hangs(
+                compiler, folder, path + ".hung", patient, clock)))
         with tempfile.TemporaryDirectory() as place:  # what is loaded needs no file any more
             return NativeEngine(load_kernels(_compile(compiler, place)))
     except (OSError, ImportError, AttributeError) as error:
@@ -3066,7 +3093,7 @@ def choose_engine(wish: str, build: bool = False,
     if wish == "python":
         return interpreted_engine()
     try:
-        return native_engine(build or wish == "native")
+        return native_engine(build or wish == "native", patient=wish == "native")
     except EngineError as error:
         if wish == "native":
             raise EngineError(f"MACROGPT_ENGINE=native: {error}; or use auto or python") from None

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 import unittest
 from array import array
 from fractions import Fraction
@@ -938,6 +939,25 @@ class FindingAndTrustingTheCompiler(Folder, unittest.TestCase):
         self.script("exec sleep 100\n")
         with mock.patch.multiple(m, COMPILE_SECONDS=0.3, ANSWER_SECONDS=0.3):
             self.assertEqual(m.choose_engine("auto", True).name, "python")
+
+    def test_a_compiler_that_did_not_answer_is_not_waited_for_again_for_an_hour(self):
+        self.script("exec sleep 100\n")
+        asked = mock.Mock(side_effect=m.CompilerHangs("late"))
+        with mock.patch.object(m, "_compile", asked):
+            for calls, build in ((1, lambda: m.native_engine(patient=False)),
+                                 (1, lambda: m.native_engine(patient=False)),
+                                 (2, m.native_engine),
+                                 (3, lambda: m.native_engine(
+                                     patient=False, clock=lambda: time.time() + 3601))):
+                with self.assertRaises(m.CompilerHangs):
+                    build()
+                self.assertEqual(asked.call_count, calls)
+            told = []
+            self.assertEqual(m.choose_engine("auto", True, told.append).name, "python")
+            self.assertIn("did not answer", told[0])
+            self.script("exec sleep 200\n")  # another compiler is another matter
+            self.assertEqual(m.choose_engine("auto", True).name, "python")
+            self.assertEqual(asked.call_count, 4)
 
     def test_a_compiler_may_have_options_or_a_path_with_a_blank(self):
         real = m.find_compiler()[0]
