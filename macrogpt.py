@@ -1341,29 +1341,20 @@ def copy_block(x: F32, at: int, step: int, rows: int, width: int, out: F32, to: 
 TILE = 8  # queries that attention looks at together; keys come in sixteens
 
 
-def tile_scores(x: F32, queries: int, wide: int, columns: int, stride: int, width: int, n: int,
-                to: int) -> None:
-    """Set x[to + i·stride + j] to the product of row i, of a tile, with column j, of n."""
+def tile_product(x: F32, left: int, left_step: int, right: int, step: int, depth: int, n: int,
+                 to: int) -> None:
+    """Set a tile's rows at `to` to the products of its rows at `left` with `depth` rows at `right`.
+
+    Rows of the left are left_step apart, those of the right and of the result, n numbers, step.
+    """
     for j in range(0, n, 8):
-        scores = [splat8(0.0)] * TILE
-        for c in range(width):
-            column = load8(x, columns + c * stride + j)
-            for i in range(TILE):
-                scores[i] = scores[i] + x[queries + i * wide + c] * column
-        for i in range(TILE):
-            store8(x, to + i * stride + j, scores[i])
-
-
-def tile_mix(x: F32, weights: int, stride: int, rows: int, wide: int, n: int, to: int) -> None:
-    """Set a tile's rows at `to` to the first n rows at `rows`, mixed by a tile's weights."""
-    for c in range(0, wide, 8):
         sums = [splat8(0.0)] * TILE
-        for j in range(n):
-            row = load8(x, rows + j * wide + c)
+        for k in range(depth):
+            row = load8(x, right + k * step + j)
             for i in range(TILE):
-                sums[i] = sums[i] + x[weights + i * stride + j] * row
+                sums[i] = sums[i] + x[left + i * left_step + k] * row
         for i in range(TILE):
-            store8(x, to + i * wide + c, sums[i])
+            store8(x, to + i * step + j, sums[i])
 
 
 def tile_spread(x: F32, weights: int, stride: int, rows: int, wide: int, n: int, to: int) -> None:
@@ -1462,12 +1453,12 @@ def attention_forward_tiled(qkv: F32, out: F32, lse: F32, starts: I32, segments:
                 rows = min(size - first, TILE)
                 blocks = (first + rows + 15) // 16
                 copy_block(qkv, at + first * 3 * dim, 3 * dim, rows, width, x, queries, wide, 1)
-                tile_scores(x, queries, wide, 0, stride, width, first + rows, weights)
+                tile_product(x, queries, wide, 0, stride, width, first + rows, weights)
                 for i in range(rows):
                     r = starts[s] + first + i
                     lse[r * heads + h] = softmax_row(x, weights + i * stride, first + i + 1, blocks,
                                                      scale)
-                tile_mix(x, weights, stride, values, wide, first + rows, mixed)
+                tile_product(x, weights, stride, values, wide, first + rows, wide, mixed)
                 o = (starts[s] + first) * dim + h * width
                 copy_block(x, mixed, wide, rows, width, out, o, dim, 1)
 
@@ -1502,8 +1493,8 @@ def attention_backward_tiled(g: F32, qkv: F32, out: F32, lse: F32, dqkv: F32, st
                 o = (starts[s] + first) * dim + h * width
                 copy_block(qkv, at + first * 3 * dim, 3 * dim, rows, width, x, queries, wide, 1)
                 copy_block(g, o, dim, rows, width, x, grads, wide, 1)
-                tile_scores(x, queries, wide, 0, stride, width, first + rows, weights)
-                tile_scores(x, grads, wide, values, stride, width, first + rows, slopes)
+                tile_product(x, queries, wide, 0, stride, width, first + rows, weights)
+                tile_product(x, grads, wide, values, stride, width, first + rows, slopes)
                 for i in range(rows):
                     common = 0.0
                     for c in range(width):
@@ -1512,7 +1503,7 @@ def attention_backward_tiled(g: F32, qkv: F32, out: F32, lse: F32, dqkv: F32, st
                                scale, lse[(starts[s] + first + i) * heads + h], common)
                 clear(x, weights + rows * stride, (TILE - rows) * stride)
                 clear(x, slopes + rows * stride, (TILE - rows) * stride)
-                tile_mix(x, slopes, stride, keys, wide, first + rows, mixed)
+                tile_product(x, slopes, stride, keys, wide, first + rows, wide, mixed)
                 tile_spread(x, slopes, stride, queries, wide, first + rows, dkeys)
                 tile_spread(x, weights, stride, grads, wide, first + rows, dvalues)
                 add_rows(x, mixed, wide, rows, width, dqkv, at + first * 3 * dim, 3 * dim)
@@ -1824,9 +1815,9 @@ def multiply_adds(out: F32, n: int, factor: float) -> None:
 
 
 KERNELS: Tuple[Callable[..., Any], ...] = (
-    exponential, sigmoid, multiply_adds, put_part, put8, multiply, matmul_nt, matmul_nn, matmul_tn,
-    add_scaled, dot, gather_rows, scatter_rows, rmsnorm_forward, rmsnorm_backward, rope_turn,
-    attention_forward, attention_backward, clear, copy_block, tile_scores, tile_mix,
+    exponential, sigmoid, multiply_adds, put_part, put8, multiply, matmul_nt, matmul_nn,
+    matmul_tn, add_scaled, dot, gather_rows, scatter_rows, rmsnorm_forward, rmsnorm_backward,
+    rope_turn, attention_forward, attention_backward, clear, copy_block, tile_product,
     tile_spread, softmax_row, softmax, slopes_row, add_rows, attention_forward_tiled,
     attention_backward_tiled, attention_cached, row_product, normed_row, decode_block,
     decode_head, penalise, penalise_repeats, largest, softened, typical_part, sample_token,
@@ -2891,8 +2882,8 @@ def _attention_calls(some: Callable[[int], array]) -> Iterator[Tuple[str, List[A
                                       array("f", room)]
     yield "attention_backward_tiled", [some(rows * dim), qkv, out, lse, some(rows * 3 * dim),
                                        *shape, array("f", room)]
-    yield "tile_scores", [some(320), 1, 8, 70, 16, 6, 11, 180]
-    yield "tile_mix", [some(350), 1, 16, 130, 8, 11, 230]
+    yield "tile_product", [some(320), 1, 8, 70, 16, 6, 11, 180]
+    yield "tile_product", [some(350), 1, 16, 130, 8, 11, 8, 230]
     yield "tile_spread", [some(400), 1, 16, 130, 8, 11, 200]
     yield "softmax_row", [some(40), 3, 19, 2, 0.5]
     yield "softmax", [some(40), 37]

@@ -19,8 +19,8 @@ from support import ROOT, Folder
 
 TWINS = dict(m.TWINS)
 KERNELS = {kernel.__name__: kernel for kernel in m.KERNELS}
-PARTS = {"multiply_adds", "put_part", "put8", "multiply", "clear", "copy_block", "tile_scores",
-         "tile_mix", "tile_spread", "softmax_row", "softmax", "slopes_row", "add_rows",
+PARTS = {"multiply_adds", "put_part", "put8", "multiply", "clear", "copy_block", "tile_product",
+         "tile_spread", "softmax_row", "softmax", "slopes_row", "add_rows",
          "attention_forward_tiled", "attention_backward_tiled", "exponential", "sigmoid",
          "row_product", "normed_row", "decode_block", "decode_head", "penalise", "penalise_repeats",
          "largest", "softened", "typical_part", "sample_token"}  # of what compiled engines do
