@@ -4568,6 +4568,7 @@ FULL_TEXT = """
 """
 
 
+MAX_LIKE_FORMS = 900  # SQLite takes expressions of up to 1,000 levels
 MAX_QUERY_STEMS = 64  # a longer text is searched for by its first words
 WORDS = re.compile(r"\w+")
 HYPHENED = re.compile(r"\b\w{1,2}-\w+")  # Wi-Fi is found as wifi too
@@ -4865,23 +4866,6 @@ class Memory:
                 return first + 1
         return first
 
-    def candidates(self, stems: Sequence[str], limit: int = 200) -> List[Entry]:
-        """Return entries that hold any word beginning with any of the stems, best first."""
-        stems = [stem.replace("\0", "") for stem in stems[:MAX_QUERY_STEMS]]
-        if not stems:
-            return []
-        if self.has_fts:
-            query = " OR ".join('"' + s.replace('"', '""') + '"*' for s in stems)
-            rows = self._rows(f"""
-                SELECT {ENTRY_COLUMNS} FROM entries_fts f JOIN entries e ON e.id = f.rowid
-                WHERE entries_fts MATCH ? AND e.recall ORDER BY rank LIMIT ?""", query, limit)
-        else:
-            anyone = " OR ".join("e.words LIKE ? ESCAPE '\\'" for _ in stems)
-            rows = self._rows(f"""
-                SELECT {ENTRY_COLUMNS} FROM entries e WHERE ({anyone}) AND e.recall
-                ORDER BY e.id DESC LIMIT ?""", *(f"% {_like(s)}%" for s in stems), limit)
-        return [_entry(row) for row in rows]
-
     def about_count(self) -> int:
         """Return about how many entries there are, at once however many they be."""
         return self._one("SELECT max(id) FROM entries") or 0
@@ -4899,6 +4883,8 @@ class Memory:
             rows = self._rows("SELECT rowid FROM entries_fts WHERE entries_fts MATCH ? "
                               "ORDER BY rowid DESC LIMIT ?", query, limit)
         else:
+            most = MAX_LIKE_FORMS // len(groups)
+            groups = [group[:most] for group in groups]
             like = "words || ' ' LIKE ? ESCAPE '\\'"
             each = " AND ".join("(" + " OR ".join([like] * len(g)) + ")" for g in groups)
             rows = self._rows(f"SELECT id FROM entries WHERE {each} ORDER BY id DESC LIMIT ?",

@@ -4,6 +4,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import unittest
+
+import macrogpt
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = os.path.join(ROOT, "macrogpt.py")
@@ -71,6 +74,19 @@ def start_macrogpt(*args, env=None, cwd=None, **options):
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
     return subprocess.Popen(command(args, cwd), env=environment(cwd, env), cwd=cwd,
                             **{**pipes, **options})
+
+
+def compiled_engine():
+    """Return the engine of compiled kernels; skip the test, or its class, where there is none."""
+    try:
+        return macrogpt.native_engine()
+    except macrogpt.EngineError as error:
+        raise unittest.SkipTest(str(error)) from None
+
+
+def entries_with(memory, stems, limit=200):
+    """Return the entries of a memory that hold a word beginning with any of the stems."""
+    return memory.entries_of(memory.ids_holding([[stem + "*" for stem in stems]], limit))
 
 
 class Folder:

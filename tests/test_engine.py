@@ -15,7 +15,7 @@ from fractions import Fraction
 from unittest import mock
 
 import macrogpt as m
-from support import ROOT, Folder
+from support import ROOT, Folder, compiled_engine
 
 TWINS = dict(m.TWINS)
 KERNELS = {kernel.__name__: kernel for kernel in m.KERNELS}
@@ -729,10 +729,7 @@ print("clean")
 class TheCompiledKernels(KernelCase):
     @classmethod
     def setUpClass(cls):
-        try:
-            cls.engine = m.native_engine()
-        except m.EngineError as error:
-            raise unittest.SkipTest(str(error)) from None
+        cls.engine = compiled_engine()
         cls.kernels = cls.engine.compiled
 
     def parity(self, name, args, tolerance=2e-5):
@@ -898,10 +895,7 @@ QUICK = ("-O0", "-fPIC", "-std=gnu99", "-w")  # compiles in a third of the time
 class FindingAndTrustingTheCompiler(Folder, unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        try:
-            m.native_engine()
-        except m.EngineError as error:
-            raise unittest.SkipTest(str(error)) from None
+        compiled_engine()
 
     def setUp(self):
         super().setUp()

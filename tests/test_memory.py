@@ -13,7 +13,7 @@ import unittest
 from unittest import mock
 
 import macrogpt as m
-from support import ROOT, Folder
+from support import ROOT, Folder, entries_with
 
 HAS_FTS = m.Memory(":memory:").has_fts
 ODD_TEXTS = [
@@ -216,7 +216,7 @@ class Migrations(MemoryCase):
         self.aside(*((f"DROP TRIGGER {name}",)
                      for name in ("entries_added", "entries_removed", "entries_changed")),
                    ("DROP TABLE entries_words",), ("DROP TABLE entries_fts",))
-        self.assertEqual([e.text for e in self.open().candidates(["walru"])],
+        self.assertEqual([e.text for e in entries_with(self.open(), ["walru"])],
                          ["a walrus on the pier\n"])
 
 
@@ -234,7 +234,7 @@ class Transactions(MemoryCase):
             self.assertIsNone(memory.setting("a"))
             self.assertEqual(set(memory.counts().values()), {0})
             self.assertEqual(memory.layers(), {})
-            self.assertEqual(memory.candidates(["gone"]), [])
+            self.assertEqual(entries_with(memory, ["gone"]), [])
         memory.set_setting("a", 2)
         self.assertEqual(memory.setting("a"), 2)
 
@@ -338,7 +338,7 @@ class Transactions(MemoryCase):
         memory = self.open()
         self.assertEqual(memory.settings(""), {"kept": 1})
         self.assertEqual((memory.entry_count(), memory.layers()), (0, {}))
-        self.assertEqual(memory.candidates(["lost"]), [])
+        self.assertEqual(entries_with(memory, ["lost"]), [])
         self.assertEqual(memory.integrity(), "ok")
 
 
@@ -401,7 +401,7 @@ class Entries(MemoryCase):
         first, second = memory.entries()
         self.assertEqual((first.text, first.told_at, first.learned), ("one\n", 2000.0, True))
         self.assertEqual((second.text, second.told_at, second.learned), ("two\n", 1000.0, False))
-        self.assertEqual(len(memory.candidates(["one"])), 1)
+        self.assertEqual(len(entries_with(memory, ["one"])), 1)
 
     def test_the_same_words_from_two_sources_are_two_entries(self):
         memory = self.open()
@@ -481,12 +481,12 @@ class Forgetting(MemoryCase):
                 secret = self.told(memory, "my secret word is xyzzy")
                 self.told(memory, "the weather is fine")
                 memory.forget_entry(secret)
-                self.assertEqual(memory.candidates(["xyzzy"]), [])
+                self.assertEqual(entries_with(memory, ["xyzzy"]), [])
                 self.assertEqual(self.owner_texts(memory), ["the weather is fine"])
                 memory.close()
                 again = self.open(self.path(f"{fts}.db"))
                 self.assertEqual([e.text for e in again.entries()], ["the weather is fine\n"])
-                self.assertEqual(again.candidates(["xyzzy", "secre"]), [])
+                self.assertEqual(entries_with(again, ["xyzzy", "secre"]), [])
                 self.assertEqual(self.owner_texts(again), ["the weather is fine"])
 
     def test_only_the_owners_message_with_exactly_these_words_goes(self):
@@ -531,28 +531,28 @@ class Searching(MemoryCase):
     def test_a_word_is_found_by_its_beginning_whatever_its_case(self, memory):
         for stem, count in (("heron", 2), ("hero", 2), ("mill", 2), ("train", 2),
                             ("trains", 1), ("coppe", 1), ("walru", 0)):
-            found = memory.candidates([stem])
+            found = entries_with(memory, [stem])
             self.assertEqual(len(found), count, stem)
             self.assertTrue(all(stem in e.text.lower() for e in found))
 
     @each_way
     def test_any_of_several_stems_will_do_and_an_entry_comes_once(self, memory):
-        found = {e.text.strip() for e in memory.candidates(["heron", "mill", "coppe"])}
+        found = {e.text.strip() for e in entries_with(memory, ["heron", "mill", "coppe"])}
         self.assertEqual(found, {self.LINES[i] for i in (0, 1, 2, 6)})
-        self.assertEqual(len(memory.candidates(["heron", "mill", "coppe"])), 4)
+        self.assertEqual(len(entries_with(memory, ["heron", "mill", "coppe"])), 4)
 
     @each_way
     def test_the_limit_limits(self, memory):
-        self.assertEqual(len(memory.candidates(["heron", "mill", "coppe"], 2)), 2)
+        self.assertEqual(len(entries_with(memory, ["heron", "mill", "coppe"], 2)), 2)
 
     @each_way
     def test_no_stem_finds_nothing(self, memory):
-        self.assertEqual(memory.candidates([]), [])
+        self.assertEqual(entries_with(memory, []), [])
 
     @each_way
     def test_what_shall_not_be_recalled_is_no_candidate(self, memory):
         memory.add_entry("chat", passage("is the heron at home?"), recall=False)
-        self.assertEqual(len(memory.candidates(["heron"])), 2)
+        self.assertEqual(len(entries_with(memory, ["heron"])), 2)
 
     @unittest.skipUnless(HAS_FTS, "this SQLite has no FTS5")
     def test_both_ways_find_the_same_for_simple_words(self):
@@ -560,8 +560,8 @@ class Searching(MemoryCase):
         words = {s for line in self.LINES for s in m.stems_of(line) if s.isascii() and len(s) > 2}
         self.assertGreater(len(words), 15)
         for word in sorted(words):
-            self.assertEqual({e.text for e in plain.candidates([word])},
-                             {e.text for e in full.candidates([word])}, word)
+            self.assertEqual({e.text for e in entries_with(plain, [word])},
+                             {e.text for e in entries_with(full, [word])}, word)
             self.assertEqual(plain.stem_count(word), full.stem_count(word), word)
 
     @each_way
@@ -577,7 +577,7 @@ class Searching(MemoryCase):
         typed = ODD_TEXTS + ["".join(rng.choices(signs, k=rng.randint(1, 12))) for _ in range(200)]
         for text in typed:
             for stems in ([text], m.stems_of(text), text.split(" ")):
-                found = memory.candidates(stems)
+                found = entries_with(memory, stems)
                 self.assertTrue(all(isinstance(e, m.Entry) for e in found))
             self.assertGreaterEqual(memory.stem_count(text), 0)
             self.assertIsInstance(m.recall(memory, text, rng), list)
@@ -587,7 +587,7 @@ class Searching(MemoryCase):
     def test_a_very_long_text_is_searched_for_too(self, memory):
         rng = random.Random(6)
         words = ["w%d" % rng.randrange(10 ** 6) for _ in range(3000)]
-        found = memory.candidates(sorted({*words, "heron"}))
+        found = entries_with(memory, sorted({*words, "heron"}))
         self.assertEqual(len(found), 2)
 
     @unittest.skipUnless(HAS_FTS, "this SQLite has no FTS5")
@@ -605,12 +605,12 @@ class Searching(MemoryCase):
         self.assertEqual(self.triggers(memory), set())
         memory.add_entry("corpus", passage("the quince ripens"))
         memory.remove_entries("corpus", [passage(self.LINES[0]).key])
-        self.assertEqual(len(memory.candidates(["heron", "quinc"])), 2)
+        self.assertEqual(len(entries_with(memory, ["heron", "quinc"])), 2)
         memory.close()
         again = self.open(self.path("True.db"))
         self.assertTrue(again.has_fts)
         self.assertEqual(len(self.triggers(again)), 3)
-        self.assertEqual({e.text for e in again.candidates(["heron", "quinc"])},
+        self.assertEqual({e.text for e in entries_with(again, ["heron", "quinc"])},
                          {"the quince ripens\n", self.LINES[1] + "\n"})
 
     @staticmethod
@@ -620,16 +620,16 @@ class Searching(MemoryCase):
 
     def test_the_wildcards_of_like_are_only_letters(self):
         memory = self.filled(False)
-        self.assertEqual([e.text for e in memory.candidates(["under_"])],
+        self.assertEqual([e.text for e in entries_with(memory, ["under_"])],
                          ["under_score and back\\slash\n"])
         for pattern in ("%", "h_ron", "un%score", "\\"):
-            self.assertEqual(memory.candidates([pattern]), [], pattern)
+            self.assertEqual(entries_with(memory, [pattern]), [], pattern)
             self.assertEqual(memory.stem_count(pattern), 0, pattern)
 
     @each_way
     def test_accents_do_not_matter(self, memory):
         stem = m.stems_of("zurich")[0]
-        self.assertEqual([e.text for e in memory.candidates([stem])],
+        self.assertEqual([e.text for e in entries_with(memory, [stem])],
                          ["Zürich lies on a lake\n"])
 
     @each_way
@@ -639,7 +639,7 @@ class Searching(MemoryCase):
                      "你好 世界", "한국어 공부", "Straße Fuß", "tiếng Việt"):
             memory.add_entry("corpus", passage(line))
             lost += [f"{stem} of {line}" for stem in m.stems_of(line)
-                     if line + "\n" not in [e.text for e in memory.candidates([stem])]]
+                     if line + "\n" not in [e.text for e in entries_with(memory, [stem])]]
         self.assertEqual(lost, [])
 
 

@@ -7,6 +7,7 @@ from array import array
 from unittest import mock
 
 import macrogpt as m
+from support import compiled_engine
 
 LN2 = math.log(2.0)
 # exp(logit - max) = 8, 4, 2, 1, 1 over 8: the probabilities are 1/2, 1/4, 1/8, 1/16, 1/16.
@@ -423,10 +424,7 @@ class StopTextTest(unittest.TestCase):
 class TheKernelDrawsAsTheChainDoes(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        try:
-            cls.engine = m.native_engine()
-        except m.EngineError as error:
-            raise unittest.SkipTest(str(error)) from None
+        cls.engine = compiled_engine()
 
     def settings(self, rng):
         """Settings of the usual chain, some of its filters at their ends."""

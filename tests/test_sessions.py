@@ -13,7 +13,7 @@ import unittest
 from unittest import mock
 
 import macrogpt as m
-from support import ROOT, Folder, run_macrogpt
+from support import ROOT, Folder, entries_with, run_macrogpt
 
 BUDGET = 300
 SIGKILL = hasattr(signal, "SIGKILL")
@@ -246,7 +246,7 @@ class Talk(unittest.TestCase):
     def test_what_a_crash_left_in_another_session_is_known_at_the_next_word(self):
         self.memory.add_message(self.memory.session_id("old"), "owner", "The heron hid a ruby.")
         self.say("hm")
-        self.assertEqual(len(self.memory.candidates(["ruby"])), 1)
+        self.assertEqual(len(entries_with(self.memory, ["ruby"])), 1)
 
     def test_facts_come_first_and_where_they_cannot_be_kept_nothing_is_summed_up(self):
         self.say("The heron eats.", "The crane sleeps.")
@@ -468,7 +468,7 @@ class Processes(Folder, unittest.TestCase):
         self.assertEqual(memory.integrity(), "ok")
         stages = [row[0] for row in memory._rows("SELECT stage FROM messages ORDER BY id")]
         self.assertEqual(len(stages), 81)
-        return stages, len(memory.candidates(["crane"]))
+        return stages, len(entries_with(memory, ["crane"]))
 
     @unittest.skipUnless(SIGKILL, "there is no SIGKILL here")
     def test_after_a_kill_in_the_middle_the_session_is_as_before_or_compacted_never_half(self):
