@@ -406,6 +406,12 @@ class TheEntriesAreCounted(unittest.TestCase):
         self.memory.add_entry("corpus", document("jumping wizards"), held_out=True)
         self.assertFalse(self.holds("wizard"))
 
+    def keep_however_few(self):
+        """Count what there is, and store the counts."""
+        with unittest.mock.patch.object(m, "KEPT_COUNT_CHARS", 1):
+            self.follow()
+            self.follower.keep(self.memory)
+
     def test_what_is_forgotten_is_counted_no_more_even_where_its_id_is_given_again(self):
         self.memory.add_entry("taught", document("my cat is called Biscuit"))
         self.assertTrue(self.holds("Biscuit"))
@@ -417,9 +423,7 @@ class TheEntriesAreCounted(unittest.TestCase):
         self.assert_as_counted_anew()
 
     def test_stored_counts_go_when_an_entry_is_taken_out(self):
-        with unittest.mock.patch.object(m, "KEPT_COUNT_CHARS", 1):
-            self.follow()
-            self.follower.keep(self.memory)
+        self.keep_however_few()
         self.assertIn("ngrams", self.memory.layers())
         self.memory.remove_entries("corpus", [document("line 4 of a ferry\nand 16 more").key])
         self.assertNotIn("ngrams", self.memory.layers())
@@ -431,9 +435,7 @@ class TheEntriesAreCounted(unittest.TestCase):
         self.assert_as_counted_anew()
 
     def test_stored_counts_are_taken_up_and_what_came_since_is_added(self):
-        with unittest.mock.patch.object(m, "KEPT_COUNT_CHARS", 1):
-            self.follow()
-            self.follower.keep(self.memory)
+        self.keep_however_few()
         self.memory.add_entry("chat", document("the moon over the sea"))
         other = m.EntryCounts()
         with unittest.mock.patch.object(m.NgramMemory, "unpack", wraps=m.NgramMemory.unpack) as used:
@@ -443,9 +445,7 @@ class TheEntriesAreCounted(unittest.TestCase):
         self.assertEqual(found.tables, self.follow().tables)
 
     def test_stored_counts_that_cannot_be_read_are_counted_anew(self):
-        with unittest.mock.patch.object(m, "KEPT_COUNT_CHARS", 1):
-            self.follow()
-            self.follower.keep(self.memory)
+        self.keep_however_few()
         layer = self.memory.layers()["ngrams"]
         self.memory.save_layers({"ngrams": layer._replace(data=b"not counts")})
         self.assertEqual(self.follow(m.EntryCounts()).tables, self.follow().tables)
