@@ -5389,7 +5389,7 @@ MOST_TO_SCAN = 100_000  # entries, up to which words in a row are looked for (in
 MOST_UNITS = 40         # sentences that are looked at closely
 MAX_ASKED_CHARS = 500   # a longer text is understood by its beginning
 MAX_QUERY_TERMS = 8     # a longer question is searched for by its rarest words
-WORD_OR_SIGN = re.compile(r"\b\w{1,2}-\w+|\w+-in-law|\w+(?:['’]\w+)*['’]?|[.!?…;,:]")
+WORD_OR_SIGN = re.compile(r"\b\w{1,2}-\w+|\w+-in-law(?:['’]s)?|\w+(?:['’]\w+)*['’]?|[.!?…;,:]")
 
 # Facts about English: its closed classes, and everyday relations that have several names. Words of
 # other languages are told apart by how common they are in the memory, and by nothing else.
@@ -5408,7 +5408,7 @@ FUNCTION_WORDS = frozenset("""
 IDLE_VERBS = frozenset("be have do get got go went put keep find come came happen".split())
 LIGHT_WORDS = frozenset("""be have get got go put keep find use take make give come happen mean
     tell say know remember remind forget need long way try look able usual usually originally
-    another big high little dear own new good whole nice lovely""".split())
+    another big high little dear own new good whole nice lovely part""".split())
 OWNERS_WORDS = frozenset("i me my mine myself we us our ours ourselves".split())
 OWN_SELF_WORDS = frozenset("you your yours yourself".split())
 DETERMINERS = frozenset("""my our your his her its their the a an this that these those some any
@@ -5421,110 +5421,67 @@ PREPOSITIONS = frozenset("""in on at under behind near beside below above inside
 ABBREVIATED = re.compile(r"(?:\b(?:mr|mrs|ms|dr|st|prof|no|vs|approx|e\.g|i\.e|a\.m|p\.m)|\b\w)\.$",
                          re.I)
 
-# One relation a line: its words say the same of the same thing. Behind = they say it so well that
-# the newer of two such statements takes the place of the older.
+# The words of one relation say the same of the same thing. Behind = they say it so well that the
+# newer of two such statements takes the place of the older.
 RELATIONS = """
-= name call nickname
-= live home house reside address flat apartment dwell lodge move
-= born birth birthday birthdate birthplace
-= old age year turn
-= job work profession occupation employ employer career workplace office
-job become
-like love favourite enjoy prefer fond adore fan
-hate dislike loathe detest stand
-marry marriage wed anniversary
-mother mum mummy mama
-father dad daddy papa
-grandmother grandma granny nan
-grandfather grandpa grandad granddad
-child kid
-boss manager supervisor chief superior
-doctor physician gp
-flat apartment
-couch sofa settee
-bike bicycle cycle
-car drive automobile vehicle auto
-phone telephone mobile number call ring cell tel
-fridge refrigerator
-movie film cinema
-trash garbage rubbish bin
-floor storey level
-parcel package packet
-recycle recycling
-buy purchase shop get from
-leave depart departure go start set
-leave park put place store hide keep lay lie stay
-arrive arrival come land
-come visit arrive pick collect appear
-begin start opening
-end finish close over stop
-close shut
-code password pin combination passcode passphrase
-open unlock
-study learn student university college school
-study subject degree major
-learn lesson class course
-member belong membership
-teach teacher
-eat food meal dish diet
-cook make dish bake recipe
-drink beverage take
-allergy allergic
-ill sick disease illness
-fear afraid scare frighten terrify
-hobby enjoy pastime
-cost price pay expensive charge
-earn salary income wage
-weigh weight heavy kilo
-tall height high centimetre centimeter
-long length last duration
-far distance kilometre mile away
-big size large
-meet appointment see
-appointment go see visit
-travel trip holiday vacation journey go
-flight plane fly
-speak language
-wear size
-lose missing
-write author writer book novelist
-play instrument
-sing song choir
-give present gift
-grow plant tree flower
-sleep bed
-wake alarm
-dream want wish
-plan intend
-team club
-blood group type
-pill medicine medication drug
-company firm business
-friend mate buddy pal
-neighbour neighbor
-holiday vacation
-mail post
-mail email
-horoscope zodiac star
-turn birthday
-origin from born come native nationality
-origin buy
-city town place
-nationality country from citizen origin
-borrow lend loan owe debt
-repair fix mend service maintain
-collect empty
-collect collection gather
-celebrate birthday
-hurt break injure injury
-fly travel trip
-own belong
-home country
-treat eat food like
-bus coach
-cellar basement
-garden yard
-""".strip().splitlines()
+= name call nickname | = live home house reside address flat apartment dwell lodge move |
+= born birth birthday birthdate birthplace | = old age year turn |
+= job work profession occupation employ employer career workplace office | job become |
+like love favourite enjoy prefer fond adore fan | hate dislike loathe detest stand |
+marry marriage wed anniversary | mother mum mummy mama | father dad daddy papa |
+grandmother grandma granny nan | grandfather grandpa grandad granddad | child kid |
+boss manager supervisor chief superior | doctor physician gp | couch sofa settee |
+bike bicycle cycle | car drive automobile vehicle auto |
+phone telephone mobile number call ring cell tel | fridge refrigerator | movie film cinema |
+trash garbage rubbish bin | floor storey level | parcel package packet | recycle recycling |
+buy purchase shop get from | leave depart departure go start set |
+leave park put place store hide keep lay lie stay | arrive arrival come land |
+come visit arrive pick collect appear | begin start opening | end finish close over stop |
+close shut | code password pin combination passcode passphrase | open unlock |
+study learn student university college school | study subject degree major |
+learn lesson class course | member belong membership | teach teacher | eat food meal dish diet |
+cook make dish bake recipe | drink beverage take | allergy allergic | ill sick disease illness |
+fear afraid scare frighten terrify | hobby enjoy pastime | cost price pay expensive charge |
+earn salary income wage | weigh weight heavy kilo | tall height high centimetre centimeter |
+long length last duration | far distance kilometre mile away | big size large |
+meet appointment see | appointment go see visit | travel trip holiday vacation journey go |
+flight plane fly | speak language | wear size | lose missing | write author writer book novelist |
+play instrument | sing song choir | give present gift | grow plant tree flower | sleep bed |
+wake alarm | dream want wish | plan intend want | topic theme subject about | team club |
+blood group type |
+pill medicine medication drug | company firm business | friend mate buddy pal |
+neighbour neighbor | mail post | mail email | horoscope zodiac star | turn birthday |
+origin from born come native nationality | origin buy | city town place |
+nationality country from citizen origin | borrow lend loan owe debt |
+repair fix mend service maintain | collect empty | collect collection gather |
+celebrate birthday | hurt break injure injury | fly travel trip | own belong | home country |
+treat eat food like | bus coach | cellar basement | garden yard | university uni college campus |
+surgery operation operate surgeon | smoke cigarette tobacco | fee charge cost price membership |
+pill tablet medicine medication | vegetarian veggie | raise keep | caretaker janitor |
+digit figure number code combination | rehearse rehearsal practise practice |
+due deadline submit expire | expire valid run out | hire rent rental lease | landlord landlady |
+hurt ache pain sore | shirt jersey kit | laundry washing wash | guest visitor | exam test |
+lecture lecturer professor | student pupil | pupil classmate schoolmate | retire pension |
+resign quit stop | lad boy | lady woman | guy man | grow raise childhood upbringing |
+wedding marry married | honeymoon wed | spare extra | shade colour | mad angry |
+fragrance smell scent | scar injury wound | glasses spectacle optician | lens contact |
+power electricity electric | light lamp bulb | tap faucet | sweet candy | biscuit cookie |
+soup broth | rug carpet | curtain blind | cupboard closet wardrobe cabinet | drawer chest |
+shelf bookcase | box crate carton | bag purse handbag backpack rucksack | wallet purse |
+lorry truck | lift elevator | pavement sidewalk | shop store | bakery baker bread | butcher meat |
+chemist pharmacy drugstore | plumber plumbing | choir sing singer |
+band music musician | game match | coach trainer | gym workout | race marathon | jog run |
+swim pool swimmer | climb climber | ski skiing skier | hen chicken | rabbit bunny | dog puppy |
+cat kitten | horse pony | novel book story | song tune melody |
+picture photo painting portrait image | film movie picture | joke funny | language tongue |
+quarrel argue argument fight | promise swear | win victory | prize award | owner belong possess |
+repeat again | rash allergic allergy | dizzy sick | dusk sunset | kit equipment | rule law |
+salary pay | save saving | heir will | buyer sell buy purchase | handle care charge |
+run charge manage lead head | lead leader head chair | founder found establish open |
+guard watch | theft steal thief rob | burn fire | flood overflow | leak drip | jam stuck block |
+crack break | tear rip | cut trim | build construct builder | design designer architect |
+invent inventor | name title | mum parent
+""".split("|")
 
 # Kinds of things that questions ask for by name, and what is of that kind.
 KINDS_TEXT = """
@@ -5533,6 +5490,8 @@ colour color: red orange yellow green blue purple violet pink brown black white 
 pet animal: bee cat dog hamster rabbit parrot horse pony canary turtle tortoise goldfish fish mouse
     snake lizard bird budgie gerbil ferret kitten puppy hen chicken cow goat sheep donkey
 sibling: brother sister
+weekend: saturday sunday
+saturday sunday: weekend
 son: boy
 boy: son
 daughter: girl
@@ -5583,7 +5542,7 @@ IRREGULAR = dict(pair.split("=") for pair in """
     burnt=burn dreamt=dream bitten=bite forgot=forget forgotten=forget tv=television
     fav=favourite fave=favourite bday=birthday xmas=christmas tyre=tire
     appt=appointment christmas=christmas favorite=favourite color=colour mom=mum
-    mommy=mum""".split())
+    mommy=mum owns=possess owned=possess""".split())
 
 # Words that ask for nothing more where a place or a time is asked for already.
 IDLE_WORDS = {"place": "leave left park put place store hide hidden lay lie lies located kept keep "
@@ -5665,6 +5624,7 @@ class Term(NamedTuple):
     owner: str
     known: bool
     sought: bool = False
+    aside: str = ""
 
 
 class Asked(NamedTuple):
@@ -5712,8 +5672,8 @@ def _relations(lines: Iterable[str]) -> Dict[str, FrozenSet[str]]:
     """Return the relations that each base may name, each by a sign that is no word."""
     table: DefaultDict[str, Set[str]] = defaultdict(set)
     for number, line in enumerate(lines):
-        sign = "=" if line.startswith("=") else "#"
-        for word in line.strip("= ").split():
+        sign = "=" if "=" in line else "#"
+        for word in line.replace("=", " ").split():
             table[base_of(word)].add(f"{sign}{number}")
     return {base: frozenset(signs) for base, signs in table.items()}
 
@@ -5833,11 +5793,12 @@ def agreement(asked: Token, told: Token, known: bool = True) -> float:
         return 1.0
     if asked.base == told.base:  # the meeting is not quite where we meet
         return 1.0 if asked.word.endswith("ing") == told.word.endswith("ing") else 0.94
-    if asked.base in (told.base + "er", told.base + "r"):
-        return 0.0  # the gardener is not the garden
     shared = asked.senses & told.senses
     if shared:
         return 1.0 if max(shared).startswith("=") else 0.9
+    if asked.base in (told.base + "er", told.base + "r", told.base + told.base[-1:] + "er"):
+        return 0.9 if told.word != told.base else 0.0  # who painted is the painter; but
+        # the gardener is not the garden
     if told.base in KINDS.get(asked.base, ()):
         return 0.8
     if _same_root(asked.base, told.base):
@@ -5874,7 +5835,7 @@ _ASKS = re.compile(
     r"|(?:what|who|how|why|where|when)s|(?:what|who|how|why|where|when)'s"
     r"|(?:where|when|why|who|what|how) (?:is|are|was|were|do|does|did|can|could|will|would|"
     r"should|am|have|has|had|shall|may|might|must|else|again|on earth|exactly)"
-    r"|what (?!an? |i |we |he |she |they |you )\w+|who \w+"
+    r"|name (?:the|my|our|one)|what (?!an? |i |we |he |she |they |you )\w+|who \w+"
     r"|how (?:many|much|old|long|far|tall|big|often|heavy|high|late|early|large|wide|deep|fast)"
     r"|(?:do|does|did|is|are|was|were|am|can|could|will|would|has|had|should|shall|may|isn't|"
     r"aren't|don't|doesn't|didn't) (?:i|my|you|your|we|our|he|she|it|they|there|this|that|his|her|"
@@ -5884,6 +5845,9 @@ _ASKS = re.compile(
 _INDIRECT = re.compile(
     r"(?:what|which|who|whose|whom|where|when|why|how|if|whether|my|our|the|about|of|in|on|at)\b",
     re.I)
+_ASKS_LATER = re.compile(
+    r"[,;] (?:so |and |but )?(?:what|when|where|how) "
+    r"(?:is|are|was|were|do|does|did|can|could|should|must) (?:\w+ )*\w+[\s?]*$", re.I)
 _EXCLAIMS = re.compile(
     r"(?:what an?|how (?:nice|lovely|sad|good|great|funny|cool|beautiful))\b", re.I)
 
@@ -5893,6 +5857,14 @@ _WORK = re.compile(r"^(what (?:do|does|did) .*?)\bdo(?: for (?:a living|work|mon
 _FROM = re.compile(r"^((?:where|(?:from )?(?:what|which) (?:country|city|town|place))\b.*?)"
                    r"(?: come)? from\W*$", re.I)
 _LIVING = re.compile(r"\b(?:do|does|did) (?:for (?:a living|work)|as (?:a )?(?:job|work))\b", re.I)
+_CLEFT = re.compile(r"^(what|who|where|when|(?:what|which) \w+) (?:is|was) it,? "
+                    r"(?!like\b|about\b|called\b)(?:that |which |who )?(?=\S+ \S)", re.I)
+_PLACE_NAME = re.compile(r"^(?:(?:what|which) (?:is|was) )?the names? of the \w+ "
+                         r"(where|who|whom|which|that)\b", re.I)
+_INSERTED = re.compile(
+    r"(?<=\w)[,;.]? (?:any idea|any clue|do you (?:still )?(?:know|remember|recall)|"
+    r"can you tell me|what (?:is|was) (?:it|that)(?=\W*$))[, ]*"
+    r"(what|who|where|when|which|how|\b|$)", re.I)
 _WHO_AM_I = re.compile(r"^who(?:'?m| am) i\W*$", re.I)
 
 
@@ -5917,6 +5889,7 @@ def unframed(text: str) -> Tuple[str, bool]:
             text = _WORK.sub(r"\1 have as job", text)  # What does she do?
             text = _LIVING.sub("has as job", text)
             text = _FROM.sub(r"\1 origin", text)
+            text = _CLEFT.sub(r"\1 ", _PLACE_NAME.sub(r"\1", _INSERTED.sub(r" \1", text)))
             return _WHO_AM_I.sub("what is my name", text), framed
         text = text[match.end():]
     return text, framed
@@ -5934,6 +5907,8 @@ def asks(text: str) -> bool:
     text = text[:MAX_ASKED_CHARS]
     if _EXCLAIMS.match(text):
         return False
+    if _CLEFT.match(text):
+        return True
     rest, framed = unframed(text)
     if framed:
         statement = re.match(r"(?:i )?(?:just )?(?:forgot|forget|remember)\b", text, re.I)
@@ -5941,7 +5916,9 @@ def asks(text: str) -> bool:
             re.search(r"\b(?:what|where|who|when)(?: \w+)* (?:it|is|was|again)\W*$", rest, re.I))
     if _ASKS.match(rest):
         return not _is_clause(rest)
-    needs = re.match(r"i need (.*)", rest, re.I)
+    if _ASKS_LATER.search(rest):
+        return True
+    needs = re.match(r"(?:i need|i forgot|i'?ve forgotten|i have forgotten) (.*)", rest, re.I)
     rest = needs[1] if needs else rest
     return _only_names(tokens_of(rest))
 
@@ -5949,10 +5926,11 @@ def asks(text: str) -> bool:
 def _only_names(tokens: Sequence[Token]) -> bool:
     """Return whether a text only names what it wants: code of the alarm; my cat's name."""
     words = [t.word for t in tokens if t.word != "please"]
-    if not 2 <= len(words) <= 7 or set(words) & AUXILIARIES:
+    if not 2 <= len(words) <= 9 or set(words) & AUXILIARIES:
         return False
     bases = [base_of(word) for word in words]
-    return bases[0] in WANTED and words[1] == "of" or bases[-1] in WANTED and (
+    of = any(base in WANTED and after in ("of", "for") for base, after in zip(bases[:3], words[1:]))
+    return of or bases[-1] in WANTED and (
         words[0] in ("my", "our", "the", *WANTED) or tokens[-1].word == "please")
 
 
@@ -6010,9 +5988,11 @@ def _slot(tokens: Sequence[Token]) -> Tuple[str, int]:
         after = words[i + 1] if i + 1 < len(words) else ""
         if word == "where":
             return "place", i
-        if word == "when" and not ASKING_WORDS & set(words[:i]) or (
-                word == "how" and after in ("often", "late", "early")):
+        if word == "when" and not ASKING_WORDS & set(words[:i]):
             return "time", i
+        if word == "how" and (after in ("often", "late", "early") or after == "long"
+                              and (LASTING | {"open"}) & set(words)):
+            return "time", i + 1
         if word in ("who", "whom", "whose"):
             return "person", i
         if word == "why":
@@ -6031,6 +6011,9 @@ def _slot(tokens: Sequence[Token]) -> Tuple[str, int]:
             return SLOT_OF[token.base], i
     return next((SLOT_IMPLIED[t.base] for i, t in enumerate(tokens) if t.base in SLOT_IMPLIED
                  and not {"for", "on", "at"} & set(words[max(0, i - 2):i])), ""), -1
+
+
+LASTING = frozenset("valid will can may still keep".split())  # How long is it open? Till six
 
 
 def _known_words() -> FrozenSet[str]:
@@ -6104,11 +6087,23 @@ def _term(tokens: Sequence[Token], at: int) -> Term:
     vital = token.base not in SPANS_OF_TIME and (bool(owner) or after == "'s" or led or (
         token.text[:1].isupper() and at > 0) or (
         # Where is the spare battery? Behind "is" all that follows "the" names the thing
-        len(tokens) > 1 and tokens[1].word in ("is", "are", "was", "were") and at > 2
+        len(tokens) > 1 and at > 2 and (tokens[1].word in BE or at + 2 == len(tokens)
+                                        and tokens[-1].word in BE)
         and bool(owner_at(tokens, at)) and token.word not in IRREGULAR
         and not token.word.endswith(("ing", "ed"))))
     sought = before in ("what", "which") or (before == "of" and at > 2)
-    return Term(token, 1.5 if vital else 1.0, vital, owner, True, sought and not owner)
+    return Term(token, 1.5 if vital else 1.0, vital, owner, True, sought and not owner,
+                _aside(tokens, at) if vital and owner not in ("my", "your") else "")
+
+
+def _aside(tokens: Sequence[Token], at: int) -> str:
+    """Return the preposition of a phrase that may be left out: for my form, on the platform."""
+    before = [t.word for t in tokens[max(0, at - 3):at] if t.word in ADJUNCTS]
+    return before[-1] if before and not tokens[at].text[:1].isupper() else ""
+
+
+ADJUNCTS = frozenset("in on at for as during".split())
+BE = frozenset("is are was were".split())
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -6372,7 +6367,8 @@ def unit_score(asked: Asked, unit: Unit) -> float:
     if classed and any(term.vital and grade and at > classed[0]
                        for term, (grade, at) in zip(asked.terms, best)):
         return 0.0  # it says of another what that is
-    score = _covered(asked, best)
+    asked = _without_asides(asked, tokens, best)
+    score = _covered(asked, best) * (0.4 if _opposed(asked, tokens) else 1.0)
     score *= _person_factor(asked, unit, best)
     for term, (grade, at) in zip(asked.terms, best):
         if grade:
@@ -6399,8 +6395,8 @@ def _lies_so(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, 
     if len(words) < 3 or words[0] != "what" or words[1] not in AUXILIARIES or (
             words[2] not in ("in", "on", "under", "behind", "inside")):
         return True
-    return any(grade and words[2] in [t.word for t in tokens[max(0, at - 4):at]]
-               for grade, at in best)
+    return any(grade and (words[2] in [t.word for t in tokens[max(0, at - 4):at]] or {
+        t.base for t in tokens[at + 1:at + 3]} & {"hold", "contain"}) for grade, at in best)
 
 
 def _defines(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> bool:
@@ -6420,6 +6416,34 @@ def _defines(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, 
                for grade, at in best)
 
 
+OPPOSITES = dict(pair.split("=") for pair in """open=close begin=end start=end begin=finish
+    start=finish arrive=leave next=last home=away morning=evening morning=night
+    left=right before=after first=last north=south east=west""".split())
+
+
+def _opposed(asked: Asked, tokens: Sequence[Token]) -> bool:
+    """Return whether a statement has the opposite of what is asked: it opens, but when not?"""
+    mine, theirs = {t.base for t in asked.tokens}, {t.base for t in tokens}
+    if asked.closed or mine & LASTING or {"until", "long"} & mine or mine & NEGATIONS:
+        return False
+    pairs = [*OPPOSITES.items(), *((b, a) for a, b in OPPOSITES.items())]
+    return any(a in mine and b in theirs and not (b in mine or a in theirs) for a, b in pairs)
+
+
+def _without_asides(asked: Asked, tokens: Sequence[Token],
+                    best: Sequence[Tuple[float, int]]) -> Asked:
+    """Return the question with asides that a statement may lack: it says no other such thing.
+
+    Where it tells of the password at the cabin, the one at the library is another.
+    """
+    if not any(grade and t.vital and not t.aside for t, (grade, _) in zip(asked.terms, best)):
+        return asked
+    words = {t.word for t in tokens}
+    return asked._replace(terms=[
+        term._replace(vital=False) if term.aside and not grade and term.aside not in words
+        else term for term, (grade, _) in zip(asked.terms, best)])
+
+
 def _covered(asked: Asked, best: Sequence[Tuple[float, int]]) -> float:
     """Return the share of what is telling in the question that the statement holds."""
     names = {t.token for t, (grade, _) in zip(asked.terms, best)
@@ -6433,9 +6457,9 @@ def _covered(asked: Asked, best: Sequence[Tuple[float, int]]) -> float:
     # a verb of no known relation may be another word for what fills a slot of its own
     places = {term.token: asked.tokens.index(term.token) for term in asked.terms}
     held_at = {places[t.token] for t, (grade, _) in zip(asked.terms, best) if grade}
-    loose = asked.slot in ("place", "time", "number", "amount", "span", "person") and not any(
-        term.vital or _is_relative(term.token) or places[term.token] + 1 in held_at
-        for term in missing)
+    loose = asked.slot in SURE_SLOTS and not any(
+        term.vital or term.token.base in KINDS or not term.token.senses.isdisjoint(TELLING)
+        or places[term.token] + 1 in held_at for term in missing)
     thing = any(g and t.vital and not t.token.text[:1].isupper() and t.token.base not in PEOPLE
                 for t, (g, _) in zip(asked.terms, best))
     firm = sum(1 for grade, _ in best if grade) > 1
@@ -6455,8 +6479,14 @@ def _covered(asked: Asked, best: Sequence[Tuple[float, int]]) -> float:
     return score
 
 
+SURE_SLOTS = frozenset("place time number amount span person colour".split())
+
 # What one does with a thing of any kind: that a statement lacks them says little.
-OPEN_VERBS = frozenset("eat drink like love wear take use make sleep fit offer serve".split())
+OPEN_VERBS = frozenset("""eat drink like love wear take use make sleep fit offer serve feed
+    give""".split())
+# What tells one fact about a thing or a person from another: that a statement lacks it says much.
+TELLING = frozenset().union(*(_senses(word) for word in """name live born age job open close begin
+    end leave arrive buy sell borrow lend die marry study work cost weigh phone""".split()))
 
 
 def _is_relative(token: Token) -> bool:
@@ -6467,10 +6497,11 @@ def _is_relative(token: Token) -> bool:
 def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) -> float:
     """Return 1 when the statement is about whom the question is about, or else less."""
     words = {token.word for token in unit.tokens}
-    if asked.closed and asked.tokens[1:] and asked.tokens[1].word in PRONOUNS:
-        return 0.3  # Is it far?
+    if asked.closed and asked.tokens[1:] and asked.tokens[1].word in PRONOUNS or (
+            [t.word for t in asked.tokens[-2:]] == ["not", "it"]):
+        return 0.3  # Is it far? Time flies, doesn't it?
     if asked.tokens[0].word in ASKING_WORDS and [t.word for t in asked.tokens[2:3]] in (
-            ["it"], ["this"]):
+            ["it"], ["this"]) and not {t.base for t in asked.tokens[3:4]} & SPANS_OF_TIME:
         return 0.3  # How does this work?
     if asked.closed and asked.tokens[0].word in OFFERS and asked.tokens[0].word not in words:
         return 0.3  # Shall we go? asks for no fact
@@ -6481,9 +6512,11 @@ def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) 
         return 1.0 if unit.entry.source in TOLD else read
     advice = {t.word for t in asked.tokens} & (ADVICE if asked.person else OPINION)
     if advice and not advice & words:
-        named = any(grade and t.vital and t.owner for t, (grade, _) in zip(asked.terms, best))
-        wondering = {t.word for t in asked.tokens[:2]} & ASKING_WORDS
-        return 0.8 if named and wondering and asked.person else 0.5
+        named = any(grade and t.vital for t, (grade, _) in zip(asked.terms, best))
+        wondering = {t.word for t in asked.tokens[:-1]} & ASKING_WORDS
+        told = unit.entry.source in TOLD and advice <= ADVICE
+        return 0.5 if not (named and wondering and (told or asked.person or asked.slot)) else (
+            0.95 if told else 0.8)
     if asked.bare and asked.slot == "name" and not [
             t for t in asked.terms if t.token != asked.tokens[asked.slot_at]]:
         return 1.0 if _names_the_owner(unit.tokens) else 0.3
@@ -6504,7 +6537,9 @@ def _bare_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) ->
     if "my" in related:
         return 1.0
     things = [t for t in asked.terms if not _is_relative(t.token)]
-    if not subjects and asked.slot == "place" and things and all(grade for grade, _ in best):
+    if not subjects and things and all(grade for grade, _ in best) and (
+            asked.slot == "place" or asked.slot and all(
+                _noun_owner(tokens, at) in ("the", "this") for _, at in best)):
         return 0.75  # where do I find a thing, where is it
     if not subjects or _says_third(asked, tokens, best):
         return 0.3
@@ -6560,7 +6595,8 @@ def _only_describes(asked: Asked, term: Term, tokens: Sequence[Token], at: int) 
         return True
     # the sofa is not where the cat is: the cat is on it
     return asked.slot == "place" and term.vital and len(before) > 1 and (
-        before[-1].word in DETERMINERS and before[-2].word in PREPOSITIONS)
+        before[-1].word in DETERMINERS and before[-2].word in PREPOSITIONS
+        and before[-2].word != "to")
 
 
 def _owner_factor(term: Term, unit: Unit, at: int, asked: Asked) -> float:
@@ -6597,7 +6633,8 @@ def _owner_factor(term: Term, unit: Unit, at: int, asked: Asked) -> float:
         return 0.75
     if owner == "the" and asked.slot in SELDOM and _fills(asked, tokens, {at}):
         return 0.75
-    return 0.95 if words & {"i", "we"} and "have" in {t.base for t in tokens} else 0.3
+    own = not owner and tokens[0].word in ("i", "we") and tokens[at].base not in KINDS
+    return 0.95 if own or words & {"i", "we"} and "have" in {t.base for t in tokens} else 0.3
 
 
 SELDOM = frozenset("time number amount name age colour region".split())  # in mere stories
@@ -6609,6 +6646,17 @@ def _fills(asked: Asked, tokens: Sequence[Token], used: Set[int]) -> bool:
                if i not in used or tokens[i].word in PREPOSITIONS)
 
 
+def _counts(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> bool:
+    """Return whether a statement counts what "How many ..." asks for, and nothing else."""
+    if asked.slot_at < 1 or asked.tokens[asked.slot_at].word != "many":
+        return True
+    counted = asked.tokens[asked.slot_at + 1:asked.slot_at + 3]
+    at = next((at for term, (grade, at) in zip(asked.terms, best)
+               if grade and term.token in counted), -1)
+    near = range(max(0, at - 3), at) if at >= 0 else range(len(tokens))
+    return any(_is_number(tokens, i, {at}) and tokens[i - 1].word not in ("at", "as") for i in near)
+
+
 def _slot_factor(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> float:
     """Return 1 when the statement holds something new of the kind that is asked for."""
     if not asked.slot:
@@ -6616,7 +6664,7 @@ def _slot_factor(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[flo
     used = {at for grade, at in best if grade}
     new = [i for i, t in enumerate(tokens) if i not in used]
     if _fills(asked, tokens, used):
-        return 1.0
+        return 1.0 if _counts(asked, tokens, best) else 0.4
     literal = asked.tokens[asked.slot_at] if asked.slot_at >= 0 else tokens[0]
     if literal.word not in ASKING_WORDS and literal.word not in ("old", "many", "much", "called") \
             and asked.slot != "name" and any(agreement(literal, tokens[i]) for i in new):
@@ -6672,7 +6720,8 @@ def _is_place(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
             if token.word == "to" and i == at + 1 and not (
                     t.word in DETERMINERS or _capital(tokens, i) or t.base in GOALS):
                 return False  # wanted to stay
-            if t.word in DETERMINERS and t.word not in NUMBERS or t.word in PREPOSITIONS:
+            if t.word in DETERMINERS and t.word not in NUMBERS or t.word in PREPOSITIONS or (
+                    t.word in ORDINALS):
                 continue
             if t.word in FUNCTION_WORDS:
                 return False
@@ -6690,12 +6739,13 @@ def _capital(tokens: Sequence[Token], at: int) -> bool:
             at > 0 or token.base not in KNOWN_WORDS)
     if not token.word.isalpha() or token.base in TIMES:
         return False
-    small = not any(t.text[:1].isupper() and t.word != "i" for t in tokens)
+    small = not any(t.text[:1].isupper() for t in tokens)
     return small and token.word not in FUNCTION_WORDS and token.base not in KNOWN_WORDS
 
 
 def _is_person(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
-    return _capital(tokens, at) or tokens[at].base in PEOPLE or tokens[at].base in KINDS["pet"]
+    named = _capital(tokens, at) and not {"a", "an"} & {t.word for t in tokens[max(0, at - 2):at]}
+    return named or tokens[at].base in PEOPLE or tokens[at].base in KINDS["pet"]
 
 
 def _is_colour(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
@@ -6730,7 +6780,7 @@ def _is_amount(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
 def _is_span(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
     units = {t.base for t in tokens[at + 1:at + 3]} & UNITS
     return _is_number(tokens, at, set()) and bool(units) or (
-        tokens[at].word in ("since", "until", "till"))
+        tokens[at].word in ("since", "until", "till", "by"))
 
 
 def _is_reason(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
@@ -6778,6 +6828,8 @@ def turned(text: str) -> str:
         opens = not said or bool(re.search(r"[.!?…:]\s*$", pieces[at - 1]))
         before = [p.casefold() for p in pieces[max(0, at - 6):at] if p[0].isalnum()]
         new = _TURNS.get(word, piece)
+        if word == "mine" and before and before[-1] not in OF_WHOM:
+            new = piece  # a salt mine
         if word == "you":
             new = "I" if _leads_a_verb(pieces, at, opens) else "me"
         elif word in ("was", "wasn't") and _speaks(before, "i"):
@@ -6786,6 +6838,9 @@ def turned(text: str) -> str:
             new = {"are": "am", "were": "was", "aren't": "am not", "weren't": "wasn't"}[word]
         said.append(new[:1].upper() + new[1:] if opens and new != piece else new)
     return "".join(said)
+
+
+OF_WHOM = frozenset("is are was were not of than like with to and be as from".split())
 
 
 def _speaks(before: Sequence[str], who: str) -> bool:

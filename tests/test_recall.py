@@ -146,6 +146,53 @@ class Remembering(unittest.TestCase):
         memory.close()
 
 
+class Telling(unittest.TestCase):
+    """What may be left out of a statement that answers, and what may not."""
+
+    def known(self, told, asked, key):
+        memory = memory_of(told)
+        fit = answer(memory, asked)
+        memory.close()
+        self.assertIn(key, fit.answer if fit else "", (told, asked))
+
+    def unknown(self, told, asked):
+        memory = memory_of(told)
+        fit = answer(memory, asked)
+        memory.close()
+        self.assertFalse(is_a_fact(fit), (told, asked, fit))
+
+    def test_the_opposite_of_what_is_asked_is_no_answer(self):
+        told = "The chemist opens at eight."
+        self.known(told, "When does the chemist open?", "eight")
+        self.unknown(told, "When does the chemist close?")
+        self.known("The chemist closes at six.", "Until when is the chemist open?", "six")
+
+    def test_an_aside_may_be_missing_unless_another_stands_in_its_place(self):
+        self.known("My tax number is 4471.", "I need my tax number for a letter, what is it?", "4471")
+        told = "The password of the radio at the lodge is fern9."
+        self.known(told, "What is the password of the radio at the lodge?", "fern9")
+        self.unknown(told, "What is the password of the radio at the school?")
+
+    def test_who_does_a_thing_is_named_by_it(self):
+        self.known("Ottilie painted the big portrait.", "Who is the painter of the portrait?",
+                   "Ottilie")
+        self.unknown("The garden sleeps in winter.", "When does the gardener come?")
+
+    def test_how_many_asks_for_a_count_of_just_that(self):
+        self.known("I have three nieces.", "How many nieces do I have?", "three")
+        self.unknown("I feed my hens at six.", "How many hens do I feed?")
+
+    def test_a_question_may_stand_behind_a_comma(self):
+        self.assertTrue(m.asks("my library card, when does it expire"))
+        self.assertFalse(m.asks("I met Anna, who is my boss"))
+        self.known("My library card runs out in June.", "my library card, when does it expire", "June")
+
+    def test_a_roundabout_way_of_asking_asks_the_same(self):
+        for asked in ("What is it that I am allergic to?", "what was it that I am allergic to"):
+            self.known("I am allergic to celery.", asked, "celery")
+        self.known("I was born in Graz.", "What is the name of the town where I was born?", "Graz")
+
+
 class Turning(unittest.TestCase):
     def test_the_owner_is_spoken_to(self):
         for told, said in (("My cat is called Biscuit.", "Your cat is called Biscuit."),
@@ -153,6 +200,7 @@ class Turning(unittest.TestCase):
                            ("I've lost my keys", "You have lost your keys"),
                            ("My wife and I met in Rome", "Your wife and you met in Rome"),
                            ("That book is mine", "That book is yours"),
+                           ("We saw an old salt mine", "You saw an old salt mine"),
                            ("I taught myself", "You taught yourself"),
                            ("Your name is Mac", "My name is Mac"),
                            ("You are my friend", "I am your friend"),
