@@ -3526,6 +3526,37 @@ def cross_entropy(logits: VectorValue, targets: Sequence[int]) -> Tuple[ScalarVa
     return loss, losses
 
 
+def unlikelihood(logits: VectorValue, targets: Sequence[int]) -> ScalarValue:
+    """Return the mean of −ln(1 − p(target)) over the rows with a target: what was not wanted.
+
+    logits (T, V), targets (T,); a target of −1 has no loss. A row's slope is that of its cross
+    entropy times −p/(1 − p), so only what the model is likely to say is pushed away.
+    Source: Welleck et al., arXiv:1908.04319, §4.
+    """
+    _, losses = cross_entropy(logits, targets)
+    engine, rows, vocab = logits.engine, logits.rows, logits.dim
+    count = max(1, rows - list(targets).count(-1))
+    chances = [min(MOST_UNWANTED, exp(-nats)) if target >= 0 else 0.0
+               for nats, target in zip(losses, targets)]
+    loss = ScalarValue(sum(-log(1.0 - p) for p in chances) / count, needs_grad=False)
+
+    def _backward(g: float) -> None:
+        grad, wanted = logits.grad_buffer(), array("i", targets)
+        lse, slopes = engine.buffer(rows), engine.buffer(rows * vocab)
+        engine.cross_entropy_forward(logits.data, wanted, lse, engine.buffer(rows), rows, vocab)
+        engine.cross_entropy_backward(logits.data, wanted, lse, slopes, rows, vocab, -g / count)
+        for start, p in zip(range(0, rows * vocab, vocab), chances):
+            row = grad[start:start + vocab]
+            engine.add_scaled(slopes[start:start + vocab], row, vocab, p / (1.0 - p))
+            grad[start:start + vocab] = row
+    if engine.recording:
+        loss.connect([logits], _backward)
+    return loss
+
+
+MOST_UNWANTED = 0.95  # a chance above this pulls no harder, or one token outweighs a batch
+
+
 class DeltaAdapter:
     """A low-rank change x·(scale·B·A)ᵀ beside a frozen matrix, of no effect when born.
 
@@ -3734,6 +3765,11 @@ class GPT:
         """
         inputs, targets, starts = _stacked(windows)
         return cross_entropy(self.logits(inputs, starts, drop_rate, rng), targets)[0]
+
+    def aversion(self, ids: Sequence[int], first: int) -> ScalarValue:
+        """Return the unlikelihood of ids[first:] behind those before them, in nats a token."""
+        inputs, targets = list(ids[:-1]), list(ids[1:])
+        return unlikelihood(self.logits(inputs), [-1] * (first - 1) + targets[first - 1:])
 
     def new_cache(self) -> KVCache:
         """Return an empty cache of this model's shape."""
@@ -4417,6 +4453,9 @@ class TextPool:
         return list(stream[max(0, start):start + self.block_size + 1])
 
 
+Unwanted = Tuple[Sequence[int], int]  # ids, and the place of the first that is not to be said
+
+
 class StepReport(NamedTuple):
     """What one training step did."""
 
@@ -4428,10 +4467,12 @@ class StepReport(NamedTuple):
 
 def train_step(model: GPT, optimizer: AdamW, windows: Sequence[Sequence[int]], rate: float,
                drop_rate: float, rng: random.Random,
-               guard: Optional[contextlib.AbstractContextManager] = None) -> StepReport:
+               guard: Optional[contextlib.AbstractContextManager] = None,
+               unwanted: Sequence[Unwanted] = ()) -> StepReport:
     """Run forward, backward and update on one batch; the update alone happens inside `guard`.
 
-    A loss or gradient that is not finite changes no weight and is reported as not applied.
+    What is unwanted is pushed away in the same step. A loss or gradient that is not finite changes
+    no weight and is reported as not applied.
     """
     params = model.trainable()
     for param in params:
@@ -4441,6 +4482,8 @@ def train_step(model: GPT, optimizer: AdamW, windows: Sequence[Sequence[int]], r
     if not math.isfinite(loss.data):
         return StepReport(loss.data, tokens, math.inf, False)
     backward(loss)
+    for ids, first in unwanted:
+        backward(model.aversion(ids, first))
     with guard or contextlib.nullcontext():
         norm = optimizer.step(params, rate)
     return StepReport(loss.data, tokens, norm, math.isfinite(norm))
@@ -4781,6 +4824,15 @@ class Memory:
         """Approve (1) or reject (−1) a message."""
         with self.transaction():
             self._rows("UPDATE messages SET verdict = ? WHERE id = ?", verdict, message_id)
+
+    def rejected_exchanges(self, count: int) -> List[Tuple[str, str]]:
+        """Return the newest replies that were rejected, each with what it answered, oldest first.
+        """
+        rows = self._rows("""
+            SELECT (SELECT text FROM messages WHERE session_id = m.session_id AND id < m.id
+                    AND role = 'owner' ORDER BY id DESC LIMIT 1), text
+            FROM messages AS m WHERE verdict < 0 ORDER BY id DESC LIMIT ?""", count)
+        return [(asked, answer) for asked, answer in rows if asked is not None][::-1]
 
     # entries
 
@@ -7910,6 +7962,7 @@ class Student:
         self._ids: Dict[int, List[int]] = {}
         self._documents: List[List[Any]] = []
         self.dirty: Set[str] = set()
+        self.rejected: List[Tuple[str, str]] = []
         self._held_text = self._mix_text = ""
         self.mixer = layers.get("mixer")
         self.mix_due = self.mixer is None
@@ -7969,6 +8022,20 @@ class Student:
                 self.model.draw_embedding(self.rng)
             self.dirty.add("base")
 
+    def take_rejected(self, exchanges: Iterable[Sequence[str]]) -> None:
+        """Take what was asked and what is not to be answered; bursts push the model away from it.
+        """
+        self.rejected = [(asked, answer) for asked, answer in exchanges if answer]
+
+    def _unwanted(self) -> List[Unwanted]:
+        """Return one rejected reply, at random, as ids that fit the window; in a burst alone."""
+        if not self.rejected or self.growth.phase != "grown":
+            return []
+        asked, answer = self.rng.choice(self.rejected)
+        block, encode = self.config.block_size, self.tokenizer.encode
+        prompt = prompt_ids(self.tokenizer, [], asked, max(2, block // 2))
+        return [((prompt + encode(f" {answer}\n"))[:block + 1], len(prompt))]
+
     def _encode(self) -> None:
         """Lay out the streams; documents that were here before are not encoded again."""
         known, self._ids = self._ids, {}
@@ -8024,7 +8091,7 @@ class Student:
         windows = self.pool.windows(self.batch(), fresh_count, self.rng)
         windows = [window for window in windows if len(window) > 1]
         report = train_step(self.model, self.optimizer, windows, rate, self.config.dropout,
-                            self.rng, self.guard)
+                            self.rng, self.guard, self._unwanted())
         self.growth.step += 1
         self.growth.tokens += report.tokens
         self.dirty.add(self.delta_names[-1] if self.growth.phase == "grown" else "base")
@@ -8244,6 +8311,11 @@ class TrainerChild:
         self._send("reading", documents=len(documents), fresh=len(fresh),
                    phase=self.student.growth.phase, vocab=self.student.tokenizer.vocab_size)
 
+    def on_rejected(self, exchanges: List[List[str]], blobs: Dict[str, bytes]) -> None:
+        """Take the replies that the owner did not want."""
+        assert self.student is not None
+        self.student.take_rejected(exchanges)
+
     def on_learn(self, steps: Optional[int], seconds: Optional[float],
                  blobs: Dict[str, bytes]) -> None:
         """Begin a job, unless a warm-up is under way, which takes new text in its stride."""
@@ -8348,6 +8420,7 @@ sys.path.insert(0, folder)
 sys.exit(importlib.import_module(os.path.splitext(name)[0]).trainer_main())
 """
 BIG_ADDITION = 50
+MOST_REJECTED = 50  # replies from which bursts push the model away, the newest
 MOST_TRIES = 4  # at words that were not rejected before
 NO_ORDER = (("force", False), ("steps", None), ("seconds", None))
 LEASE_SECONDS = 120.0
@@ -8899,6 +8972,9 @@ class Organism:
             documents = [[e.key, e.text, e.closed, not e.learned]
                          for e in entries if not e.held_out]
             held_out = "\n".join(e.text for e in entries if e.held_out)
+            rejected = self.memory.rejected_exchanges(MOST_REJECTED)
+            if rejected:
+                self._send(child, {"do": "rejected", "exchanges": rejected}, {})
             self._send(child, {"do": "text", "documents": documents, "held_out": held_out}, {})
             self._send(child, {"do": "learn", **job}, {})
             self.at_work = True

@@ -149,6 +149,22 @@ class GradientsAreFiniteDifferences(LayerCase):
         m.backward(m.cross_entropy(x, [1, 2])[0] * 3.0)
         self.compare(x, lambda: 3.0 * m.cross_entropy(x, [1, 2])[0].data, engine.name)
 
+    def test_unlikelihood(self):
+        for targets in ([1, 0, 4, 2], [-1, 3, -1, 0]):
+            for make in ENGINES:
+                engine = make("d")
+                x = matrix(engine, 4, 5, random.Random(53), "logits")
+                m.backward(m.unlikelihood(x, targets))
+                self.compare(x, lambda t=targets, x=x: m.unlikelihood(x, t).data, engine.name)
+
+    def test_unlikelihood_is_bounded_where_the_model_is_sure(self):
+        engine = m.interpreted_engine("d")
+        x = m.MatrixParam(engine, "logits", 1, 3, array("d", [50.0, 0.0, 0.0]))
+        loss = m.unlikelihood(x, [0])
+        m.backward(loss)
+        self.assertTrue(math.isfinite(loss.data) and all(map(math.isfinite, x.grad)))
+        self.assertLess(max(map(abs, x.grad)), 20.0)
+
     def test_a_delta_on_a_matrix(self):
         def build(x, w, a, b):
             delta = m.DeltaAdapter(x.engine, "d", w, 2, random.Random(0), 0.7)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import unittest
+import unittest.mock
 from pathlib import Path
 from unittest import mock
 
@@ -121,6 +122,24 @@ class StudentTest(unittest.TestCase):
         self.assertEqual(student.growth.phase, "grown")
         self.assertEqual(set(learned), set(range(30)))
         self.assertEqual(student.model.trainable(), [])
+
+    def test_a_burst_alone_is_pushed_away_from_what_was_rejected(self):
+        student = self.student()
+        student.take_text(self.text(30), "")
+        student.take_rejected([["hello", "sea bird"], ["and " * 50, "tree " * 50]])
+        self.assertEqual(student._unwanted(), [])
+        self.finish(student)
+        for _ in range(8):
+            [(ids, first)] = student._unwanted()
+            self.assertLessEqual(len(ids), student.config.block_size + 1)
+            said = student.tokenizer.decode(ids[first:])
+            self.assertTrue(said.startswith((" sea bird\n", " tree tree")), said)
+        nats, told = [], student.tokenizer.encode("H: hello\nA:")
+        with unittest.mock.patch.object(m.GPT, "aversion", autospec=True,
+                                        side_effect=m.GPT.aversion) as pushed:
+            student.take_text(self.text(30, fresh=False) + [[99, "a quartz\n", True, True]], "")
+            self.finish(student)
+        self.assertGreater(pushed.call_count, 0)
 
     def test_a_burst_changes_the_active_delta_and_nothing_else(self):
         student = self.student()

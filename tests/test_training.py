@@ -185,6 +185,21 @@ class StepsLearn(unittest.TestCase):
             self.assertLess(reports[-1].loss, 0.15)
             self.assertTrue(all(r.applied and r.tokens == 12 and r.norm > 0 for r in reports))
 
+    def test_what_is_unwanted_becomes_unlikely_and_the_rest_stays(self):
+        windows, unwanted = [[1, 2, 3, 4, 1, 2, 3, 4, 1]], ([1, 2, 3], 2)
+        model = small_model()
+        for _ in range(40):
+            self.step(model, windows, 0.05)
+
+        def chance(ids):
+            return math.exp(-model.loss([ids]).data * (len(ids) - 1))
+        before, kept = chance([2, 3]), chance([3, 4, 1])
+        for _ in range(20):
+            m.train_step(model, self.OPTIMIZER, [[3, 4, 1]], 0.02, 0.0, random.Random(1), None,
+                         [unwanted])
+        self.assertLess(chance([1, 2, 3]), 0.3 * before)
+        self.assertGreater(chance([3, 4, 1]), 0.7 * kept)
+
     def test_the_same_seed_learns_the_same(self):
         a, b = small_model(), small_model()
         for model in (a, b):
