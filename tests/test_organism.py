@@ -134,7 +134,6 @@ class StudentTest(unittest.TestCase):
             self.assertLessEqual(len(ids), student.config.block_size + 1)
             said = student.tokenizer.decode(ids[first:])
             self.assertTrue(said.startswith((" sea bird\n", " tree tree")), said)
-        nats, told = [], student.tokenizer.encode("H: hello\nA:")
         with unittest.mock.patch.object(m.GPT, "aversion", autospec=True,
                                         side_effect=m.GPT.aversion) as pushed:
             student.take_text(self.text(30, fresh=False) + [[99, "a quartz\n", True, True]], "")
