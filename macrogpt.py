@@ -6527,7 +6527,7 @@ def _covered(asked: Asked, best: Sequence[Tuple[float, int]]) -> float:
     if any(sense.startswith("=") for term in missing for sense in term.token.senses):
         score *= 0.7  # who is not said to be born has no birthplace
     if missing and not any(g and not t.vital for t, (g, _) in zip(asked.terms, best)):
-        return (0.9 if loose else 0.7) * score  # the thing is there, what is asked of it is not
+        return (0.9 if loose else 0.75) * score  # the thing is there, what is asked of it is not
     return score
 
 
