@@ -197,11 +197,14 @@ class StudentTest(unittest.TestCase):
                                            for i, (_, t, _, _) in enumerate(self.text(80, "lamp"))], "")
         self.assertEqual(student.growth.phase, "warmup")
         self.assertEqual(student.growth.warmup_step, 0)
-        self.assertGreater(len(student.tokenizer.merges), len(old))
-        self.assertEqual(student.tokenizer.merges[:len(old)], old)
-        self.assertEqual(student.tokenizer.encode("sea and tree", merge_limit=len(old)), sample)
+        self.assertEqual(student.tokenizer.merges, old)  # those in use stay in use
+        ripening = student.sprout.tokenizer
+        self.assertGreater(len(ripening.merges), len(old))
+        self.assertEqual(ripening.merges[:len(old)], old)
+        self.assertEqual(ripening.encode("sea and tree", merge_limit=len(old)), sample)
         self.assertEqual(student.model.vocab_size, student.tokenizer.vocab_size)
         self.finish(student)
+        self.assertEqual(student.model.vocab_size, student.tokenizer.vocab_size)
 
     def test_a_snapshot_taken_while_merges_are_learned_can_be_loaded(self):
         student = self.student("min_merge_chars=500", "max_merges=40", "min_pair_count=3")
