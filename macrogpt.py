@@ -8242,7 +8242,7 @@ class Student:
             self.model.adopt_sprout()
             self.tokenizer, self.sprout = sprout.tokenizer, None
             self._ids, self.pool = sprout.ids, sprout.pool
-            self.growth.ripening, self.mix_due = 0, True
+            self.growth.ripening = 0
             self.dirty.update({"base", *self.delta_names[-1:]})
         self._encode()
         self.evaluate()
