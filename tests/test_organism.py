@@ -446,6 +446,63 @@ class TheVocabularyGrowsWithoutAJumpCompiled(TheVocabularyGrowsWithoutAJump):
         return compiled_engine()
 
 
+class AGrownVocabularyReachesTheVoice(Home):
+    def commit(self, being, student):
+        """Let the organism commit what the student has, as if its trainer had sent it."""
+        growth, layers = student.snapshot()
+        being._on_snapshot({n: layer.data for n, layer in layers.items()},
+                           growth=dataclasses.asdict(growth), learned=[],
+                           names=student.layer_names(),
+                           layers={n: [layer.manifest, layer.sealed]
+                                   for n, layer in layers.items()})
+
+    def being(self):
+        """Return an organism and a student, grown up, with merges that ripen."""
+        sizes = ("n_layer=1", "min_merge_chars=1", "max_merges=5", "growth_merges=5",
+                 "growth_bound=1.0", "trust_bpc=100.0", "warmup_steps=4")
+        being = self.organism(*sizes)
+        being.take_in_corpus()
+        documents = [[e.key, e.text, e.closed, True] for e in being.memory.entries()]
+        student = m.Student(being.config, m.Growth(), {}, m.interpreted_engine())
+        student.take_text(documents, "")
+        student.growth.phase, student.growth.bpc = "grown", 3.0
+        student.model.freeze()
+        student._sprout(documents, 100)
+        self.commit(being, student)
+        return being, student
+
+    def test_model_tokenizer_and_counts_change_in_one_moment_and_no_reply_waits_for_it(self):
+        being, student = self.being()
+        old, model = being.voice()
+        counts = being.counts()
+        self.assertEqual(being.memory.life()[-1]["event"], "merges sprout")
+        being._thread = mock.Mock()
+        being._thread.is_alive.return_value = True
+        self.addCleanup(setattr, being, "_thread", None)
+        student._adopt(student.sprout)
+        student.growth.bpc = 3.0
+        self.commit(being, student)
+        self.assertEqual(being.memory.life()[-1]["event"], "vocabulary grew")
+        self.assertIs(being.voice()[1], model)
+        self.assertIs(being.counts(), counts)
+        self.assertTrue("".join(being.reply("Hm, well then.")))
+        self.assertIs(being.voice()[1], model)
+        being._count_ahead()
+        self.assertEqual(being.voice()[0].version, old.version + 5)
+        anew = m.EntryCounts().follow(being.memory, being.voice()[0], being.config)
+        self.assertEqual(being.counts().tables, anew.tables)
+        self.assertEqual(being.voice()[1].vocab_size, being.voice()[0].vocab_size)
+
+    def test_where_nothing_counts_in_the_background_it_counts_when_it_is_asked(self):
+        being, student = self.being()
+        old, _ = being.voice()
+        student._adopt(student.sprout)
+        self.commit(being, student)
+        self.assertEqual(being.voice()[0].version, old.version + 5)
+        anew = m.EntryCounts().follow(being.memory, being.voice()[0], being.config)
+        self.assertEqual(being.counts().tables, anew.tables)
+
+
 class Life(Home):
     def test_it_warms_up_once_and_never_again_for_the_same_text(self):
         being = self.grown()
@@ -632,6 +689,38 @@ class Processes(Home):
         growth = json.loads(facts.stdout)
         self.assertGreaterEqual(growth["step"], step + 2)
         self.assertEqual(growth["steps_now"], growth["step"] - step)
+
+    def stored_layers(self):
+        """Return the names of the layers that are committed, read from beside the program."""
+        try:
+            db = sqlite3.connect(f"file:{self.config.db_path}?mode=ro", uri=True)
+            try:
+                return {name for name, in db.execute("SELECT name FROM layers")}
+            finally:
+                db.close()
+        except sqlite3.Error:
+            return set()
+
+    def test_killed_while_merges_ripen_it_goes_on_with_them_and_brings_them_into_use(self):
+        growing = [word for setting in (
+            "n_layer=1", "min_merge_chars=1", "max_merges=5", "growth_merges=5", "growth_chars=60",
+            "growth_need=9.0", "growth_bound=1.0", "warmup_steps=4")
+            for word in ("--set", setting)]
+        self.run_macrogpt("train", *growing)
+        self.assertEqual(self.stats()["merges"], 5)
+        self.append("\n" + "The quartz lamp of quartz stands beside the quartz window.\n" * 3)
+        self.run_macrogpt("train", *growing, "--set", "micro_steps=5000",
+                          kill_after=lambda: "sprout" in self.stored_layers())
+        facts = self.stats()
+        self.assertEqual((facts["merges"], facts["ripening"]), (5, 5))
+        self.assertEqual(self.run_macrogpt("doctor").returncode, 0)
+        done = self.run_macrogpt("train", *growing)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        facts = self.stats()
+        self.assertEqual((facts["merges"], facts["ripening"]), (10, 0))
+        self.assertEqual(facts["vocabulary"], 257 + 10)
+        self.assertIn("vocabulary grew", [e["event"] for e in facts["life"]])
+        self.assertNotIn("sprout", self.stored_layers())
 
     def test_train_with_steps_does_exactly_so_many(self):
         first = json.loads(self.run_macrogpt("--json", "train", "--steps", "3").stdout)
