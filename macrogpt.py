@@ -3337,6 +3337,11 @@ class MatrixParam(VectorValue):
         self.needs_grad = self.frozen_rows < self.rows
         self.changed()
 
+    def narrowed(self, rows: int) -> "MatrixParam":
+        """Return a copy of the first rows."""
+        return MatrixParam(self.engine, self.name, rows, self.dim, self.data[:rows * self.dim],
+                           self.decays)
+
     def release(self) -> None:
         """Keep the gradient: a parameter is where it is needed."""
 
@@ -3602,6 +3607,12 @@ class DeltaAdapter:
     def append_rows(self, count: int) -> None:
         """Grow the output by rows without effect, as the base matrix grows."""
         self.b.append_rows([0.0] * (count * self.b.dim))
+
+    def narrowed(self, rows: int) -> "DeltaAdapter":
+        """Return an adapter that changes the first rows of the output, and has no others."""
+        less = DeltaAdapter.__new__(DeltaAdapter)
+        vars(less).update(vars(self), b=self.b.narrowed(rows))
+        return less
 
     def fold_into(self, base: MatrixParam) -> None:
         """Add scale·B·A to base, which makes the delta itself superfluous."""
@@ -3913,6 +3924,15 @@ class GPT:
         """Return a model of the same weights that lacks one delta."""
         less = GPT.__new__(GPT)
         vars(less).update(vars(self), deltas=self.deltas[:index] + self.deltas[index + 1:])
+        return less
+
+    def narrowed(self, rows: int) -> "GPT":
+        """Return a model of the same weights for which later ids than the first do not exist."""
+        less = GPT.__new__(GPT)
+        vars(less).update(vars(self), sprout=None, sprouting=False, _folded=(None, {}))
+        less.params = {**self.params, "embedding": self.params["embedding"].narrowed(rows)}
+        less.deltas = [{**delta, "embedding": delta["embedding"].narrowed(rows)}
+                       for delta in self.deltas]
         return less
 
     def draw_embedding(self, rng: random.Random) -> None:
@@ -7768,6 +7788,7 @@ class Growth:
     best_bpc: Optional[float] = None  # and the best of this warm-up
     stale: int = 0                    # evaluations since the best
     merges: int = 0                   # merges in use, which is the tokenizer's version
+    native: int = -1                  # merges that it was born with; −1 is not known
     ripening: int = 0                 # merges that are not in use yet
     ripeness: Optional[float] = None  # what the worst text lost when they were last tried, a share
     unmerged_chars: int = 0           # new characters since the last look for merges
@@ -8025,6 +8046,14 @@ class EntryCounts:
             self._unkept_chars = 0
 
 
+class Tongue(NamedTuple):
+    """One way to write text: merges, a model that knows no others, and the counts of their ids."""
+
+    tokenizer: EvolvingTokenizer
+    model: GPT
+    counts: NgramMemory
+
+
 KEPT_COUNT_CHARS = 100_000    # characters whose counts are worth storing: a tenth of a second
 INTERPRETED_MIX_CHARS = 2000  # held-out characters that fit the voice where kernels are slow
 COPIED_ENTRIES = 6            # entries that a reply may copy from
@@ -8122,6 +8151,7 @@ class Student:
             self.tokenizer = tokenizer
             self.model.grow_vocabulary(tokenizer.merges[known:])
             self.model.draw_embedding(self.rng)  # rows without a past need no inheritance
+            self.growth.native = tokenizer.version
             self.dirty.add("base")
 
     def _encode(self) -> None:
@@ -8647,6 +8677,8 @@ class Organism:
         self.trace: Optional[Trace] = None
         self._near: Optional[List[Entry]] = None  # what recall found for the text at hand
         self._entry_counts, self._mixer = EntryCounts(), Mixer(config.ngram_order)
+        self._native_counts = EntryCounts()
+        self._native: Optional[Tuple[GPT, EvolvingTokenizer, GPT]] = None
         self.changed = threading.Condition()
         self.growth = Growth(**memory.setting("growth", {}))
         self.progress: Dict[str, Any] = {}
@@ -8754,6 +8786,35 @@ class Organism:
                 and bool(self.config.mix) and self.trusts_model()
                 and 0 < self.growth.merges != self._voice[0].version)
 
+    def tongues(self, patient: bool = True) -> List[Tongue]:
+        """Return the ways it can write a text: with all merges, and with those of its birth.
+
+        The second costs less for a text unlike all that was read, and growths do not touch it; so
+        whatever a text is written in before a growth, after it there is nothing much worse. Without
+        patience it is left out until its counts are made, which the background does.
+        """
+        with self._entry_counts.lock:
+            tokenizer, model = self.voice()
+            ways, native = [Tongue(tokenizer, model, self.counts())], self.growth.native
+            if 0 <= native < tokenizer.version and (patient or self._native_counts.counts.size):
+                if self._native is None or self._native[0] is not model:
+                    self._native = (model, EvolvingTokenizer(tokenizer.merges[:native]),
+                                    model.narrowed(FIRST_MERGE + native))
+                _, less, narrow = self._native
+                ways.append(Tongue(less, narrow, self._native_counts.follow(
+                    self.memory, less, self.config)))
+            return ways
+
+    def tongue_for(self, text: str) -> Tongue:
+        """Return the way to write a text in which it costs the model fewest bits."""
+        def cost(way: Tongue) -> float:
+            ids = text_ids(way.tokenizer, text)
+            return sum(scored_nats(way.model, ids, way.model.shape.block_size // 2))
+        if not self.config.mix:
+            return Tongue(*self.voice(), NgramMemory())
+        ways = self.tongues(patient=False)
+        return min(ways, key=cost) if len(ways) > 1 else ways[0]
+
     def _count_ahead(self) -> None:
         """Count what is new in the entries before a reply asks for it, and keep that."""
         if self._must_recount():
@@ -8767,6 +8828,9 @@ class Organism:
                 self._voice = None
         self.counts(lambda: self.stopping)
         self._entry_counts.keep(self.memory)
+        if 0 <= self.growth.native < self.voice()[0].version:
+            less = EvolvingTokenizer(self.voice()[0].merges[:self.growth.native])
+            self._native_counts.follow(self.memory, less, self.config, lambda: self.stopping)
 
     def mixer(self) -> Mixer:
         """Return the weights of the voice's experts, as they were fitted."""
@@ -8775,11 +8839,13 @@ class Organism:
             self._mixer = load_mixer(self.config, self.memory.layers())
         return self._mixer
 
-    def mixture(self, texts: Iterable[Sequence[int]] = ()) -> Optional[Mixture]:
+    def mixture(self, texts: Iterable[Sequence[int]] = (),
+                counts: Optional[NgramMemory] = None) -> Optional[Mixture]:
         """Return the whole voice, which may copy from texts; None if the model is to be alone."""
         if not self.config.mix:
             return None
-        return Mixture(self.engine, self.counts(), self.mixer(), copyist(texts))
+        return Mixture(self.engine, self.counts() if counts is None else counts, self.mixer(),
+                       copyist(texts))
 
     def _refresh(self) -> None:
         """Notice weights that another process has committed to the same memory."""
@@ -8874,11 +8940,11 @@ class Organism:
 
     def _model_pieces(self, text: str, turns: Sequence[Tuple[str, str]],
                       fitting: Sequence[Entry], rng: random.Random) -> Iterator[str]:
-        tokenizer, model = self.voice()
+        tokenizer, model, counts = self.tongue_for(f"H: {text}\nA:")
         ids = whole_prompt_ids(tokenizer, self.summary(), fitting, turns, text,
                                self.prompt_budget())
         first, sources = True, self._sources(text, tokenizer)
-        mixture = self.mixture(words for _, words in sources)
+        mixture = self.mixture((words for _, words in sources), counts)
         self.trace = Trace(model, tokenizer, ids, sources) if mixture else None
         said = self.trace.tokens if self.trace else None
         for piece in spoken(model, tokenizer, ids, self.config, rng, ("\n",), mixture, said):
@@ -9943,7 +10009,8 @@ def stats_lines(facts: Dict[str, Any]) -> List[str]:
     bpc = "not measured yet" if facts["bpc"] is None else f"{facts['bpc']:.3f} bits per character"
     lines = [
         f"model      {facts['parameters']:,} parameters, {shape['n_layer']} layers of "
-        f"{shape['n_embd']} channels, vocabulary {facts['vocabulary']}, "
+        f"{shape['n_embd']} channels, vocabulary {facts['vocabulary']}"
+        f"{' (%d more ripen)' % facts['ripening'] if facts['ripening'] else ''}, "
         f"{facts['layers']['deltas']} deltas",
         f"learning   {facts['phase']}, step {facts['step']}, {facts['tokens']:,} tokens, "
         f"held-out {bpc}",
@@ -9975,6 +10042,20 @@ def command_stats(app: App, words: List[str]) -> int:
     return 0
 
 
+def _reading_nats(app: App, organism: Organism, way: Tongue, text: str) -> List[Any]:
+    """Return the nats of a text by model, counts, voice and learning voice, and its tokens."""
+    ids, learning = text_ids(way.tokenizer, text), Mixer(app.config.ngram_order)
+    learning.load(organism.mixer().numbers())
+    still, live = (Mixture(organism.engine, way.counts, mixer)
+                   for mixer in (organism.mixer(), learning))
+    totals = [0.0] * 4
+    for i, nats in enumerate(read_through(way.model, ids, still, live)):
+        totals = list(map(add, totals, nats))
+        if i % 500 == 0:
+            app.terminal.status(f"{i / len(ids):4.0%} of {len(ids)} tokens")
+    return [*totals, len(ids) - 1]
+
+
 def command_eval(app: App, words: List[str]) -> int:
     """Measure the model on a text file, in bits per character; learn nothing."""
     if len(words) != 1:
@@ -9982,23 +10063,15 @@ def command_eval(app: App, words: List[str]) -> int:
     text = read_text(words[0])
     if not text:
         raise CorpusError(f"{words[0]} is empty: there is nothing to predict; name a text file")
-    tokenizer, model = app.organism().voice()
-    ids, organism = text_ids(tokenizer, text), app.organism()
-    learning = Mixer(app.config.ngram_order)
-    learning.load(organism.mixer().numbers())
-    still, live = (Mixture(organism.engine, organism.counts(), mixer)
-                   for mixer in (organism.mixer(), learning))
-    totals = [0.0] * 4
-    for i, nats in enumerate(read_through(model, ids, still, live)):
-        totals = list(map(add, totals, nats))
-        if i % 500 == 0:
-            app.terminal.status(f"{i / len(ids):4.0%} of {len(ids)} tokens")
+    organism = app.organism()
+    found = [_reading_nats(app, organism, way, text) for way in organism.tongues()]
+    totals, count = [min(nats) for nats in zip(*found)][:4], found[0][4]
     app.terminal.end_status()
     names = ("gpt_bpc", "ngram_bpc", "voice_bpc", "voice_adaptive_bpc")
     bpc = {name: nats / math.log(2.0) / len(text) for name, nats in zip(names, totals)}
-    facts = {"characters": len(text), "tokens": len(ids) - 1, **bpc}
+    facts = {"characters": len(text), "tokens": count, **bpc}
     app.report(facts, [
-        f"{len(text)} characters, {len(ids) - 1} tokens: {bpc['gpt_bpc']:.4f} bits per character "
+        f"{len(text)} characters, {count} tokens: {bpc['gpt_bpc']:.4f} bits per character "
         f"by the model alone, {bpc['ngram_bpc']:.4f} by the counts alone, "
         f"{bpc['voice_bpc']:.4f} by the whole voice, {bpc['voice_adaptive_bpc']:.4f} when it "
         f"learns while it reads"])

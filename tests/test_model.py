@@ -499,6 +499,17 @@ class TheModelGrowsByAppending(ModelCase):
         self.assertEqual(set(model.trainable()), trains)
         self.assertNotIn(model.params["embedding"], trains)
 
+    def test_narrowed_to_its_old_rows_a_grown_model_says_what_it_said(self):
+        for engine in (m.interpreted_engine(), m.reference_engine()):
+            model = self.sprouting(engine, deltas=2)
+            before = model.logits(self.ids).data
+            fed = model.feed(model.new_cache(), self.ids)
+            model.adopt_sprout()
+            less = model.narrowed(VOCAB)
+            self.assertEqual((less.vocab_size, model.vocab_size), (VOCAB, VOCAB + 2))
+            self.assert_near(less.logits(self.ids).data, before)
+            self.assert_near(less.feed(less.new_cache(), self.ids), fed, 2e-5)
+
     def test_a_sprout_is_the_mean_of_its_parts_and_quiet_where_the_head_has_a_direction(self):
         model = self.sprouting(deltas=0)
         quiet, sums = model._quiet_step(self.ids), [0.0, 0.0]

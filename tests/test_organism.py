@@ -493,6 +493,41 @@ class AGrownVocabularyReachesTheVoice(Home):
         self.assertEqual(being.counts().tables, anew.tables)
         self.assertEqual(being.voice()[1].vocab_size, being.voice()[0].vocab_size)
 
+    def costs(self, being, text):
+        """Return the nats of a text in the best of tongues, by the model and by the whole voice."""
+        found = []
+        for way in being.tongues():
+            ids = m.text_ids(way.tokenizer, text)
+            mixture = m.Mixture(being.engine, way.counts, being.mixer())
+            found.append((sum(m.scored_nats(way.model, ids, 12)),
+                          m.voice_nats(way.model, ids, mixture)))
+        return [min(nats) for nats in zip(*found)]
+
+    def test_no_text_at_all_costs_more_after_the_first_growth_however_bad_its_rows(self):
+        being, student = self.being()
+        texts = ["H: What is the sea?\nA: The sea is wide.\n", "\t\tzq == {1: 'ü'}  # 你好\n",
+                 "".join(random.Random(1).choices("etaoin shrdlu\n", k=90))]
+        before = [self.costs(being, text) for text in texts]
+        self.assertEqual(len(being.tongues()), 1)
+        student.model.sprout.load(student.engine.buffer_of([3.0] * len(student.model.sprout.data)))
+        student._adopt(student.sprout)
+        self.commit(being, student)
+        versions = [way.tokenizer.version for way in being.tongues()]
+        self.assertEqual(versions, [student.tokenizer.version, student.growth.native])
+        for text, old in zip(texts, before):
+            for a, b in zip(old, self.costs(being, text)):
+                self.assertLessEqual(b, a * 1.0001)
+        self.assertEqual(being.tongue_for(texts[0]).tokenizer.version, student.growth.native)
+
+    def test_replies_do_not_wait_for_the_counts_of_the_native_tongue(self):
+        being, student = self.being()
+        student._adopt(student.sprout)
+        self.commit(being, student)
+        self.assertEqual(being.tongue_for("the sea").tokenizer.version, student.tokenizer.version)
+        self.assertEqual(len(being.tongues(patient=False)), 1)
+        being._count_ahead()
+        self.assertEqual(len(being.tongues(patient=False)), 2)
+
     def test_where_nothing_counts_in_the_background_it_counts_when_it_is_asked(self):
         being, student = self.being()
         old, _ = being.voice()
