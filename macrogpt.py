@@ -3755,23 +3755,19 @@ class GPT:
 
     def _embed(self, ids: Sequence[int]) -> VectorValue:
         """Return the embeddings (T, C) of ids; deltas of the tied matrix count here as well."""
-        if self.sprout is not None and self.sprouting:
-            return self._embed_sprouts(ids, self.sprout)
+        if self.sprout is None or not self.sprouting:
+            return self._embed_known(ids)
+        old = self.params["embedding"].rows
+        places = [t for t, token in enumerate(ids) if token >= old]
+        x = self._embed_known([token if token < old else 0 for token in ids])
+        return with_rows(x, places, embed([ids[t] - old for t in places], self.sprout))
+
+    def _embed_known(self, ids: Sequence[int]) -> VectorValue:
+        """Return the embeddings (T, C) of ids that are no sprouts."""
         x = embed(ids, self.params["embedding"])
         for delta in self.deltas:
             x = delta["embedding"].embed(ids, x)
         return x
-
-    def _embed_sprouts(self, ids: Sequence[int], sprout: MatrixParam) -> VectorValue:
-        """Return the embeddings (T, C) of ids among which are sprouts."""
-        old = self.params["embedding"].rows
-        places = [t for t, token in enumerate(ids) if token >= old]
-        self.sprouting = False
-        try:
-            x = self._embed([token if token < old else 0 for token in ids])
-        finally:
-            self.sprouting = True
-        return with_rows(x, places, embed([ids[t] - old for t in places], sprout))
 
     def _blocks(self, x: VectorValue, first_pos: int,
                 attend: Callable[[int, VectorValue], VectorValue],
@@ -8058,6 +8054,7 @@ KEPT_COUNT_CHARS = 100_000    # characters whose counts are worth storing: a ten
 INTERPRETED_MIX_CHARS = 2000  # held-out characters that fit the voice where kernels are slow
 COPIED_ENTRIES = 6            # entries that a reply may copy from
 COPIED_IDS = 150              # ids of each, from its beginning
+WARM_SHADOWS = 0.85    # share of a warm-up's batches in the merges that ripen through it
 SAMPLED_WINDOWS = 8    # windows of which new rows learn what all text has in common
 SHORTEST_WARMUP = 100  # steps; a page of text is read more often than warmup_epochs says
 RIPENING = 4           # a burst with merges to ripen has at least so many times micro_steps
@@ -8216,8 +8213,10 @@ class Student:
     @contextlib.contextmanager
     def _encoding(self) -> Iterator[TextPool]:
         """Choose how the next batch is encoded: as all that is said, or as a shadow copy."""
-        sprout = self.sprout
-        if sprout is None or self.rng.random() >= self.config.shadow_share:
+        sprout, share = self.sprout, self.config.shadow_share
+        if self.growth.phase == "warmup":  # the base learns as well, and mostly for what is to come
+            share = max(share, WARM_SHADOWS)
+        if sprout is None or self.rng.random() >= share:
             yield self.pool
         else:
             with self.model.sprouted():
