@@ -7784,7 +7784,7 @@ class Growth:
     best_bpc: Optional[float] = None  # and the best of this warm-up
     stale: int = 0                    # evaluations since the best
     merges: int = 0                   # merges in use, which is the tokenizer's version
-    native: int = -1                  # merges that it was born with; −1 is not known
+    native: int = -1                  # merges that the base was trained in; −1 is not known
     ripening: int = 0                 # merges that are not in use yet
     ripeness: Optional[float] = None  # what the worst text lost when they were last tried, a share
     unmerged_chars: int = 0           # new characters since the last look for merges
@@ -8148,7 +8148,6 @@ class Student:
             self.tokenizer = tokenizer
             self.model.grow_vocabulary(tokenizer.merges[known:])
             self.model.draw_embedding(self.rng)  # rows without a past need no inheritance
-            self.growth.native = tokenizer.version
             self.dirty.add("base")
 
     def _encode(self) -> None:
@@ -8482,6 +8481,7 @@ class Job:
         if not self.explicit or tired or growth.warmup_step >= student.warmup_steps():
             student.end_warmup()
             student.ripen()
+            growth.native = student.tokenizer.version
             return student.keys(fresh_only=False)
         return []
 
@@ -8786,7 +8786,7 @@ class Organism:
                 and 0 < self.growth.merges != self._voice[0].version)
 
     def tongues(self, patient: bool = True) -> List[Tongue]:
-        """Return the ways it can write a text: with all merges, and with those of its birth.
+        """Return the ways it can write a text: with all merges, and with those of its base.
 
         The second costs less for a text unlike all that was read, and growths do not touch it; so
         whatever a text is written in before a growth, after it there is nothing much worse. Without

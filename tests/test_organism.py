@@ -208,6 +208,7 @@ class StudentTest(unittest.TestCase):
         self.assertEqual(student.model.vocab_size, student.tokenizer.vocab_size)
         self.finish(student)
         self.assertEqual(student.model.vocab_size, student.tokenizer.vocab_size)
+        self.assertEqual(student.growth.native, student.tokenizer.version)
 
     def test_a_snapshot_taken_while_merges_are_learned_can_be_loaded(self):
         student = self.student("min_merge_chars=500", "max_merges=40", "min_pair_count=3")
@@ -466,6 +467,7 @@ class AGrownVocabularyReachesTheVoice(Home):
         student = m.Student(being.config, m.Growth(), {}, m.interpreted_engine())
         student.take_text(documents, "")
         student.growth.phase, student.growth.bpc = "grown", 3.0
+        student.growth.native = student.tokenizer.version
         student.model.freeze()
         student._sprout(documents, 100)
         self.commit(being, student)
