@@ -9314,7 +9314,7 @@ class Organism:
                 memory.log("phase", phase=growth["phase"], step=growth["step"], bpc=growth["bpc"])
             if growth["ripening"] > self.growth.ripening:
                 memory.log("merges sprout", count=growth["ripening"])
-            if self.growth.ripening and not growth["ripening"]:
+            if growth["ripeness"] is not None and growth["merges"] > self.growth.merges:
                 memory.log("vocabulary grew", merges=growth["merges"], worst=growth["ripeness"])
         with self.changed:
             self.growth, self._voice_old = Growth(**growth), True

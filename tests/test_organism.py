@@ -481,7 +481,7 @@ class AGrownVocabularyReachesTheVoice(Home):
         being._thread = mock.Mock()
         being._thread.is_alive.return_value = True
         self.addCleanup(setattr, being, "_thread", None)
-        student._adopt(student.sprout)
+        student.ripen()
         student.growth.bpc = 3.0
         self.commit(being, student)
         self.assertEqual(being.memory.life()[-1]["event"], "vocabulary grew")
