@@ -106,6 +106,17 @@ class GradientsAreFiniteDifferences(LayerCase):
         self.check(m.added, (3, 4), (3, 4))
         self.check(lambda x: m.added(x, x, 0.25), (3, 4))
 
+    def test_beside(self):
+        self.check(m.beside, (3, 2), (3, 4))
+
+    def test_with_rows(self):
+        self.check(lambda x, y: m.with_rows(x, [0, 2], y), (4, 3), (2, 3))
+
+    def test_with_no_rows(self):
+        engine = m.interpreted_engine()
+        x = matrix(engine, 2, 3, random.Random(1))
+        self.assertEqual(m.with_rows(x, [], m.VectorValue(engine, 0, 3)).data, x.data)
+
     def test_scaled(self):
         self.check(m.scaled, (3, 4), (1, 1))
 
@@ -358,6 +369,17 @@ class SmallOperationsKeepTheirPromises(LayerCase):
                 m.added(x, m.VectorValue(self.engine, *other))
         with self.assertRaises(ValueError):
             m.swiglu(m.VectorValue(self.engine, 2, 3))
+
+    def test_rows_stand_beside_and_in_place_of_others(self):
+        x, y = (copy_of(self.engine, 2, 2, numbers) for numbers in ([1, 2, 3, 4], [5, 6, 7, 8]))
+        self.assertEqual(list(m.beside(x, y).data), [1, 2, 5, 6, 3, 4, 7, 8])
+        last = copy_of(self.engine, 1, 2, [9, 9])
+        self.assertEqual(list(m.with_rows(x, [1], last).data), [1, 2, 9, 9])
+        self.assertEqual(list(x.data), [1, 2, 3, 4])
+        with self.assertRaises(ValueError):
+            m.beside(x, last)
+        with self.assertRaises(ValueError):
+            m.with_rows(x, [0, 1], last)
 
     def test_added_leaves_its_inputs_alone(self):
         x, y = (copy_of(self.engine, 1, 2, [1.0, 2.0]) for _ in range(2))

@@ -452,6 +452,106 @@ class TheModelGrowsByAppending(ModelCase):
         self.assertEqual(table.data[:VOCAB * 8], before[:VOCAB * 8])
         self.assertNotEqual(table.data[VOCAB * 8:], before[VOCAB * 8:])
 
+    def sprouting(self, engine=None, deltas=1):
+        """Return a model with deltas and two sprouts, the second of the first."""
+        model = lively(engine or self.engine)
+        for seed in range(deltas):
+            model.append_delta(2, random.Random(seed))
+            stir(model, seed, 0.1)
+        model.grow_sprout([(1, 2), (VOCAB, 3)], self.ids)
+        return model
+
+    def test_sprouts_change_nothing_until_they_count_and_then_only_add_ids(self):
+        for deltas in (0, 2):
+            model = self.sprouting(deltas=deltas)
+            sprout, model.sprout = model.sprout, None
+            before = model.logits(self.ids)
+            model.sprout = sprout
+            self.assertEqual(model.logits(self.ids).data, before.data)
+            self.assertEqual(model.vocab_size, VOCAB)
+            with self.assertRaises(ValueError):
+                model.logits([VOCAB])
+            with model.sprouted():
+                self.assertEqual(model.vocab_size, VOCAB + 2)
+                after = model.logits(self.ids)
+            self.assertEqual((after.dim, model.vocab_size), (VOCAB + 2, VOCAB))
+            for t in range(len(self.ids)):
+                self.assert_near(after.row(t)[:VOCAB], before.row(t), 1e-6, t)
+
+    def test_what_sprouted_models_say_adopted_ones_say_too(self):
+        for engine in (m.interpreted_engine(), m.reference_engine()):
+            model = self.sprouting(engine, deltas=2)
+            model.freeze()
+            ids = [*self.ids[:4], VOCAB, 2, VOCAB + 1, VOCAB]
+            with model.sprouted():
+                before = model.logits(ids).data
+            model.adopt_sprout()
+            self.assertEqual((model.vocab_size, model.trainable()), (VOCAB + 2, []))
+            self.assert_near(model.logits(ids).data, before, 1e-5)
+            cache, whole = model.new_cache(), model.logits(ids)
+            for t, token in enumerate(ids):
+                self.assert_near(model.feed(cache, [token]), whole.row(t), 2e-5, t)
+
+    def test_an_unsealed_delta_trains_on_after_an_adoption_the_base_does_not(self):
+        model = self.sprouting()
+        trains = set(model.trainable()) - {model.sprout}
+        model.adopt_sprout()
+        self.assertEqual(set(model.trainable()), trains)
+        self.assertNotIn(model.params["embedding"], trains)
+
+    def test_narrowed_to_its_old_rows_a_grown_model_says_what_it_said(self):
+        for engine in (m.interpreted_engine(), m.reference_engine()):
+            model = self.sprouting(engine, deltas=2)
+            before = model.logits(self.ids).data
+            fed = model.feed(model.new_cache(), self.ids)
+            model.adopt_sprout()
+            less = model.narrowed(VOCAB)
+            self.assertEqual((less.vocab_size, model.vocab_size), (VOCAB, VOCAB + 2))
+            self.assert_near(less.logits(self.ids).data, before)
+            self.assert_near(less.feed(less.new_cache(), self.ids), fed, 2e-5)
+
+    def test_a_sprout_is_the_mean_of_its_parts_and_quiet_where_the_head_has_a_direction(self):
+        model = self.sprouting(deltas=0)
+        quiet, sums = model._quiet_step(self.ids), [0.0, 0.0]
+        table = model.params["embedding"]
+        first = [(a + b) / 2 for a, b in zip(table.row(1), table.row(2))]
+        second = [(a + b) / 2 for a, b in zip(first, table.row(3))]
+        for i, row in enumerate((first, second)):
+            self.assert_near(model.sprout.row(i), [a - b for a, b in zip(row, quiet)], 1e-5)
+        loud = m.MatrixParam(self.engine, "loud", 2, 8, self.engine.buffer_of(first + second))
+        for rows in (model.sprout, loud):
+            model.sprout = rows
+            with model.sprouted():
+                logits = model.logits(self.ids)
+            sums[rows is loud] = sum(sum(logits.row(t)[VOCAB:]) for t in range(len(self.ids)))
+        self.assertLess(sums[0], sums[1])
+        self.assertLessEqual((sums[1] - sums[0]) / 2 / len(self.ids), m.QUIET_NATS + 1e-3)
+
+    def test_the_gradient_of_sprouts_is_right_and_what_is_frozen_beside_them_stays(self):
+        model = self.sprouting(m.interpreted_engine("d"))
+        loss = [[1, VOCAB, 2, VOCAB + 1], [3, VOCAB + 1]]
+        with model.sprouted():
+            m.backward(model.loss(loss))
+            for i in (0, 5, 8, 15):
+                sides = []
+                for step in (1e-5, -1e-5):
+                    model.sprout.data[i] += step
+                    model.sprout.changed()
+                    sides.append(model.loss(loss).data)
+                    model.sprout.data[i] -= step
+                    model.sprout.changed()
+                slope = (sides[0] - sides[1]) / 2e-5
+                self.assertAlmostEqual(model.sprout.grad[i], slope, delta=1e-6)
+        self.assertIsNone(model.params["embedding"].grad)
+        before, rows = model.params["embedding"].data[:], model.sprout.data[:]
+        optimizer = m.AdamW(0.9, 0.99, 1e-8, 0.0, 1.0)
+        m.train_step(model, optimizer, [[1, 2, 3]], 0.1, 0.0, random.Random(1))
+        self.assertEqual(model.sprout.data, rows)  # text without them does not move them
+        with model.sprouted():
+            m.train_step(model, optimizer, loss, 0.1, 0.0, random.Random(1))
+        self.assertNotEqual(model.sprout.data, rows)
+        self.assertEqual(model.params["embedding"].data, before)
+
     def test_drawing_the_embedding_anew_touches_nothing_else(self):
         others = {n: p.data[:] for n, p in self.model.params.items() if n != "embedding"}
         before = self.model.params["embedding"].data[:]

@@ -1,5 +1,6 @@
 """The organism: learning, its supervision, and what survives; with real trainer processes."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -13,13 +14,14 @@ import sys
 import tempfile
 import time
 import unittest
-import unittest.mock
+import zlib
 from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import macrogpt as m  # noqa: E402
+from support import compiled_engine  # noqa: E402
 
 TINY = ("n_embd=16", "n_head=2", "block_size=24", "warmup_steps=12", "eval_steps=4", "micro_steps=3",
         "eval_chars=300", "min_merge_chars=1000000", "tick_seconds=0.05", "commit_seconds=0.3")
@@ -134,7 +136,7 @@ class StudentTest(unittest.TestCase):
             self.assertLessEqual(len(ids), student.config.block_size + 1)
             said = student.tokenizer.decode(ids[first:])
             self.assertTrue(said.startswith((" sea bird\n", " tree tree")), said)
-        with unittest.mock.patch.object(m.GPT, "aversion", autospec=True,
+        with mock.patch.object(m.GPT, "aversion", autospec=True,
                                         side_effect=m.GPT.aversion) as pushed:
             student.take_text(self.text(30, fresh=False) + [[99, "a quartz\n", True, True]], "")
             self.finish(student)
@@ -215,11 +217,15 @@ class StudentTest(unittest.TestCase):
                                            for i, (_, t, _, _) in enumerate(self.text(80, "lamp"))], "")
         self.assertEqual(student.growth.phase, "warmup")
         self.assertEqual(student.growth.warmup_step, 0)
-        self.assertGreater(len(student.tokenizer.merges), len(old))
-        self.assertEqual(student.tokenizer.merges[:len(old)], old)
-        self.assertEqual(student.tokenizer.encode("sea and tree", merge_limit=len(old)), sample)
+        self.assertEqual(student.tokenizer.merges, old)  # those in use stay in use
+        ripening = student.sprout.tokenizer
+        self.assertGreater(len(ripening.merges), len(old))
+        self.assertEqual(ripening.merges[:len(old)], old)
+        self.assertEqual(ripening.encode("sea and tree", merge_limit=len(old)), sample)
         self.assertEqual(student.model.vocab_size, student.tokenizer.vocab_size)
         self.finish(student)
+        self.assertEqual(student.model.vocab_size, student.tokenizer.vocab_size)
+        self.assertEqual(student.growth.native, student.tokenizer.version)
 
     def test_a_snapshot_taken_while_merges_are_learned_can_be_loaded(self):
         student = self.student("min_merge_chars=500", "max_merges=40", "min_pair_count=3")
@@ -261,6 +267,294 @@ class StudentTest(unittest.TestCase):
         for _ in range(3):
             job.advance()
         self.assertEqual(job.fresh_count(), 0)
+
+
+class TheVocabularyGrowsWithoutAJump(unittest.TestCase):
+    """New merges are learned, ripen unheard, and come into use when no text is worse off."""
+
+    GROWING = ("min_merge_chars=1", "max_merges=12", "growth_merges=6", "growth_chars=150",
+               "growth_need=9.0", "held_out_chars=600", "delta_rank=2", "mix_passes=1")
+    SMALLER = ("n_layer=1", "n_embd=8", "block_size=16", "warmup_steps=6", "micro_steps=2",
+               "batch_size=2", "mix=0")
+    GROWTHS = 2  # kernels in Python take twenty times as long
+
+    def setUp(self):
+        small = mock.patch.object(m, "INTERPRETED_MIX_CHARS", 600)
+        small.start()
+        self.addCleanup(small.stop)
+
+    @staticmethod
+    def engine():
+        return m.interpreted_engine()
+
+    @staticmethod
+    def sentences(word, count, first=0, fresh=True):
+        """Return documents about a word that nothing else is about."""
+        rng = random.Random(f"{word}{first}")
+        parts = [word, word + "s", "the old", "a green", "tree", "bird", "and"]
+        return [[zlib.crc32(f"{word}{first}.{i}".encode()), " ".join(rng.choices(parts, k=6)) + "\n", True,
+                 fresh] for i in range(count)]
+
+    def grown(self, *more, held="the old tree and a green bird\n" * 3):
+        """Return a student after its warm-up, and what it knows."""
+        config = m.Config().replace([*TINY, *self.GROWING, *self.SMALLER, *more])
+        student, known = m.Student(config, m.Growth(), {}, self.engine()), []
+        self.learn(student, known, self.sentences("sea", 20), held)
+        student.snapshot()
+        return student, known
+
+    def learn(self, student, known, new, held=""):
+        """Give the student new documents beside those known, and let it learn them to the end."""
+        student.take_text([[k, t, c, False] for k, t, c, _ in known] + new, held)
+        known += new
+        job = m.Job(student, None, None, time.monotonic)
+        job.advance()
+        while not job.finished():
+            job.advance()
+        return job.close()
+
+    def bits(self, student, text):
+        """Return the bits of a text in the vocabulary in use."""
+        return sum(m.scored_nats(student.model, m.text_ids(student.tokenizer, text), 12))
+
+    def sprouted(self, *more):
+        """Return a student whose merges ripen and are far from ripe, and what it knows."""
+        student, known = self.grown("growth_bound=0.0", *more)
+        with mock.patch.object(m.Student, "_is_ripe", lambda *_: False):
+            self.learn(student, known, self.sentences("quartz", 12))
+        self.assertIsNotNone(student.sprout)
+        return student, known
+
+    def test_merges_that_ripen_change_nothing_that_is_said_or_stored_elsewhere(self):
+        student, known = self.grown()
+        merges, rows = student.tokenizer.merges, student.model.params["embedding"].data[:]
+        with mock.patch.object(m.Student, "_is_ripe", lambda *_: False):
+            self.learn(student, known, self.sentences("quartz", 12))
+        ripening = student.sprout.tokenizer
+        self.assertEqual(ripening.merges[:len(merges)], merges)
+        self.assertIn(b" quartz", [ripening.token_bytes(i) for i in range(257, 257 + ripening.version)])
+        self.assertEqual(student.tokenizer.merges, merges)
+        self.assertEqual(student.model.params["embedding"].data, rows)
+        growth, layers = student.snapshot()
+        self.assertEqual(set(layers), {"delta0", "optimizer", "sprout"})
+        self.assertEqual((growth.merges, growth.ripening), (len(merges), 6))
+        self.assertIn("sprout", student.layer_names())
+
+    def test_rows_that_ripen_learn_from_shadow_copies_while_the_base_is_frozen(self):
+        student, known = self.sprouted()
+        base = {n: p.data[:] for n, p in student.model.params.items()}
+        rows, delta = student.model.sprout.data[:], student.model.deltas[0]["0.qkv"].b.data[:]
+        with mock.patch.object(m.Student, "_is_ripe", lambda *_: False):
+            self.learn(student, known, self.sentences("quartz", 3, first=1))
+        self.assertEqual({n: p.data for n, p in student.model.params.items()}, base)
+        self.assertNotEqual(student.model.sprout.data, rows)
+        self.assertNotEqual(student.model.deltas[0]["0.qkv"].b.data, delta)
+
+    def test_what_ripens_survives_a_restart_to_the_bit(self):
+        one, known = self.grown("growth_bound=0.0")
+        with mock.patch.object(m.Student, "_is_ripe", lambda *_: False):
+            self.learn(one, known, self.sentences("quartz", 12))
+        layers = {name: None for name in one.layer_names()}
+        one.dirty |= {"base", "sprout", "delta0"}
+        growth, layers = one.snapshot()
+        two = m.Student(one.config, growth, layers, self.engine())
+        self.assertEqual(two.sprout.tokenizer.merges, one.sprout.tokenizer.merges)
+        self.assertEqual(two.tokenizer.merges, one.tokenizer.merges)
+        self.assertEqual(two.model.sprout.data, one.model.sprout.data)
+        self.assertEqual(two.model.sprout.m, one.model.sprout.m)
+        for student in (one, two):
+            student.rng = random.Random(7)
+            student.take_text([[k, t, c, False] for k, t, c, _ in known], "")
+            student.begin_burst()
+            for _ in range(4):
+                student.step(0.003, 0)
+        self.assertEqual(two.model.sprout.data, one.model.sprout.data)
+
+    def test_merges_that_are_not_ripe_stay_out_of_use(self):
+        student, known = self.sprouted("growth_bound=0.01")
+        loud = student.engine.buffer_of([3.0] * len(student.model.sprout.data))
+        student.model.sprout.load(loud)
+        student.ripen()
+        self.assertIsNotNone(student.sprout)
+        self.assertGreater(student.growth.ripeness, 0.01)
+
+    def test_ripe_merges_become_the_tokenizer_and_their_rows_the_embeddings(self):
+        student, known = self.sprouted("growth_bound=1.0", "delta_seal_chars=1")
+        tokenizer, rows = student.sprout.tokenizer, student.model.sprout.data[:]
+        ids = tokenizer.encode("quartz and the old sea quartzs\n")
+        with student.model.sprouted():
+            expected = student.model.logits(ids).data
+        self.learn(student, known, self.sentences("quartz", 3, first=1))  # delta0 is sealed
+        self.assertIsNone(student.sprout)
+        self.assertEqual(student.tokenizer.merges, tokenizer.merges)
+        self.assertEqual(student._ids[known[-1][0]],
+                         m.document_ids(tokenizer, known[-1][1]))
+        growth, layers = student.snapshot()
+        self.assertNotIn("sprout", student.layer_names())
+        self.assertEqual((growth.merges, growth.ripening), (tokenizer.version, 0))
+        self.assertEqual(len(expected) // len(ids), student.model.vocab_size)
+
+    def test_layers_sealed_before_a_growth_are_read_after_it(self):
+        student, known = self.grown("growth_bound=1.0", "delta_seal_chars=1")
+        stored = {}
+        for word in ("quartz", "amber", "copper"):
+            with contextlib.ExitStack() as unripe:
+                if word != "copper":
+                    unripe.enter_context(mock.patch.object(m.Student, "_is_ripe", lambda *_: False))
+                self.learn(student, known, self.sentences(word, 12))
+            growth, layers = student.snapshot()
+            stored.update({n: l for n, l in layers.items() if not stored.get(n, l).sealed
+                           or n not in stored})
+        self.assertGreater(student.tokenizer.version, 12)
+        self.assertLess(stored["delta0"].manifest[1][1], student.tokenizer.vocab_size)
+        kept = {n: l for n, l in stored.items() if n in student.layer_names()}
+        tokenizer, model = m.build_model(student.config, kept, self.engine())
+        self.assertEqual(tokenizer.merges, student.tokenizer.merges)
+        ids = tokenizer.encode("quartz and amber and copper and the sea\n")
+        found, expected = model.logits(ids).data, student.model.logits(ids).data
+        self.assertLess(max(abs(a - b) for a, b in zip(found, expected)), 1e-5)
+
+    def test_text_that_is_compressed_as_well_as_all_other_grows_nothing(self):
+        student, known = self.grown("growth_need=0.5")
+        self.learn(student, known, self.sentences("sea", 12, first=1))
+        self.assertIsNone(student.sprout)
+        self.assertEqual(student.growth.unmerged_chars, 0)
+
+    def test_little_new_text_adds_up_until_it_is_enough_to_learn_merges_from(self):
+        student, known = self.grown()
+        for i in range(9):
+            self.assertIsNone(student.sprout)
+            self.learn(student, known, self.sentences("quartz", 1, first=i))
+            if student.growth.ripening or student.tokenizer.version > 12:
+                break
+        self.assertTrue(2 <= i < 9, i)
+
+    def test_each_of_ten_growths_in_a_row_leaves_every_text_within_one_percent(self):
+        student, known = self.grown()
+        words = ["quartz", "amber", "copper", "marble", "linen", "velvet", "saffron", "pepper",
+                 "walnut", "juniper", "thistle", "bramble", "heather", "lichen"]
+        texts = {word: "".join(t for _, t, _, _ in self.sentences(word, 4, first=99))
+                 for word in ["sea", *words]}
+        grew, adopt = [], m.Student._adopt
+
+        def watched(student, sprout):
+            old, version = student.tokenizer, student.tokenizer.version
+            read = [word for word in texts if any(word in t for _, t, _, _ in known)]
+            before = [self.bits(student, texts[word]) for word in read]
+            adopt(student, sprout)
+            after = [self.bits(student, texts[word]) for word in read]
+            grew.append(max(b / a for a, b in zip(before, after)))
+            for text in texts.values():
+                self.assertEqual(student.tokenizer.encode(text, version), old.encode(text))
+                self.assertEqual(student.tokenizer.decode(student.tokenizer.encode(text)), text)
+        with mock.patch.object(m.Student, "_adopt", watched):
+            for word in words * 3:
+                self.learn(student, known, self.sentences(word, 8, first=len(known)))
+                if len(grew) == self.GROWTHS:
+                    break
+        self.assertEqual(len(grew), self.GROWTHS)
+        self.assertLessEqual(max(grew), 1.01)
+
+
+class TheVocabularyGrowsWithoutAJumpCompiled(TheVocabularyGrowsWithoutAJump):
+    SMALLER, GROWTHS = (), 10
+
+    @staticmethod
+    def engine():
+        return compiled_engine()
+
+
+class AGrownVocabularyReachesTheVoice(Home):
+    def commit(self, being, student):
+        """Let the organism commit what the student has, as if its trainer had sent it."""
+        growth, layers = student.snapshot()
+        being._on_snapshot({n: layer.data for n, layer in layers.items()},
+                           growth=dataclasses.asdict(growth), learned=[],
+                           names=student.layer_names(),
+                           layers={n: [layer.manifest, layer.sealed]
+                                   for n, layer in layers.items()})
+
+    def being(self):
+        """Return an organism and a student, grown up, with merges that ripen."""
+        sizes = ("n_layer=1", "min_merge_chars=1", "max_merges=5", "growth_merges=5",
+                 "growth_bound=1.0", "trust_bpc=100.0", "warmup_steps=4")
+        being = self.organism(*sizes)
+        being.take_in_corpus()
+        documents = [[e.key, e.text, e.closed, True] for e in being.memory.entries()]
+        student = m.Student(being.config, m.Growth(), {}, m.interpreted_engine())
+        student.take_text(documents, "")
+        student.growth.phase, student.growth.bpc = "grown", 3.0
+        student.growth.native = student.tokenizer.version
+        student.model.freeze()
+        student._sprout(documents, 100)
+        self.commit(being, student)
+        return being, student
+
+    def test_model_tokenizer_and_counts_change_in_one_moment_and_no_reply_waits_for_it(self):
+        being, student = self.being()
+        old, model = being.voice()
+        counts = being.counts()
+        self.assertEqual(being.memory.life()[-1]["event"], "merges sprout")
+        being._thread = mock.Mock()
+        being._thread.is_alive.return_value = True
+        self.addCleanup(setattr, being, "_thread", None)
+        student.ripen()
+        student.growth.bpc = 3.0
+        self.commit(being, student)
+        self.assertEqual(being.memory.life()[-1]["event"], "vocabulary grew")
+        self.assertIs(being.voice()[1], model)
+        self.assertIs(being.counts(), counts)
+        self.assertTrue("".join(being.reply("Hm, well then.")))
+        self.assertIs(being.voice()[1], model)
+        being._count_ahead()
+        self.assertEqual(being.voice()[0].version, old.version + 5)
+        anew = m.EntryCounts().follow(being.memory, being.voice()[0], being.config)
+        self.assertEqual(being.counts().tables, anew.tables)
+        self.assertEqual(being.voice()[1].vocab_size, being.voice()[0].vocab_size)
+
+    def costs(self, being, text):
+        """Return the nats of a text in the best of tongues, by the model and by the whole voice."""
+        found = []
+        for way in being.tongues():
+            ids = m.text_ids(way.tokenizer, text)
+            mixture = m.Mixture(being.engine, way.counts, being.mixer())
+            found.append((sum(m.scored_nats(way.model, ids, 12)),
+                          m.voice_nats(way.model, ids, mixture)))
+        return [min(nats) for nats in zip(*found)]
+
+    def test_no_text_at_all_costs_more_after_the_first_growth_however_bad_its_rows(self):
+        being, student = self.being()
+        texts = ["H: What is the sea?\nA: The sea is wide.\n", "\t\tzq == {1: 'ü'}  # 你好\n",
+                 "".join(random.Random(1).choices("etaoin shrdlu\n", k=90))]
+        before = [self.costs(being, text) for text in texts]
+        self.assertEqual(len(being.tongues()), 1)
+        student.model.sprout.load(student.engine.buffer_of([3.0] * len(student.model.sprout.data)))
+        student._adopt(student.sprout)
+        self.commit(being, student)
+        versions = [way.tokenizer.version for way in being.tongues()]
+        self.assertEqual(versions, [student.tokenizer.version, student.growth.native])
+        for text, old in zip(texts, before):
+            for a, b in zip(old, self.costs(being, text)):
+                self.assertLessEqual(b, a * 1.0001)
+        self.assertEqual(being.tongue_for(texts[0]).tokenizer.version, student.growth.native)
+
+    def test_replies_do_not_wait_for_the_counts_of_the_native_tongue(self):
+        being, student = self.being()
+        student._adopt(student.sprout)
+        self.commit(being, student)
+        self.assertEqual(being.tongue_for("the sea").tokenizer.version, student.tokenizer.version)
+        self.assertEqual(len(being.tongues(patient=False)), 1)
+        being._count_ahead()
+        self.assertEqual(len(being.tongues(patient=False)), 2)
+
+    def test_where_nothing_counts_in_the_background_it_counts_when_it_is_asked(self):
+        being, student = self.being()
+        old, _ = being.voice()
+        student._adopt(student.sprout)
+        self.commit(being, student)
+        self.assertEqual(being.voice()[0].version, old.version + 5)
+        anew = m.EntryCounts().follow(being.memory, being.voice()[0], being.config)
+        self.assertEqual(being.counts().tables, anew.tables)
 
 
 class Life(Home):
@@ -449,6 +743,38 @@ class Processes(Home):
         growth = json.loads(facts.stdout)
         self.assertGreaterEqual(growth["step"], step + 2)
         self.assertEqual(growth["steps_now"], growth["step"] - step)
+
+    def stored_layers(self):
+        """Return the names of the layers that are committed, read from beside the program."""
+        try:
+            db = sqlite3.connect(f"file:{self.config.db_path}?mode=ro", uri=True)
+            try:
+                return {name for name, in db.execute("SELECT name FROM layers")}
+            finally:
+                db.close()
+        except sqlite3.Error:
+            return set()
+
+    def test_killed_while_merges_ripen_it_goes_on_with_them_and_brings_them_into_use(self):
+        growing = [word for setting in (
+            "n_layer=1", "min_merge_chars=1", "max_merges=5", "growth_merges=5", "growth_chars=60",
+            "growth_need=9.0", "growth_bound=1.0", "warmup_steps=4")
+            for word in ("--set", setting)]
+        self.run_macrogpt("train", *growing)
+        self.assertEqual(self.stats()["merges"], 5)
+        self.append("\n" + "The quartz lamp of quartz stands beside the quartz window.\n" * 3)
+        self.run_macrogpt("train", *growing, "--set", "micro_steps=5000",
+                          kill_after=lambda: "sprout" in self.stored_layers())
+        facts = self.stats()
+        self.assertEqual((facts["merges"], facts["ripening"]), (5, 5))
+        self.assertEqual(self.run_macrogpt("doctor").returncode, 0)
+        done = self.run_macrogpt("train", *growing)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        facts = self.stats()
+        self.assertEqual((facts["merges"], facts["ripening"]), (10, 0))
+        self.assertEqual(facts["vocabulary"], 257 + 10)
+        self.assertIn("vocabulary grew", [e["event"] for e in facts["life"]])
+        self.assertNotIn("sprout", self.stored_layers())
 
     def test_train_with_steps_does_exactly_so_many(self):
         first = json.loads(self.run_macrogpt("--json", "train", "--steps", "3").stdout)

@@ -286,6 +286,20 @@ class LearningClaims(unittest.TestCase):
         self.assertEqual(once.merges, twice.merges)
         self.assertEqual(once.encode(texts[0]), twice.encode(texts[0]))
 
+    def test_ten_growths_in_a_row_leave_every_text_and_every_old_encoding_as_they_were(self):
+        rng, tokenizer, kept = random.Random(3), macrogpt.EvolvingTokenizer(), []
+        texts = ["ünï 你好 \ud800 a\tb\n\n  c", "", "0 12  345 ''s 'll"]
+        for growth in range(10):
+            word = "".join(rng.choices("abcdefghijklm \n", k=12))
+            texts.append(" ".join([word] * 8))
+            self.assertGreater(tokenizer.learn_merges(texts[-1:], 8, 2), 0)
+            kept.append((tokenizer.version, [tokenizer.encode(text) for text in texts]))
+        self.assertEqual(sorted({version for version, _ in kept}), [v for v, _ in kept])
+        for version, encodings in kept:
+            for text, ids in zip(texts, encodings):
+                self.assertEqual(tokenizer.encode(text, version), ids)
+                self.assertEqual(tokenizer.decode(ids), text)
+
     def test_the_order_of_texts_has_no_effect(self) -> None:
         texts = [wordy_text(random.Random(seed), 20) for seed in range(6)]
         forth, back = macrogpt.EvolvingTokenizer(), macrogpt.EvolvingTokenizer()
