@@ -28,12 +28,13 @@ POWERS = re.compile(r"(?<!that )(?<!how )\bI (?:can )?"
 
 # Words that the whole corpus has once; each was looked at.
 SEEN_ONCE = frozenset("""
-    /bad /memory /sleep /train /why ai annoying anybody august boyfriend brb capital chatgpt
-    cheer confused cover curious dangerous december delete die dots dumb dying eighteen excuse
-    failed fever fill film girlfriend grandma gravity haha hahaha headache heard huh idiot lol
-    macro meow mess mhm nineteen octopus owns penguin politics pulls repeat rich roll rude
-    scissors seventeen shut sick stressed stung subject thirsty thirteen thx tv twenty-four
-    ugly useless wassup wednesday woof zero""".split())
+    /bad /help /memory /sleep /train /why annoying august boyfriend brb capital chat chatgpt
+    cheer confused conscious cover dangerous december delete die dots dumb dying eighteen
+    excuse failed fever fifty-two fill film girlfriend god grandma gravity haha hahaha headache
+    heard huh idiot lol macro meow mess mhm nineteen octopus online owns politics president
+    private pulls repeat rich roll rude scissors seventeen shut sick spain stressed stung
+    subject thirsty thirteen thx translate tv twenty-four ugly useless wassup wednesday woof
+    zero""".split())
 
 
 def said(line):
