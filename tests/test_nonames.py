@@ -29,13 +29,13 @@ POWERS = re.compile(r"(?<!that )(?<!how )\bI (?:can )?"
 
 # Words that the whole corpus has once; each was looked at.
 SEEN_ONCE = frozenset("""
-    /bad /help /memory /sleep /train /why annoying august boyfriend brb capital chat chatgpt
-    cheer confused conscious cover dangerous december delete die dots dumb dying eighteen
-    excuse failed fever fifty-two fill film girlfriend god grandma gravity haha hahaha headache
-    heard huh idiot lol macro meow mess mhm nineteen octopus online owns politics president
-    private pulls repeat rich roll rude scissors seventeen shut sick spain stressed stung
-    subject thirsty thirteen thx translate tv twenty-four ugly useless wassup wednesday woof
-    zero""".split())
+    /bad /help /memory /sleep /train /why also annoying august bite boyfriend brb capital chat
+    chatgpt cheer confused conscious cover dangerous december delete dont dots dumb dying
+    eighteen excuse failed fever fifty-two fill film follow girlfriend god grandma gravity haha
+    hahaha headache heard huh idiot lol macro meow mess mhm mushrooms nineteen octopus online
+    owns politics president private pulls repeat rich roll rude scissors seventeen shut sick
+    spain stressed stung subject thirsty thirteen thx translate tv twenty-four ugly useless
+    wassup wednesday woof zero""".split())
 
 
 def said(line):
