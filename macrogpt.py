@@ -3316,6 +3316,11 @@ class MatrixParam(VectorValue):
         self.data = data
         self.changed()
 
+    def rest(self) -> None:
+        """Let the optimizer begin anew with this matrix."""
+        self.m, self.v = (self.engine.buffer(self.rows * self.dim) for _ in range(2))
+        self.steps = 0
+
     def append_rows(self, numbers: Sequence[float]) -> None:
         """Append rows; moments start at 0, and the new rows train even when the old are frozen."""
         count, rest = divmod(len(numbers), self.dim)
@@ -3537,6 +3542,10 @@ class DeltaAdapter:
         self.scale = scale
         self.a = MatrixParam.normal(engine, name + ".a", rank, base.dim, base.dim ** -0.5, rng)
         self.b = MatrixParam(engine, name + ".b", base.rows, rank)
+
+    def call(self, name: str) -> None:
+        """Give both matrices another name."""
+        self.a.name, self.b.name = name + ".a", name + ".b"
 
     def __call__(self, x: VectorValue, y: VectorValue) -> VectorValue:
         """Return y (T, C_out), the frozen matrix's output for x (T, C_in), with the change."""
@@ -3827,6 +3836,9 @@ class GPT:
         """Fold the oldest delta into the base; the function stays, but for rounding."""
         for name, adapter in self.deltas.pop(0).items():
             adapter.fold_into(self.params[name])
+        for index, delta in enumerate(self.deltas):  # named as when they are loaded
+            for name, adapter in delta.items():
+                adapter.call(f"delta{index}.{name}")
 
     def without_delta(self, index: int) -> "GPT":
         """Return a model of the same weights that lacks one delta."""
@@ -7870,6 +7882,7 @@ class Student:
         Once grown up, fresh is what the caller says; before, what was not there a moment ago.
         """
         known = self._ids.keys()
+        self.rng = random.Random(f"{self.config.seed}:{self.growth.step}")  # as after a restart
         if self.growth.phase != "grown":
             documents = [[key, text, closed, bool(known) and key not in known]
                          for key, text, closed, _ in documents]
@@ -7895,6 +7908,8 @@ class Student:
         texts = [text for _, text, _, _ in self._documents]
         self._learn_merges(texts, newborn=self.growth.phase == "newborn")
         self.model.freeze(False)
+        for param in self.model.params.values():
+            param.rest()
         self._ids, self.best = {}, None
         self.growth = dataclasses.replace(
             self.growth, phase="warmup", warmup_step=0, warmup_chars=sum(map(len, texts)),
@@ -8321,6 +8336,7 @@ class Organism:
         self.notices: Deque[str] = deque(maxlen=20)
         self.stopping = self.at_work = self.failed = self.barred = False
         self.read_once = threading.Event()
+        self._reading = threading.RLock()  # held while the corpus is taken in
         self._order = dict(NO_ORDER)
         self.only_orders = False
         self._voice: Optional[Tuple[EvolvingTokenizer, GPT]] = None
@@ -8354,6 +8370,10 @@ class Organism:
 
         A file that is as it was when it was last taken in is not read again.
         """
+        with self._reading:
+            return self._take_in_corpus()
+
+    def _take_in_corpus(self) -> bool:
         config, memory = self.config, self.memory
         self._stamp = file_stamp(config.corpus_path)
         seen = [os.path.abspath(config.corpus_path), config.max_corpus_lines, config.max_line_chars,
@@ -8679,6 +8699,20 @@ class Organism:
                 self.changed.wait(0.1)
             on_tick()
 
+    def wait_rest(self) -> None:
+        """Return when all that is due has been learned: then what comes next finds it at rest.
+
+        So a life depends on the order of its events and not on when they came.
+        """
+        with contextlib.suppress(CorpusError):  # the watcher tells of it
+            self.take_in_corpus()
+        self._rouse()
+        while self._thread is not None and not (self.failed or self.barred):
+            with self.changed:
+                if not self.at_work and self._plan() is None:
+                    return
+                self.changed.wait(0.1)
+
     def _rouse(self) -> None:
         """Wake the background thread, from any thread."""
         loop = self._loop
@@ -8768,13 +8802,14 @@ class Organism:
     def _may_learn(self) -> bool:
         """Return whether there is something to learn, and the lease to learn it is ours."""
         self._refresh()
+        order = self._order
         due = self._plan() is not None
         self.barred = due and not self.memory.take_lease(
             self._owner, LEASE_SECONDS, holder_alive)
         if self.barred:
             self._tell("another macrogpt trains this memory; here it only listens")
         if self.barred or not due:
-            self._settle()
+            self._settle(order)
         return due and not self.barred
 
     async def _rest(self, seconds: Optional[float]) -> None:
@@ -8783,11 +8818,12 @@ class Organism:
             await asyncio.wait_for(self._bell.wait(), seconds)
         self._bell.clear()
 
-    def _settle(self) -> None:
-        """Note that nothing is left to do."""
+    def _settle(self, order: Dict[str, Any]) -> None:
+        """Note that nothing is left to do; an order given since then stands."""
         with self.changed:
             self.at_work = False
-            self._order = dict(NO_ORDER)
+            if self._order is order:
+                self._order = dict(NO_ORDER)
             self.changed.notify_all()
 
     def _mourn(self, error: Exception, failures: int) -> None:
@@ -8834,10 +8870,10 @@ class Organism:
 
     def _instruct(self, child: Any) -> None:
         """Give the child the newest text and the job that is due, when either is new."""
-        job = self._plan()
-        ordered = self._order["steps"] or self._order["seconds"]
+        order, job = self._order, self._plan()
+        ordered = order["steps"] or order["seconds"]
         if job is None:
-            self._settle()
+            self._settle(order)
         elif self._child_text_version != self._text_version or (ordered and not self.at_work):
             self._child_text_version = self._text_version
             entries = self.memory.entries("1")
@@ -9153,15 +9189,20 @@ def _chat_piped(app: App) -> int:
     """Answer each line of stdin with exactly one line; a command gives one line or none."""
     wake(app)
     code = 0
+    settled = app.organism().wait_rest if app.options.wait_trained else lambda: None
     for raw in iter(sys.stdin.buffer.readline, b"") if sys.stdin else ():
         line = clean_line(decode_line(raw), LONGEST_MESSAGE)
         try:
+            settled()  # edits made before these words come before them
             if line.startswith("/"):
                 said = " ".join(" ".join(repl_command(app, line)).split())
+                settled()
                 if said:
                     app.terminal.say(said)
             else:
-                app.terminal.say(" ".join("".join(app.organism().reply(line)).split()))
+                said = " ".join("".join(app.organism().reply(line)).split())
+                settled()
+                app.terminal.say(said)
             app.notices()
         except EOFError:
             break
@@ -9482,6 +9523,8 @@ def command_ask(app: App, words: List[str]) -> int:
     for piece in organism.reply(text):
         app.terminal.say(piece.replace("\n", " "), end="")
     app.terminal.say("")
+    if app.options.wait_trained:
+        organism.wait_rest()
     app.notices()
     return 0
 
@@ -9904,7 +9947,8 @@ def option_parser() -> argparse.ArgumentParser:
     add("--set", metavar="FIELD=VALUE", action="append", default=[], help="change a setting")
     add("--seed", metavar="N", help="make what is random repeatable")
     add("--no-train", action="store_true", help="never start the trainer")
-    add("--wait-trained", action="store_true", help="learn everything before the first reply")
+    add("--wait-trained", action="store_true",
+        help="learn what is there before the first reply, and what is due before the next one")
     add("--json", action="store_true", help="machine-readable reports")
     add("--quiet", action="store_true", help="no banner, no notices")
     add("--debug", action="store_true", help="show tracebacks")

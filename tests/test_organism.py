@@ -1,5 +1,6 @@
 """The organism: learning, its supervision, and what survives; with real trainer processes."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -185,6 +186,20 @@ class StudentTest(unittest.TestCase):
         student._fold_oldest()
         after = student.model.logits([1, 50, 60, 70]).data
         self.assertLess(max(abs(a - b) for a, b in zip(before, after)), 1e-4)
+
+    def test_a_delta_finds_its_moments_again_when_older_ones_were_folded(self):
+        student = self.student("delta_seal_chars=1", "max_delta_modules=1")
+        student.take_text(self.text(30), "")
+        self.finish(student)
+        for key in (77, 78):
+            student.take_text([[key, "quartz and amber\n", True, True]], "")
+            self.finish(student)
+        growth, layers = student.snapshot()
+        layers["base"] = m.pack_params(list(student.model.params.values()))
+        again = self.student(growth=growth, layers=layers)
+        for one, two in zip(student.model.delta_params(), again.model.delta_params()):
+            self.assertEqual((one.name, one.m, one.steps), (two.name, two.m, two.steps))
+            self.assertTrue(one.steps)
 
     def test_much_more_text_begins_a_second_warm_up_with_more_merges(self):
         student = self.student("min_merge_chars=500", "max_merges=40", "min_pair_count=3")
@@ -456,6 +471,64 @@ class Processes(Home):
         self.assertEqual(refused.returncode, 2)
         self.assertIn("--db", refused.stderr)
         self.assertEqual(refused.stderr.count("\n"), 1)
+
+
+class SameLife(Home):
+    """A life is given by its seed, its edits and its conversation, in their order."""
+
+    SETS = [part for setting in (
+        *TINY, "threads=1", "n_layer=1", "min_new_chars_to_train=1", "min_merge_chars=300",
+        "max_merges=20", "delta_seal_chars=60", "max_delta_modules=2", "commit_seconds=0.1",
+        "delta_rank=2", "batch_size=2", "held_out_share=0.3", "warmup_epochs=0.1") for part in ("--set", setting)]
+    SAID = ("My lamp is made of quartz.", "/teach The ferry leaves at seven.",
+            "I live beside the old mill.", "The heron sleeps on one leg.")
+
+    def life(self, name, parts, engine, hash_seed):
+        """Live a life, started anew for each part of the talk; return its layers."""
+        folder = self.folder / name
+        folder.mkdir()
+        corpus = folder / "corpus.txt"
+        corpus.write_text(LINES, encoding="utf-8")
+        for part in parts:
+            command = [sys.executable, str(ROOT / "macrogpt.py"), "--corpus", str(corpus), "--db",
+                       str(folder / "m.sqlite3"), "--wait-trained", *self.SETS]
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, text=True, cwd=folder, env={
+                                      **os.environ, "PYTHONHASHSEED": hash_seed,
+                                      "MACROGPT_ENGINE": engine}) as chat:
+                for words in part:
+                    if words.startswith("edit "):
+                        after = corpus.read_text(encoding="utf-8") + "\n" + words[5:] + "\n"
+                        (folder / "new.txt").write_text(after, encoding="utf-8")
+                        os.replace(folder / "new.txt", corpus)
+                        continue
+                    chat.stdin.write(words + "\n")
+                    chat.stdin.flush()
+                    self.assertTrue(chat.stdout.readline())
+                chat.stdin.close()
+                self.assertEqual(chat.wait(), 0)
+        memory = m.Memory(str(folder / "m.sqlite3"))
+        self.addCleanup(memory.close)
+        return memory.layers()
+
+    def engines(self):
+        yield "python"
+        with contextlib.suppress(m.EngineError):
+            m.native_engine()
+            yield "native"
+
+    def test_a_life_lived_twice_gives_the_same_bits_with_a_restart_in_between_or_without(self):
+        many = " ".join(f"On day {day} the kite flies above the quay." for day in range(30))
+        said = [*self.SAID[:3], "edit The rain is warm.", self.SAID[3], "edit " + many, "Thank you."]
+        for engine in self.engines():
+            whole = self.life(engine + "whole", [said], engine, "1")
+            parts = self.life(engine + "parts", [said[:3], said[3:]], engine, "2")
+            self.assertEqual(len(m.delta_names(whole)), 1)  # those before were warmed up over
+            self.assertIn("mixer", whole)
+            self.assertTrue(m.EvolvingTokenizer.unpack(whole["tokenizer"].data).version)
+            self.assertEqual(sorted(whole), sorted(parts))
+            for name, layer in whole.items():
+                self.assertEqual(layer, parts[name], (engine, name))
 
 
 if __name__ == "__main__":
