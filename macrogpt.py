@@ -3594,6 +3594,35 @@ class Shape:
         return cls(config.n_layer, config.n_embd, config.n_head, config.ff_width,
                    config.block_size, config.rope_base, config.norm_eps)
 
+    @property
+    def head_dim(self) -> int:
+        """The width D of a head."""
+        return self.n_embd // self.n_head
+
+    def grown_to(self, wanted: "Shape") -> "Shape":
+        """Return the shape of the wanted size whose model can say just what one of this can.
+
+        RoPE's base rises so that the pairs of a wider head turn as fast as before, and RMSNorm's
+        epsilon falls as its mean is taken over more channels. Raises ConfigError for what cannot be.
+        """
+        for name in ("n_layer", "n_embd", "n_head", "n_ff", "block_size"):
+            old, new = getattr(self, name), getattr(wanted, name)
+            if new < old:
+                raise ConfigError(f"{name}={new} is less than the {old} that this organism has, and "
+                                  f"it only grows; leave it so, or begin another with --db")
+        if wanted.head_dim < self.head_dim:
+            raise ConfigError(f"n_head={wanted.n_head} would make the heads narrower than the "
+                              f"{self.head_dim} channels that they have; set n_embd="
+                              f"{wanted.n_head * self.head_dim} too, or begin another with --db")
+        for name in ("rope_base", "norm_eps"):
+            old, new = getattr(self, name), getattr(wanted, name)
+            if old != new:
+                raise ConfigError(f"{name}={new} would change what this organism, which has {old}, "
+                                  f"has learned; leave it so, or begin another with --db")
+        return dataclasses.replace(
+            wanted, rope_base=self.rope_base ** (wanted.head_dim / self.head_dim),
+            norm_eps=self.norm_eps * self.n_embd / wanted.n_embd)
+
 
 class KVCache:
     """Keys (already rotated) and values of the newest block_size tokens, for every layer.
@@ -3604,8 +3633,7 @@ class KVCache:
 
     def __init__(self, engine: Engine, shape: Shape) -> None:
         self.shape, self.position = shape, 0
-        width = shape.n_embd // shape.n_head
-        self.layers = [engine.cache(engine, shape.block_size, shape.n_head, width)
+        self.layers = [engine.cache(engine, shape.block_size, shape.n_head, shape.head_dim)
                        for _ in range(shape.n_layer)]
         self.room = engine.buffer(5 * shape.n_embd + 3 * shape.n_ff + shape.block_size + 16)
 
@@ -3699,7 +3727,7 @@ class GPT:
                 attend: Callable[[int, VectorValue], VectorValue],
                 drop: Callable[[VectorValue], VectorValue] = lambda x: x) -> VectorValue:
         """Return x (T, C) after every block; attend(layer, qkv) mixes the rows."""
-        shape, width = self.shape, self.shape.n_embd // self.shape.n_head
+        shape, width = self.shape, self.shape.head_dim
         angles = self._angles_of(first_pos, x.rows)
         for i in range(shape.n_layer):
             qkv = self._project(f"{i}.qkv", rmsnorm(x, shape.norm_eps))
@@ -3714,7 +3742,7 @@ class GPT:
         if self._angles[0] != (first_pos, rows):
             shape = self.shape
             self._angles = (first_pos, rows), self.engine.buffer_of(rope_angles(
-                first_pos, rows, shape.n_embd // shape.n_head, shape.rope_base))
+                first_pos, rows, shape.head_dim, shape.rope_base))
         return self._angles[1]
 
     def _head(self, x: VectorValue) -> VectorValue:
@@ -3799,7 +3827,7 @@ class GPT:
 
     def _angle_row(self, position: int) -> array:
         """Return the rotary angles of one row, out of a whole block's."""
-        block, width = self.shape.block_size, self.shape.n_embd // self.shape.n_head
+        block, width = self.shape.block_size, self.shape.head_dim
         at = position % block
         return self._angles_of(position - at, block)[at * width:(at + 1) * width]
 
@@ -3859,6 +3887,79 @@ class GPT:
             table.append_rows([(a + b) / 2 for a, b in zip(table.row(left), table.row(right))])
         for delta in self.deltas:
             delta["embedding"].append_rows(len(merges))
+
+
+Places = List[Tuple[int, float]]
+
+
+def _as_they_are(count: int, factor: float = 1.0) -> Places:
+    return [(i, factor) for i in range(count)]
+
+
+def _places(old: Shape, new: Shape, kind: str, rows: int) -> Tuple[Places, Places]:
+    """Return where a matrix's rows and columns go in a larger one, and by what to multiply them.
+
+    The sum of squares over more channels is divided by more, so what RMSNorm gives is larger by
+    √(C'/C), and what reads it is made smaller; attention divides by √D', so queries are made larger.
+    """
+    less = sqrt(old.n_embd / new.n_embd)
+    residual, read = _as_they_are(old.n_embd), _as_they_are(old.n_embd, less)
+    heads = [(head * new.head_dim + i, 1.0)
+             for head in range(old.n_head) for i in range(old.head_dim)]
+    sharper = (sqrt(new.head_dim / old.head_dim), 1.0, 1.0)
+    return {
+        "embedding": (_as_they_are(rows), residual),
+        "scale": (_as_they_are(1, less), _as_they_are(1)),
+        "qkv": ([(part * new.n_embd + i, sharper[part]) for part in range(3) for i, _ in heads],
+                read),
+        "out": (residual, heads),
+        "gate_up": ([(part * new.n_ff + i, 1.0) for part in range(2) for i in range(old.n_ff)],
+                    read),
+        "down": (residual, _as_they_are(old.n_ff))}[kind]
+
+
+def _place(old: MatrixParam, new: MatrixParam, rows: Places, cols: Places) -> None:
+    """Write the numbers of old into new at their places."""
+    for row, (to_row, by_row) in enumerate(rows):
+        for number, (to_col, by_col) in zip(old.row(row), cols):
+            new.data[to_row * new.dim + to_col] = number * by_row * by_col
+    new.changed()
+
+
+def _hush(matrix: MatrixParam, rows: int) -> None:
+    """Set the first rows of a matrix to zero."""
+    matrix.data[:rows * matrix.dim] = matrix.engine.buffer(rows * matrix.dim)
+    matrix.changed()
+
+
+def enlarged(model: GPT, wanted: Shape, rng: random.Random) -> GPT:
+    """Return a model of the wanted size that says what this one says, deltas included.
+
+    New layers, heads and SwiGLU units are read by nobody yet, nobody writes to new channels: the
+    columns and rows that would are zero, while those before them are drawn, so that both can learn.
+    Raises ConfigError.  Source: Net2Net, arXiv:1511.05641, with zeros in place of split copies,
+    which any size allows.
+    """
+    old, new = model.shape, model.shape.grown_to(wanted)
+    larger = GPT(new, model.vocab_size, model.engine, rng)
+    places = {name: _places(old, new, name.rpartition(".")[2], p.rows)
+              for name, p in model.params.items()}
+    for name, param in larger.params.items():
+        if name.endswith((".out", ".down")) or name in ("embedding", "scale"):
+            _hush(param, param.rows)
+        elif name.endswith(".qkv") and name in places:
+            _hush(param, new.n_embd)  # new queries; keys and values are drawn
+        if name in places:
+            _place(model.params[name], param, *places[name])
+    for delta in model.deltas:
+        larger.append_delta(next(iter(delta.values())).a.rows, rng)
+        for name, adapter in delta.items():  # of what is new, it has adapters without effect
+            wider, (rows, cols) = larger.deltas[-1][name], places[name]
+            wider.scale = adapter.scale
+            _hush(wider.a, wider.a.rows)
+            _place(adapter.a, wider.a, _as_they_are(adapter.a.rows), cols)
+            _place(adapter.b, wider.b, rows, _as_they_are(adapter.a.rows))
+    return larger
 
 
 def _stacked(windows: Sequence[Sequence[int]]) -> Tuple[List[int], List[int], List[int]]:
