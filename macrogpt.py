@@ -183,6 +183,7 @@ class Config:
     max_delta_modules: int = _setting(12, "deltas kept before the oldest is folded in", 1, 1000)
     delta_seal_chars: int = _setting(20_000, "new characters a delta takes before it is sealed", 1)
     # organism
+    auto_grow: int = _setting(0, "1: the model grows by itself when its text outgrows it", 0, 1)
     threads: int = _setting(0, "threads of compiled kernels; 0 is one less than there are cores", 0,
                             256)
     commit_seconds: float = _setting(20.0, "seconds between commits of the trainer", 0.1)
@@ -237,12 +238,17 @@ class Config:
     @property
     def ff_width(self) -> int:
         """The SwiGLU width: n_ff, or 8/3·C rounded to a multiple of 8."""
-        return self.n_ff or max(8, round(self.n_embd / 3) * 8)
+        return self.n_ff or usual_ff_width(self.n_embd)
 
     def replace(self, assignments: Iterable[str]) -> "Config":
         """Return a Config changed by "FIELD=VALUE" texts.  Raises ConfigError."""
         values = dict(parse_assignment(text) for text in assignments)
         return dataclasses.replace(self, **values)
+
+
+def usual_ff_width(n_embd: int) -> int:
+    """Return 8/3 of the channels, rounded to a multiple of 8."""
+    return max(8, round(n_embd / 3) * 8)
 
 
 def _check_setting(f: "dataclasses.Field[Any]", value: Any) -> None:
@@ -3576,6 +3582,9 @@ class DeltaAdapter:
 # low-rank deltas beside it, so that nothing once learned is written over.
 
 
+LAYER_CHANNELS = 36  # channels for each layer: the default model's proportions
+
+
 @dataclass(frozen=True)
 class Shape:
     """What makes two sets of weights interchangeable."""
@@ -3603,13 +3612,13 @@ class Shape:
         """Return the shape of the wanted size whose model can say just what one of this can.
 
         RoPE's base rises so that the pairs of a wider head turn as fast as before, and RMSNorm's
-        epsilon falls as its mean is taken over more channels. Raises ConfigError for what cannot be.
+        epsilon falls as its mean is taken over more channels. Raises ConfigError.
         """
         for name in ("n_layer", "n_embd", "n_head", "n_ff", "block_size"):
             old, new = getattr(self, name), getattr(wanted, name)
             if new < old:
-                raise ConfigError(f"{name}={new} is less than the {old} that this organism has, and "
-                                  f"it only grows; leave it so, or begin another with --db")
+                raise ConfigError(f"{name}={new} is less than the {old} that this organism has, "
+                                  f"and it only grows; leave it so, or begin another with --db")
         if wanted.head_dim < self.head_dim:
             raise ConfigError(f"n_head={wanted.n_head} would make the heads narrower than the "
                               f"{self.head_dim} channels that they have; set n_embd="
@@ -3622,6 +3631,14 @@ class Shape:
         return dataclasses.replace(
             wanted, rope_base=self.rope_base ** (wanted.head_dim / self.head_dim),
             norm_eps=self.norm_eps * self.n_embd / wanted.n_embd)
+
+    def next_size(self) -> "Shape":
+        """Return a shape of a layer more, or half as many heads more, as its proportions ask."""
+        if self.n_layer * LAYER_CHANNELS <= self.n_embd:
+            return dataclasses.replace(self, n_layer=self.n_layer + 1)
+        heads = self.n_head + max(1, self.n_head // 2)
+        return dataclasses.replace(self, n_head=heads, n_embd=heads * self.head_dim,
+                                   n_ff=-(-self.n_ff * heads // self.n_head // 8) * 8)
 
 
 class KVCache:
@@ -3900,7 +3917,7 @@ def _places(old: Shape, new: Shape, kind: str, rows: int) -> Tuple[Places, Place
     """Return where a matrix's rows and columns go in a larger one, and by what to multiply them.
 
     The sum of squares over more channels is divided by more, so what RMSNorm gives is larger by
-    √(C'/C), and what reads it is made smaller; attention divides by √D', so queries are made larger.
+    √(C'/C), and what reads it is made smaller; attention divides by √D', so queries are larger.
     """
     less = sqrt(old.n_embd / new.n_embd)
     residual, read = _as_they_are(old.n_embd), _as_they_are(old.n_embd, less)
@@ -7744,6 +7761,8 @@ class Growth:
     bpc: Optional[float] = None       # held-out bits per character, last seen
     best_bpc: Optional[float] = None  # and the best of this warm-up
     stale: int = 0                    # evaluations since the best
+    enlarged: bool = False            # the model has grown, and has not warmed up since
+    train_bpc: Optional[float] = None  # bits per character on the text of the last warm-up
 
 
 def float_bytes(data: array) -> bytes:
@@ -7829,6 +7848,36 @@ def build_model(config: Config, layers: Dict[str, Layer], engine: Engine,
 
 def _matrices(delta: Delta) -> List[MatrixParam]:
     return [matrix for adapter in delta.values() for matrix in (adapter.a, adapter.b)]
+
+
+def enlarged_layers(config: Config, wanted: Shape, layers: Dict[str, Layer],
+                    engine: Engine) -> Tuple[Shape, Dict[str, Layer]]:
+    """Return the shape and the weights of a model of the wanted size that says just the same.
+
+    Raises ConfigError when that cannot be.
+    """
+    _, model = build_model(config, layers, engine, prefer_best=True)
+    larger = enlarged(model, wanted, random.Random(config.seed))
+    grown = {"base": pack_params(list(larger.params.values()))}
+    for name, delta in zip(delta_names(layers), larger.deltas):
+        grown[name] = pack_params(_matrices(delta))._replace(sealed=layers[name].sealed)
+    return larger.shape, grown
+
+
+def has_outgrown(growth: Growth, n_params: int) -> bool:
+    """Return whether a text left more unexplained than the weights that learned it can hold.
+
+    A weight holds about two bits (arXiv:2404.05405). Where the held-out text is much harder than
+    the text itself, the model has room enough to learn by heart, and more would not help.
+    """
+    if growth.train_bpc is None or growth.bpc is None or growth.phase != "grown":
+        return False
+    return (growth.train_bpc * growth.warmup_chars > BITS_A_WEIGHT * n_params
+            and growth.train_bpc > HARD_SHARE * growth.bpc)
+
+
+BITS_A_WEIGHT = 2.0
+HARD_SHARE = 0.9  # of the held-out text's bits per character
 
 
 def pack_mixer(mixer: Mixer) -> Layer:
@@ -8000,7 +8049,7 @@ class Student:
         """Return whether there is so much more text now that the base should learn again."""
         outgrown = 2 * self.growth.warmup_chars + self.config.min_merge_chars
         return self.growth.phase == "newborn" or (
-            self.growth.phase == "grown" and chars >= outgrown)
+            self.growth.phase == "grown" and (chars >= outgrown or self.growth.enlarged))
 
     def _begin_warmup(self) -> None:
         """Unfreeze the base, deltas folded into it, and let the tokenizer grow first."""
@@ -8014,7 +8063,7 @@ class Student:
         self._ids, self.best = {}, None
         self.growth = dataclasses.replace(
             self.growth, phase="warmup", warmup_step=0, warmup_chars=sum(map(len, texts)),
-            best_bpc=None, stale=0)
+            best_bpc=None, stale=0, enlarged=False)
 
     def _learn_merges(self, texts: List[str], newborn: bool) -> None:
         """Let the tokenizer learn from the texts, when they are enough to tell words."""
@@ -8098,6 +8147,15 @@ class Student:
         self.growth.bpc = None if math.isnan(bpc) else bpc
         return self.growth.bpc
 
+    def train_bpc(self) -> Optional[float]:
+        """Return bits per character on a sample of the text that it trains on."""
+        texts = [text for _, text, _, _ in self._documents]
+        random.Random(self.config.seed).shuffle(texts)
+        sample = "\n".join(texts)[:self.config.eval_chars]
+        bpc = bits_per_character(self.model, text_ids(self.tokenizer, sample), len(sample),
+                                 self.config.block_size)
+        return None if math.isnan(bpc) else bpc
+
     def note_warmup(self) -> bool:
         """Evaluate; remember the best weights; return whether the warm-up has stopped paying."""
         growth, bpc = self.growth, self.evaluate()
@@ -8118,7 +8176,7 @@ class Student:
             with self.guard:
                 load_params(list(self.model.params.values()), self.best)
             growth.bpc = growth.best_bpc
-        growth.phase, self.best = "grown", None
+        growth.phase, self.best, growth.train_bpc = "grown", None, self.train_bpc()
         self.dirty.add("base")
         self.model.freeze()
 
@@ -8553,10 +8611,12 @@ class Organism:
 
     def _refresh(self) -> None:
         """Notice weights that another process has committed to the same memory."""
-        stored = self.memory.setting("growth", {})
-        if stored.get("step", 0) != self.growth.step:
+        stored = Growth(**self.memory.setting("growth", {}))
+        if stored != self.growth:
+            shape = self.memory.setting("shape", {})
             with self.changed:
-                self.growth, self._voice_old = Growth(**stored), True
+                self.config = dataclasses.replace(self.config, **shape)
+                self.growth, self._voice_old = stored, True
 
     def trusts_model(self) -> bool:
         """Return whether the model has learned enough to speak for itself."""
@@ -8758,6 +8818,52 @@ class Organism:
                       for marker, words in (("H", asked), ("A", answer)))
         return Document(lines, True)
 
+    # growing
+
+    def grow(self, wanted: Shape) -> None:
+        """Enlarge the model to the wanted size; it says just the same, and is to warm up again.
+
+        Raises ConfigError when that cannot be, TrainerError while another process trains it.
+        """
+        memory = self.memory
+        if not memory.take_lease(self._owner, LEASE_SECONDS, holder_alive):
+            raise TrainerError("another macrogpt trains this memory; leave that one first")
+        with memory.transaction():
+            layers = memory.layers()
+            shape, grown = enlarged_layers(self.config, wanted, layers, self.engine)
+            differences = what_grew(Shape.of(self.config), shape)
+            growth = Growth(**memory.setting("growth", {}))
+            if growth.phase == "grown":
+                growth.enlarged = True
+            else:
+                growth.warmup_step, growth.best_bpc, growth.stale = 0, None, 0
+            memory.remove_layers({"best", "optimizer", *grown})
+            memory.save_layers(grown)
+            memory.set_setting("shape", dataclasses.asdict(shape))
+            memory.set_setting("growth", dataclasses.asdict(growth))
+            memory.set_setting("next_shape", None)
+            memory.log("grew", **differences)
+        if self._thread is None:
+            memory.drop_lease(self._owner)
+        self._refresh()
+        self._tell("the model has grown: " + ", ".join(
+            f"{name} {old:g} → {new:g}" for name, (old, new) in differences.items()))
+
+    def _propose_growth(self) -> None:
+        """Note in the life log, after a warm-up, that the text is too much for the model."""
+        size = sum(rows * dim for _, rows, dim in self.memory.manifests()["base"])
+        if has_outgrown(self.growth, size):
+            shape = Shape.of(self.config)
+            larger = what_grew(shape, shape.next_size())
+            self.memory.set_setting("next_shape", dataclasses.asdict(shape.next_size()))
+            self.memory.log("outgrown", train_bpc=self.growth.train_bpc, bpc=self.growth.bpc,
+                            chars=self.growth.warmup_chars, parameters=size, proposed=larger)
+
+    def _next_shape(self) -> Optional[Shape]:
+        """Return the size to which the model is to grow by itself, if it is."""
+        proposed = self.memory.setting("next_shape") if self.config.auto_grow else None
+        return Shape(**proposed) if proposed else None
+
     # learning
 
     def awake(self) -> None:
@@ -8810,7 +8916,7 @@ class Organism:
         self._rouse()
         while self._thread is not None and not (self.failed or self.barred):
             with self.changed:
-                if not self.at_work and self._plan() is None:
+                if not self.at_work and self._plan() is None and not self._operation_due():
                     return
                 self.changed.wait(0.1)
 
@@ -8824,6 +8930,7 @@ class Organism:
     async def _live(self) -> None:
         """Run the watcher and the trainer's supervisor until told to stop."""
         self._loop, self._bell = asyncio.get_running_loop(), asyncio.Event()
+        self._bell.set()  # an order may have been given before there was a bell
         watcher = asyncio.ensure_future(self._watch_corpus())
         try:
             await self.background_trainer()
@@ -8873,7 +8980,8 @@ class Organism:
             return None
         if not memory.entries("NOT held_out", limit=1):
             return None
-        if self.growth.phase != "grown" or order["steps"] or order["seconds"]:
+        growing = self.growth.phase != "grown" or self.growth.enlarged
+        if growing or order["steps"] or order["seconds"]:
             return job
         corpus, said = memory.unlearned_chars()
         if corpus or said >= self.config.min_new_chars_to_train or (said and order["force"]):
@@ -8891,7 +8999,9 @@ class Organism:
             step = self.growth.step
             try:
                 if self._may_learn():
+                    self._operate()
                     await self._raise_child()
+                    self._bell.set()
             except (TrainerError, StoreError, OSError, asyncio.IncompleteReadError) as error:
                 failures = failures + 1 if self.growth.step == step else 1
                 self._mourn(error, failures)
@@ -8904,7 +9014,7 @@ class Organism:
         """Return whether there is something to learn, and the lease to learn it is ours."""
         self._refresh()
         order = self._order
-        due = self._plan() is not None
+        due = self._plan() is not None or self._operation_due()
         self.barred = due and not self.memory.take_lease(
             self._owner, LEASE_SECONDS, holder_alive)
         if self.barred:
@@ -8912,6 +9022,16 @@ class Organism:
         if self.barred or not due:
             self._settle(order)
         return due and not self.barred
+
+    def _operation_due(self) -> bool:
+        """Return whether the stored layers are to be changed while no trainer works on them."""
+        return self._next_shape() is not None
+
+    def _operate(self) -> None:
+        """Change the stored layers as is due."""
+        shape = self._next_shape()
+        if shape is not None:
+            self.grow(shape)
 
     async def _rest(self, seconds: Optional[float]) -> None:
         """Sleep until the bell rings, and at most so many seconds."""
@@ -8952,7 +9072,7 @@ class Organism:
                                "growth": dataclasses.asdict(self.growth),
                                "layers": {n: [l.manifest, l.sealed] for n, l in layers.items()}},
                        {name: layer.data for name, layer in layers.items()})
-            while not self.stopping:
+            while not (self.stopping or self._operation_due()):
                 self._instruct(child)
                 bell = asyncio.ensure_future(self._bell.wait())
                 await asyncio.wait({bell, listener}, timeout=LEASE_SECONDS / 2,
@@ -9033,9 +9153,12 @@ class Organism:
                                 growth["bpc"])
             if growth["phase"] != self.growth.phase:
                 memory.log("phase", phase=growth["phase"], step=growth["step"], bpc=growth["bpc"])
+        warm = self.growth.phase != "grown" and growth["phase"] == "grown"
         with self.changed:
             self.growth, self._voice_old = Growth(**growth), True
             self.changed.notify_all()
+        if warm:
+            self._propose_growth()
 
     def _on_done(self, blobs: Dict[str, bytes]) -> None:
         self.memory.log("learned", step=self.growth.step, bpc=self.growth.bpc)
@@ -9064,6 +9187,12 @@ class Organism:
         with self.changed:
             self.at_work = False
             self.changed.notify_all()
+
+
+def what_grew(old: Shape, new: Shape) -> Dict[str, Tuple[float, float]]:
+    """Return what differs between two shapes, as it was and as it is."""
+    was, now = dataclasses.asdict(old), dataclasses.asdict(new)
+    return {name: (was[name], now[name]) for name in was if was[name] != now[name]}
 
 
 def holder_alive(owner: str) -> bool:
@@ -9153,6 +9282,9 @@ def _raise_terminated(number: int, frame: Any) -> None:
     raise Terminated(number)
 
 
+GROWING_COMMANDS = ("chat", "ask", "train")
+
+
 class App:
     """One run of the program: its options, its terminal, and the organism once it is needed."""
 
@@ -9173,9 +9305,12 @@ class App:
             memory = self.memory()
             self.config = stored_config(memory, self.options.assignments)
             engine = choose_engine(os.environ.get("MACROGPT_ENGINE", ""))
-            self._organism = Organism(self.config, memory, engine, self.options.session,
+            born = dataclasses.replace(self.config, **memory.setting("shape", {}))
+            self._organism = Organism(born, memory, engine, self.options.session,
                                       self.options.seed is not None)
-            check_shape(self.config, memory)
+            grow_as_asked(self._organism, Shape.of(self.config),
+                          self.options.command in GROWING_COMMANDS)
+            self.config = self._organism.config
         return self._organism
 
     def close(self) -> None:
@@ -9202,19 +9337,25 @@ class App:
 
 def stored_config(memory: Memory, assignments: Sequence[str]) -> Config:
     """Return the defaults, changed by the organism's shape, by what /set stored, by assignments."""
-    kept = {**memory.setting("shape", {}), **memory.settings("config.")}
+    shape = memory.setting("shape", {})
+    if shape and shape["n_ff"] == usual_ff_width(shape["n_embd"]):
+        shape["n_ff"] = 0  # it goes on following n_embd
+    kept = {**shape, **memory.settings("config.")}
     return Config().replace([*(f"{name}={value}" for name, value in kept.items()), *assignments])
 
 
-def check_shape(config: Config, memory: Memory) -> None:
-    """Raise ConfigError when the stored model has another shape than the settings ask for."""
-    wanted = dataclasses.asdict(Shape.of(config))
-    stored = memory.setting("shape", wanted)
-    if stored != wanted:
-        name = next(n for n in wanted if stored.get(n) != wanted[n])
-        raise ConfigError(f"{name}={wanted[name]}, but the organism in {config.db_path} was born "
-                          f"with {name}={stored.get(name)}; leave it so, or begin another with "
-                          f"--db")
+def grow_as_asked(organism: Organism, wanted: Shape, may_grow: bool) -> None:
+    """Let the organism grow to the size that the settings ask for.  Raises ConfigError."""
+    now = Shape.of(organism.config)
+    if wanted == now:
+        return
+    now.grown_to(wanted)
+    name = next(n for n, value in dataclasses.asdict(now).items() if getattr(wanted, n) != value)
+    if not may_grow:
+        raise ConfigError(f"{name}={getattr(wanted, name)}, but the organism in "
+                          f"{organism.config.db_path} has {name}={getattr(now, name)}; it grows "
+                          f"with chat, ask or train, or begin another with --db")
+    organism.grow(wanted)
 
 
 def wake(app: App) -> Organism:
@@ -9566,7 +9707,9 @@ def _repl_set(app: App, rest: str) -> List[str]:
     organism = app.organism()
     config = organism.config.replace([f"{name}={value.strip()}"])
     sampler_settings(config)
-    if Shape.of(config) != Shape.of(organism.config) or name.endswith("_path"):
+    if Shape.of(config) != Shape.of(organism.config):
+        return [f"a model grows when it starts: leave, and begin with --set {name}={value.strip()}"]
+    if name.endswith("_path"):
         return [f"{name} cannot change in a living organism; begin another with --db"]
     organism.config = app.config = config
     organism.memory.set_setting(f"config.{name}", getattr(config, name))

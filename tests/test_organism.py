@@ -406,6 +406,100 @@ class Life(Home):
         self.assertEqual(being.memory.life()[-1]["event"], "step skipped")
 
 
+class Enlarging(Home):
+    IDS = [1, 70, 80, 90, 100, 110]
+
+    def enlarge(self, being, *settings):
+        being.grow(m.Shape.of(self.configured(*settings)))
+
+    def test_an_organism_that_grew_says_the_same_and_stays_large(self):
+        being = self.grown("delta_seal_chars=10")
+        for line in ("The quartz lamp is old.", "The ferry leaves at seven."):
+            being.teach(line)
+            being.wait_trained()
+        being.sleep()
+        before = being.voice()[1].logits(self.IDS).data
+        self.enlarge(being, "n_layer=3", "n_embd=24", "n_head=3", "block_size=32")
+        after = being.voice()[1].logits(self.IDS).data
+        self.assertLess(max(abs(a - b) for a, b in zip(before, after)), 1e-4)
+        self.assertEqual(len(being.voice()[1].deltas), 2)
+        self.assertTrue(being.memory.layers()["delta0"].sealed)
+        self.assertIn("n_layer 2 → 3", being.notices[-1])
+        config = m.stored_config(being.memory, [])
+        self.assertEqual((config.n_layer, config.n_embd, config.block_size), (3, 24, 32))
+        self.assertIn("grew", [event["event"] for event in being.memory.life()])
+
+    def test_it_learns_with_what_is_new_and_then_is_at_rest(self):
+        being = self.grown()
+        being.sleep()
+        self.enlarge(being, "n_layer=3")
+        step, new = being.growth.step, being.voice()[1].params["2.down"]
+        self.assertFalse(any(new.data))
+        being.awake()
+        being.wait_trained()
+        self.assertEqual((being.growth.phase, being.growth.enlarged), ("grown", False))
+        self.assertGreater(being.growth.step, step)
+        self.assertTrue(any(being.voice()[1].params["2.down"].data))
+
+    def test_in_its_warm_up_it_grows_as_well_and_goes_on(self):
+        being = self.organism("warmup_steps=500", "warmup_epochs=1000.0")
+        being.awake()
+        being.learn_now(steps=6)
+        being.wait_order()
+        being.sleep()
+        self.assertEqual(being.growth.phase, "warmup")
+        before = being.voice()[1].logits(self.IDS).data
+        self.enlarge(being, "n_embd=32")
+        self.assertLess(max(abs(a - b) for a, b in zip(
+            before, being.voice()[1].logits(self.IDS).data)), 1e-4)
+        being.awake()
+        being.learn_now(steps=3)
+        being.wait_order()
+        self.assertFalse(being.failed)
+        self.assertEqual(being.growth.phase, "warmup")
+
+    def test_while_another_trains_it_does_not_grow(self):
+        being = self.grown()
+        being.sleep()
+        being.memory.take_lease("elsewhere:1", 60.0, lambda owner: True)
+        with self.assertRaisesRegex(m.TrainerError, "leave that one first"):
+            self.enlarge(being, "n_layer=3")
+        self.assertEqual(m.Shape.of(being.config).n_layer, 2)
+
+    def test_another_process_notices_that_it_grew(self):
+        being = self.grown()
+        being.sleep()
+        memory = m.Memory(self.config.db_path)
+        self.addCleanup(memory.close)
+        other = m.Organism(self.config, memory, m.interpreted_engine())
+        other.voice()
+        self.enlarge(being, "n_layer=3")
+        "".join(other.reply("Hello there."))
+        self.assertEqual(len(other.voice()[1].params), 4 * 3 + 2)
+
+    def test_a_text_that_outgrew_its_model_is_told_and_auto_grow_acts_on_it(self):
+        being = self.organism("auto_grow=0", "min_merge_chars=1000000")
+        rng = random.Random(1)
+        lines = ["".join(rng.choices("abcdefgh ", k=60)) for _ in range(300)]
+        self.corpus.write_text("\n\n".join(lines), encoding="utf-8")
+        being.awake()
+        being.wait_trained()
+        told = [e for e in being.memory.life() if e["event"] == "outgrown"]
+        self.assertEqual(len(told), 1, being.growth)
+        self.assertEqual(told[0]["proposed"], {"n_embd": [16, 24], "n_head": [2, 3], "n_ff": [40, 64]})
+        self.assertEqual(m.Shape.of(being.config).n_embd, 16)
+        being.sleep()
+        again = self.organism("auto_grow=1", "n_layer=2")
+        again.awake()
+        self.until(lambda: again.memory.setting("shape")["n_embd"] > 16)
+
+    def test_a_text_that_fits_its_model_is_not_called_too_much(self):
+        grown = m.Growth(phase="grown", bpc=2.5, train_bpc=2.4, warmup_chars=100_000)
+        self.assertTrue(m.has_outgrown(grown, 100_000))
+        self.assertFalse(m.has_outgrown(grown, 130_000))
+        self.assertFalse(m.has_outgrown(dataclasses.replace(grown, train_bpc=2.0), 90_000))
+
+
 class Processes(Home):
     def run_macrogpt(self, *words, text="", kill_after=None):
         sets = [part for setting in TINY for part in ("--set", setting)]
@@ -465,9 +559,9 @@ class Processes(Home):
         asked = self.run_macrogpt(*grown, text="What is my boat called?\nWhat is my river?\n")
         self.assertEqual(asked.stdout, (m.UNKNOWN_REPLY + "\n") * 2)
 
-    def test_another_shape_is_refused_with_the_way_out(self):
+    def test_a_smaller_shape_is_refused_with_the_way_out(self):
         self.run_macrogpt("train", "--steps", "1")
-        refused = self.run_macrogpt("--set", "n_layer=3", "ask", "hello")
+        refused = self.run_macrogpt("--set", "n_layer=1", "ask", "hello")
         self.assertEqual(refused.returncode, 2)
         self.assertIn("--db", refused.stderr)
         self.assertEqual(refused.stderr.count("\n"), 1)
