@@ -182,6 +182,11 @@ class Config:
     delta_rank: int = _setting(8, "rank R of a delta", 1, 1024)
     max_delta_modules: int = _setting(12, "deltas kept before the oldest is folded in", 1, 1000)
     delta_seal_chars: int = _setting(20_000, "new characters a delta takes before it is sealed", 1)
+    # unlearning
+    unlearn_seconds: float = _setting(10.0, "quiet after the owner forgot something, before the "
+                                            "layers that learned it are rebuilt", 0.0, 1e6)
+    unlearn_corrected_chars: int = _setting(2000, "characters of lines that were only corrected, "
+                                                  "from which layers are rebuilt for them", 0)
     # organism
     auto_grow: int = _setting(0, "1: the model grows by itself when its text outgrows it", 0, 1)
     threads: int = _setting(0, "threads of compiled kernels; 0 is one less than there are cores", 0,
@@ -700,6 +705,28 @@ def read_corpus(path: AnyPath, max_lines: int = 8000, max_line_chars: int = 240,
         tally["kept"] = sum(len(document.lines) for document in documents)
     return Corpus(documents, tally["lines"], total_bytes, kept_all, stamp,
                   _notices(tally, handle.encoding, max_line_chars))
+
+
+def lines_still_in(path: AnyPath, lines: AbstractSet[str], max_line_chars: int) -> Set[str]:
+    """Return which of the clean lines stand in the text file at path.  Raises CorpusError."""
+    with _reading(path) as handle:
+        found = _clean_lines(handle, max_line_chars, collections.Counter())
+        return {line for document in documents_of(found) for line in document.lines
+                if line in lines}
+
+
+def corrected_lines(lost: Sequence[str], fresh: Sequence[str]) -> Set[str]:
+    """Return the lost lines that stand among the fresh ones in a form four fifths alike.
+
+    Of more than MOST_CORRECTIONS, all count as lost: a text was replaced, and comparing is slow.
+    """
+    if max(len(lost), len(fresh)) > MOST_CORRECTIONS:
+        return set()
+    import difflib  # only an edit pays for this import
+    return {line for line in lost if difflib.get_close_matches(line, fresh, 1, 0.8)}
+
+
+MOST_CORRECTIONS = 100
 
 
 def read_text(path: AnyPath) -> str:
@@ -4675,6 +4702,19 @@ MIGRATIONS: Tuple[str, ...] = (
     CREATE INDEX messages_heard ON messages(id) WHERE stage = 0;
     CREATE INDEX messages_of_prompt ON messages(session_id, id) WHERE stage < 3;
     """,
+    # 3: which layer first read an entry (0 the base, n+1 delta n), and what layers are to unlearn
+    """
+    ALTER TABLE entries ADD COLUMN trained INTEGER;
+    UPDATE entries SET trained = 0 WHERE NOT held_out AND EXISTS (SELECT 1 FROM layers);
+    CREATE TABLE unlearning (
+        key INTEGER PRIMARY KEY, trained INTEGER NOT NULL, chars INTEGER NOT NULL,
+        corrected INTEGER NOT NULL);
+    CREATE TRIGGER told_and_taken AFTER DELETE ON entries
+        WHEN old.source != 'corpus' AND old.trained IS NOT NULL BEGIN
+        INSERT INTO unlearning(key, trained, chars, corrected)
+        VALUES (old.key, old.trained, length(old.text), 0)
+        ON CONFLICT(key) DO UPDATE SET trained = min(trained, excluded.trained); END;
+    """,
 )
 
 # The stages of a message: stored; its facts are entries; a line of the session's summary; out of
@@ -4961,11 +5001,74 @@ class Memory:
                           f"ORDER BY e.id LIMIT {int(limit)}", *values)
         return [_entry(row) for row in rows]
 
-    def mark_learned(self, keys: Iterable[int]) -> None:
-        """Note that the documents of these keys have been trained on."""
+    def mark_learned(self, keys: Iterable[int], layer: int = 0) -> None:
+        """Note that the documents of these keys have been learned, by the layer of that number."""
         with self.transaction():
             for key in keys:
-                self._rows("UPDATE entries SET learned = 1 WHERE key = ?", key)
+                self._rows("UPDATE entries SET learned = ? WHERE key = ?", layer + 1, key)
+
+    # which layer read what: number 0 is the base, number n + 1 the delta n
+
+    def mark_trained(self, layer: int) -> None:
+        """Note that the layer of that number trains from now on, on everything not held out."""
+        with self.transaction():
+            self._rows("UPDATE entries SET trained = ? WHERE trained IS NULL AND NOT held_out",
+                       layer)
+
+    def trained_texts(self, source: str, keys: Iterable[int]) -> List[Tuple[str, int]]:
+        """Return the texts of some documents of a source, each with the first layer to read it."""
+        found = (self._rows("SELECT text, trained FROM entries WHERE source = ? AND key = ? "
+                            "AND trained IS NOT NULL", source, key) for key in keys)
+        return [row for rows in found for row in rows]
+
+    def inherit_trained(self, source: str, key: int, layer: int) -> None:
+        """Note that a layer has read words of this document before it was a document."""
+        with self.transaction():
+            self._rows("UPDATE entries SET trained = ? WHERE source = ? AND key = ? "
+                       "AND NOT held_out", layer, source, key)
+
+    def want_unlearned(self, key: int, layer: int, chars: int, corrected: bool) -> None:
+        """Note words, known by a key, that are gone and that layers from this one on have read."""
+        with self.transaction():
+            self._rows("""
+                INSERT INTO unlearning(key, trained, chars, corrected) VALUES (?, ?, ?, ?)
+                ON CONFLICT(key) DO UPDATE SET trained = min(trained, excluded.trained),
+                                               corrected = min(corrected, excluded.corrected)""",
+                       key, layer, chars, int(corrected))
+
+    def take_back(self, key: int) -> Optional[int]:
+        """Note that words are there again; return the first layer that has read them, if any."""
+        with self.transaction():
+            layer = self._one("SELECT trained FROM unlearning WHERE key = ?", key)
+            self._rows("DELETE FROM unlearning WHERE key = ?", key)
+            return layer
+
+    def to_unlearn(self) -> List[Tuple[int, int, bool]]:
+        """Return (first layer, characters, whether only corrected) of all that is to be unlearned.
+
+        What was told again in the meantime is not among it.
+        """
+        rows = self._rows("""
+            SELECT trained, chars, corrected FROM unlearning u WHERE NOT EXISTS (
+                SELECT 1 FROM entries e WHERE e.key = u.key
+                AND e.source IN ('corpus', 'chat', 'taught', 'approved'))""")
+        return [(trained, chars, bool(corrected)) for trained, chars, corrected in rows]
+
+    def unlearn_from(self, layer: int) -> None:
+        """Note that the layers from this one on are gone: what they learned waits to be learned."""
+        with self.transaction():
+            self._rows("UPDATE entries SET learned = 0 WHERE trained >= ? OR learned > ?",
+                       layer, layer)
+            self._rows("UPDATE entries SET trained = NULL WHERE trained >= ?", layer)
+            self._rows("DELETE FROM unlearning WHERE trained >= ?", layer)
+
+    def rename_layers(self, names: Dict[str, str]) -> None:
+        """Store layers under other names."""
+        with self.transaction():
+            for old, new in names.items():
+                self._rows("INSERT INTO layers SELECT ?, sealed, manifest, checksum, data, "
+                           "saved_at FROM layers WHERE name = ?", new, old)
+                self._rows("DELETE FROM layers WHERE name = ?", old)
 
     def unlearned_chars(self) -> Tuple[int, int]:
         """Return how many characters wait to be learned: of the corpus, and of all else."""
@@ -7765,6 +7868,11 @@ class Growth:
     train_bpc: Optional[float] = None  # bits per character on the text of the last warm-up
 
 
+def delta_is_full(growth: Growth, config: Config) -> bool:
+    """Return whether the active delta is to be sealed before the next burst."""
+    return growth.delta_chars >= config.delta_seal_chars
+
+
 def float_bytes(data: array) -> bytes:
     """Return a float buffer as little-endian bytes."""
     if sys.byteorder == "little":
@@ -7844,6 +7952,15 @@ def build_model(config: Config, layers: Dict[str, Layer], engine: Engine,
         model.append_delta(rank, rng)
         load_params(_matrices(model.deltas[-1]), layers[name])
     return tokenizer, model
+
+
+OLD = "old."  # begins the names of layers that speak while others are rebuilt
+
+
+def spoken_layers(layers: Dict[str, Layer]) -> Dict[str, Layer]:
+    """Return the layers that are to speak: the old ones, while others are rebuilt."""
+    old = {name[len(OLD):]: layer for name, layer in layers.items() if name.startswith(OLD)}
+    return old or layers
 
 
 def _matrices(delta: Delta) -> List[MatrixParam]:
@@ -8110,8 +8227,7 @@ class Student:
     def begin_burst(self) -> None:
         """Make sure that an unsealed delta is there to learn what is new."""
         config, growth, model = self.config, self.growth, self.model
-        full = growth.delta_chars >= config.delta_seal_chars
-        if not self.delta_names or full:
+        if not self.delta_names or delta_is_full(growth, config):
             if len(self.delta_names) >= config.max_delta_modules:
                 self._fold_oldest()
             model.append_delta(config.delta_rank, self.rng)
@@ -8504,6 +8620,9 @@ class Organism:
         self._thread: Optional[threading.Thread] = None
         self._loop: Optional[asyncio.AbstractEventLoop] = None
         self._text_version, self._child_text_version, self._child_ready = 1, 0, False
+        self.in_step = False  # whether each event waits for what the one before has to teach
+        self._to_unlearn: List[Tuple[int, int, bool]] = []
+        self._unlearn_since = 0.0
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
 
     # the corpus
@@ -8545,14 +8664,46 @@ class Organism:
         self.notices.extend(corpus.notices if added else ())
         with memory.transaction():
             held = self._hold_out(added)
+            read = self._lose_lines(added, gone, corpus)
             memory.remove_entries("corpus", gone)
             for document in added:
                 memory.add_entry("corpus", document, held_out=document.key in held)
+            self._inherit(added, read)
             memory.set_setting("corpus", seen)
             if added or gone:
                 memory.log("corpus", added=len(added), removed=len(gone))
         self._text_version += bool(added or gone)
         return bool(added or gone)
+
+    def _lose_lines(self, added: List[Document], gone: Set[int], corpus: Corpus) -> Dict[str, int]:
+        """Note which lines that layers have read are lost; return all lines of what is gone.
+
+        Each with the first layer that has read it. A line that went to another document, or that
+        a sample of a large file left out, is not lost.
+        """
+        read: Dict[str, int] = {}
+        for text, layer in self.memory.trained_texts("corpus", gone):
+            for line in text.splitlines():
+                read[line] = min(layer, read.get(line, layer))
+        lost = read.keys() - {line for d in corpus.documents for line in d.lines}
+        if lost and not corpus.kept_all:
+            lost -= lines_still_in(self.config.corpus_path, lost, self.config.max_line_chars)
+        fresh = [line for d in added for line in d.lines if line not in read]
+        corrected = corrected_lines(sorted(lost), fresh)
+        for line in lost:
+            self.memory.want_unlearned(line_key(line), read[line], len(line), line in corrected)
+        return read
+
+    def _inherit(self, added: List[Document], read: Dict[str, int]) -> None:
+        """Let documents know which layers have read lines of theirs already."""
+        if not (read or self.memory.to_unlearn()):
+            return
+        for document in added:
+            again = [self.memory.take_back(line_key(line)) for line in document.lines]
+            known = [read.get(line) for line in document.lines]
+            layers = [layer for layer in (*again, *known) if layer is not None]
+            if layers:
+                self.memory.inherit_trained("corpus", document.key, min(layers))
 
     def _hold_out(self, added: List[Document]) -> Set[int]:
         """Return the keys among the added that are never trained on.
@@ -8579,9 +8730,9 @@ class Organism:
         """Return tokenizer and model as last committed; between two replies they may change."""
         with self._entry_counts.lock:
             if self._voice is None or self._voice_old:
-                self._voice_old, layers = False, self.memory.layers()
+                self._voice_old, layers = False, spoken_layers(self.memory.layers())
                 self._voice = build_model(self.config, layers, self.engine,
-                                          prefer_best=self.growth.phase == "warmup")
+                                          prefer_best=self._speaking_growth().phase == "warmup")
                 self._mixer = load_mixer(self.config, layers)
             return self._voice
 
@@ -8600,7 +8751,7 @@ class Organism:
         """Return the weights of the voice's experts, as they were fitted."""
         self.voice()
         if self._mixer.order != self.config.ngram_order:
-            self._mixer = load_mixer(self.config, self.memory.layers())
+            self._mixer = load_mixer(self.config, spoken_layers(self.memory.layers()))
         return self._mixer
 
     def mixture(self, texts: Iterable[Sequence[int]] = ()) -> Optional[Mixture]:
@@ -8618,9 +8769,14 @@ class Organism:
                 self.config = dataclasses.replace(self.config, **shape)
                 self.growth, self._voice_old = stored, True
 
+    def _speaking_growth(self) -> Growth:
+        """Return how far the weights have come that speak: while others are rebuilt, the old."""
+        old = self.memory.setting("old_growth")
+        return Growth(**old) if old else self.growth
+
     def trusts_model(self) -> bool:
         """Return whether the model has learned enough to speak for itself."""
-        growth = self.growth
+        growth = self._speaking_growth()
         best = growth.bpc if growth.best_bpc is None else growth.best_bpc
         enough = self.config.trust_bpc * (1.5 if growth.phase == "grown" else 1.0)
         return growth.phase != "newborn" and best is not None and best <= enough
@@ -8828,6 +8984,9 @@ class Organism:
         memory = self.memory
         if not memory.take_lease(self._owner, LEASE_SECONDS, holder_alive):
             raise TrainerError("another macrogpt trains this memory; leave that one first")
+        if memory.setting("old_growth"):
+            raise TrainerError("the model is being rebuilt without what was forgotten, and cannot "
+                               "grow meanwhile; run `train` with the size it has, then grow it")
         with memory.transaction():
             layers = memory.layers()
             shape, grown = enlarged_layers(self.config, wanted, layers, self.engine)
@@ -8862,7 +9021,86 @@ class Organism:
     def _next_shape(self) -> Optional[Shape]:
         """Return the size to which the model is to grow by itself, if it is."""
         proposed = self.memory.setting("next_shape") if self.config.auto_grow else None
-        return Shape(**proposed) if proposed else None
+        return Shape(**proposed) if proposed and not self.memory.setting("old_growth") else None
+
+    # unlearning
+
+    def _layer_number(self) -> int:
+        """Return the number of the first layer that may train on text sent now, as for Memory."""
+        deltas = delta_names(self.memory.manifests())
+        if self.growth.phase != "grown":
+            return 0
+        if not deltas or delta_is_full(self.growth, self.config):
+            return self.growth.delta_serial + 1
+        return int(deltas[-1][5:]) + 1
+
+    def _first_to_unlearn(self) -> Optional[int]:
+        """Return the number of the first layer to be rebuilt, when it is time for that.
+
+        Corrected lines are collected, lest every slip of the pen cost a warm-up; whatever else is
+        gone waits only for some quiet, and for none where somebody waits for it.
+        """
+        rows, config = self.memory.to_unlearn(), self.config
+        patient = sum(chars for _, chars, corrected in rows if corrected)
+        if patient < max(1, config.unlearn_corrected_chars):
+            rows = [row for row in rows if not row[2]]
+        if rows != self._to_unlearn:
+            self._to_unlearn, self._unlearn_since = rows, time.monotonic()
+        quiet = time.monotonic() - self._unlearn_since >= config.unlearn_seconds
+        hurry = self.in_step or self._order["force"]
+        return min(layer for layer, _, _ in rows) if rows and (quiet or hurry) else None
+
+    def _unlearn(self, first: int) -> None:
+        """Take away the layers from this number on, in one transaction; what is left is learned.
+
+        A delta is gone at once. Of the base, the old one speaks until another has grown up.
+        """
+        memory = self.memory
+        with memory.transaction():
+            names, rows = memory.manifests(), memory.to_unlearn()
+            deltas, growth = delta_names(names), Growth(**memory.setting("growth", {}))
+            if first > growth.delta_serial:  # it was never begun
+                memory.unlearn_from(first)
+                return
+            name = f"delta{first - 1}"
+            rebuilt = deltas[deltas.index(name):] if name in deltas else ["base", *deltas]
+            if name in deltas:
+                memory.remove_layers({"optimizer", *rebuilt})
+                growth.delta_chars = self.config.delta_seal_chars  # those before are sealed
+                memory.unlearn_from(first)
+            else:
+                self._set_aside(names, growth)
+                growth = Growth(step=growth.step, tokens=growth.tokens,
+                                delta_serial=growth.delta_serial)
+                memory.unlearn_from(0)
+            memory.set_setting("growth", dataclasses.asdict(growth))
+            done = {"layers": rebuilt, "texts": len(rows), "chars": sum(row[1] for row in rows)}
+            memory.set_setting("unlearning", done)
+            memory.log("unlearning", **done)
+        self._refresh()
+        self._end_unlearning()
+
+    def _set_aside(self, names: Iterable[str], growth: Growth) -> None:
+        """Keep the layers as the old ones that speak, if there is text for others to learn."""
+        memory = self.memory
+        weights = {n for n in names if n not in ("tokenizer", "ngrams") and not n.startswith(OLD)}
+        aside = any(name.startswith(OLD) for name in names)
+        if aside or "base" not in weights or not memory.entries("NOT held_out", limit=1):
+            memory.remove_layers(weights)
+            return
+        memory.rename_layers({n: OLD + n for n in sorted(weights - {"optimizer"})})
+        memory.save_layers({OLD + "tokenizer": memory.layers()["tokenizer"]})
+        memory.remove_layers({"optimizer"})
+        memory.set_setting("old_growth", dataclasses.asdict(growth))
+
+    def _end_unlearning(self) -> None:
+        """Say in the life log that nothing is left of what was to be unlearned."""
+        memory = self.memory
+        done, left = memory.setting("unlearning"), memory.entries("NOT held_out", limit=1)
+        if done and not (any(memory.unlearned_chars()) or left and self.growth.phase != "grown"):
+            with memory.transaction():
+                memory.set_setting("unlearning", None)
+                memory.log("unlearned", **done)
 
     # learning
 
@@ -8911,6 +9149,7 @@ class Organism:
 
         So a life depends on the order of its events and not on when they came.
         """
+        self.in_step = True
         with contextlib.suppress(CorpusError):  # the watcher tells of it
             self.take_in_corpus()
         self._rouse()
@@ -8963,8 +9202,10 @@ class Organism:
             before = stamp
             self.read_once.set()
             await asyncio.sleep(0.1 if changed else self.config.tick_seconds)
-            if self.trusts_model() and self.config.mix:  # so that no reply has to wait for it
-                with contextlib.suppress(MacroGPTError):
+            with contextlib.suppress(MacroGPTError):
+                if self._operation_due():
+                    self._bell.set()
+                if self.trusts_model() and self.config.mix:  # so that no reply has to wait for it
                     await asyncio.to_thread(self._count_ahead)
 
     def _tell(self, notice: str) -> None:
@@ -8984,7 +9225,8 @@ class Organism:
         if growing or order["steps"] or order["seconds"]:
             return job
         corpus, said = memory.unlearned_chars()
-        if corpus or said >= self.config.min_new_chars_to_train or (said and order["force"]):
+        soon = order["force"] or self.memory.setting("unlearning")
+        if corpus or said >= self.config.min_new_chars_to_train or (said and soon):
             return job
         return None
 
@@ -9025,10 +9267,13 @@ class Organism:
 
     def _operation_due(self) -> bool:
         """Return whether the stored layers are to be changed while no trainer works on them."""
-        return self._next_shape() is not None
+        return self._first_to_unlearn() is not None or self._next_shape() is not None
 
     def _operate(self) -> None:
         """Change the stored layers as is due."""
+        first = self._first_to_unlearn()
+        if first is not None:
+            self._unlearn(first)
         shape = self._next_shape()
         if shape is not None:
             self.grow(shape)
@@ -9066,7 +9311,8 @@ class Organism:
         listener = asyncio.ensure_future(self._listen(child))
         self._child_text_version, self._child_ready = 0, False
         layers = self.memory.layers()
-        layers.pop("ngrams", None)  # the trainer counts for itself
+        layers = {n: layer for n, layer in layers.items()  # the trainer counts for itself
+                  if n != "ngrams" and not n.startswith(OLD)}
         try:
             self._send(child, {"do": "start", "config": dataclasses.asdict(self.config),
                                "growth": dataclasses.asdict(self.growth),
@@ -9101,6 +9347,7 @@ class Organism:
             documents = [[e.key, e.text, e.closed, not e.learned]
                          for e in entries if not e.held_out]
             held_out = "\n".join(e.text for e in entries if e.held_out)
+            self.memory.mark_trained(self._layer_number())
             self._send(child, {"do": "text", "documents": documents, "held_out": held_out}, {})
             self._send(child, {"do": "learn", **job}, {})
             self.at_work = True
@@ -9145,10 +9392,11 @@ class Organism:
         given = {n: Layer(manifest, blobs[n], sealed) for n, (manifest, sealed) in layers.items()}
         with memory.transaction():
             memory.save_layers(given)
-            memory.remove_layers(set(memory.manifests()) - {*names, "ngrams"})
+            memory.remove_layers(self._superfluous(names, growth["phase"] == "grown"))
             memory.set_setting("growth", growth)
             memory.set_setting("shape", dataclasses.asdict(Shape.of(self.config)))
-            memory.mark_learned(learned)
+            deltas = delta_names(names)
+            memory.mark_learned(learned, int(deltas[-1][5:]) + 1 if deltas else 0)
             memory.add_progress(growth["step"], growth["tokens"], self.progress.get("loss"),
                                 growth["bpc"])
             if growth["phase"] != self.growth.phase:
@@ -9160,8 +9408,17 @@ class Organism:
         if warm:
             self._propose_growth()
 
+    def _superfluous(self, names: List[str], grown: bool) -> Set[str]:
+        """Return the stored layers that nobody needs beside those named; grown up, the old go."""
+        others = set(self.memory.manifests()) - {*names, "ngrams"}
+        if grown:
+            self.memory.set_setting("old_growth", None)
+            return others
+        return {name for name in others if not name.startswith(OLD)}
+
     def _on_done(self, blobs: Dict[str, bytes]) -> None:
         self.memory.log("learned", step=self.growth.step, bpc=self.growth.bpc)
+        self._end_unlearning()
         if self._order["steps"] or self._order["seconds"]:
             self._order = dict(NO_ORDER)
         with self.changed:

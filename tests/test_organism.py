@@ -500,6 +500,144 @@ class Enlarging(Home):
         self.assertFalse(m.has_outgrown(dataclasses.replace(grown, train_bpc=2.0), 90_000))
 
 
+class Unlearning(Home):
+    """What is forgotten leaves the weights that were trained on it."""
+
+    SECRET = "Quartz wolves hum zigzag jokes."
+    EAGER = ("held_out_share=0.0", "unlearn_seconds=0.0", "delta_seal_chars=20", "delta_rank=4")
+    STRONG = ("n_layer=1", "dropout=0.0", "micro_steps=30", "delta_rate=0.03",
+              "learning_rate=0.02", "warmup_steps=100", "batch_size=2")
+
+    def being(self, *more):
+        being = self.organism(*self.EAGER, *more)
+        being.awake()
+        being.wait_trained()
+        return being
+
+    def nats(self, being):
+        tokenizer, model = being.voice()
+        return sum(m.scored_nats(model, [m.END_OF_TEXT] + tokenizer.encode(self.SECRET), 24))
+
+    def events(self, being):
+        return [e["event"] for e in being.memory.life() if "learn" in e["event"]]
+
+    def taught(self, being, *lines):
+        for line in lines:
+            being.teach(line)
+            being.wait_trained()
+
+    def test_a_delta_that_read_what_is_forgotten_is_rebuilt_and_those_before_it_stay(self):
+        being = self.being(*self.STRONG)
+        self.taught(being, "The ferry leaves at seven.")
+        before = self.nats(being)
+        self.taught(being, self.SECRET)
+        self.assertLess(self.nats(being), 0.75 * before)
+        self.taught(being, "Copper turns green in rain.")
+        kept = being.memory.layers()
+        self.assertEqual(m.delta_names(kept), ["delta0", "delta1", "delta2"])
+        m.forget(being.memory, self.SECRET)
+        being.wait_trained()
+        layers = being.memory.layers()
+        self.assertEqual(m.delta_names(layers), ["delta0", "delta3"])
+        self.assertEqual((layers["base"], layers["delta0"]), (kept["base"], kept["delta0"]))
+        self.assertGreater(self.nats(being), 0.9 * before)
+        self.assertFalse(being.memory.entries("NOT learned"))
+        self.assertEqual(self.events(being)[-4:], ["unlearning", "learning", "learned", "unlearned"])
+
+    def test_a_line_taken_out_of_the_corpus_is_unlearned_by_a_new_base_while_the_old_speaks(self):
+        never = self.being(*self.STRONG, f"db_path={self.folder / 'twin.sqlite3'}")
+        twin = self.nats(never)
+        never.sleep()
+        self.append("\n" + self.SECRET + "\n")
+        being = self.being(*self.STRONG)
+        learned, spoken = self.nats(being), []
+        self.assertLess(learned, 0.75 * twin)
+        on_snapshot = being._on_snapshot
+
+        def watched(blobs, growth, **rest):
+            on_snapshot(blobs, growth, **rest)
+            spoken.append((growth["phase"], self.nats(being)))
+        being._on_snapshot = watched
+        self.corpus.write_text(LINES, encoding="utf-8")
+        being.take_in_corpus()
+        being.wait_trained()
+        self.assertTrue(all(nats == learned for phase, nats in spoken if phase == "warmup"))
+        self.assertAlmostEqual(self.nats(being), twin, delta=0.15 * twin)
+        self.assertEqual(being.growth.phase, "grown")
+        self.assertFalse([n for n in being.memory.manifests() if n.startswith(m.OLD)])
+        self.assertEqual(self.events(being)[-4:], ["unlearning", "learning", "learned", "unlearned"])
+
+    def test_killed_while_it_unlearns_it_goes_on_where_it_was(self):
+        being = self.being()
+        self.taught(being, self.SECRET)
+        being.sleep()
+        before = self.nats(being)
+        self.corpus.write_text(LINES.replace("The garden is green in spring.\n", ""))
+        then = self.organism(*self.EAGER)
+        then.take_in_corpus()
+        then._unlearn(0)
+        self.assertIn("old.base", then.memory.manifests())
+        again = self.organism(*self.EAGER)
+        self.assertEqual(again.growth.phase, "newborn")
+        self.assertEqual(self.nats(again), before)
+        with self.assertRaisesRegex(m.TrainerError, "being rebuilt"):
+            again.grow(m.Shape.of(self.configured("n_layer=3")))
+        again.awake()
+        again.wait_trained()
+        self.assertEqual(again.growth.phase, "grown")
+        self.assertNotIn("old.base", again.memory.manifests())
+        self.assertEqual(self.events(again)[-1], "unlearned")
+
+    def test_corrected_lines_are_collected_and_moved_ones_are_not_lost(self):
+        being = self.being("unlearn_corrected_chars=50")
+
+        def edit(*changes):
+            text = self.corpus.read_text(encoding="utf-8")
+            for old, new in changes:
+                self.assertIn(old, text)
+                text = text.replace(old, new)
+            self.corpus.write_text(text, encoding="utf-8")
+            being.take_in_corpus()
+            being.wait_trained()
+            return being.memory.to_unlearn()
+        self.assertEqual(edit(("spring.\n", "spring.\n\n")), [])  # one document became two
+        self.assertEqual(edit(("is green in spring", "was green in spring")), [(0, 30, True)])
+        self.assertEqual(edit(("was green in spring", "is green in spring")), [(2, 31, True)])
+        self.assertNotIn("unlearning", self.events(being))
+        edit(("A bird sits in", "A bird sat in"))
+        self.assertEqual(being.memory.to_unlearn(), [])
+        self.assertEqual(self.events(being)[-1], "unlearned")
+
+    def test_what_is_told_again_in_time_is_not_unlearned(self):
+        being = self.being("unlearn_seconds=1000")
+        self.taught(being, self.SECRET)
+        m.forget(being.memory, self.SECRET)
+        self.assertEqual(len(being.memory.to_unlearn()), 1)
+        being.teach(self.SECRET)
+        self.assertEqual(being.memory.to_unlearn(), [])
+        m.forget(being.memory, self.SECRET)
+        self.assertEqual(being.memory.to_unlearn(), [(1, len(self.SECRET) + 1, False)])
+
+    def test_what_a_sample_left_out_is_not_lost(self):
+        lines = [f"The number {i} stands alone." for i in range(60)]
+        self.corpus.write_text("\n\n".join(lines), encoding="utf-8")
+        being = self.organism("max_corpus_lines=20", "held_out_share=0.0")
+        being.take_in_corpus()
+        being.memory.mark_trained(0)
+        del lines[57]
+        self.corpus.write_text("\n\n".join([*lines, *(f"New is {i}." for i in range(9))]))
+        being.take_in_corpus()
+        self.assertEqual(being.memory.to_unlearn(), [(0, len("The number 57 stands alone."), False)])
+
+    def test_when_nothing_is_left_to_learn_nothing_of_the_old_is_left(self):
+        being = self.being()
+        self.corpus.write_text("\n", encoding="utf-8")
+        being.take_in_corpus()
+        being.wait_trained()
+        self.assertEqual(set(being.memory.manifests()) - {"tokenizer"}, set())
+        self.assertEqual(being.growth.phase, "newborn")
+
+
 class Processes(Home):
     def run_macrogpt(self, *words, text="", kill_after=None):
         sets = [part for setting in TINY for part in ("--set", setting)]
