@@ -9067,6 +9067,7 @@ class Organism:
             if name in deltas:
                 memory.remove_layers({"optimizer", *rebuilt})
                 growth.delta_chars = self.config.delta_seal_chars  # those before are sealed
+                growth.delta_serial += 1  # and whoever speaks elsewhere notices
                 memory.unlearn_from(first)
             else:
                 self._set_aside(names, growth)

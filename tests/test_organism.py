@@ -1,6 +1,5 @@
 """The organism: learning, its supervision, and what survives; with real trainer processes."""
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -536,9 +535,9 @@ class Unlearning(Home):
         kept = being.memory.layers()
         self.assertEqual(m.delta_names(kept), ["delta0", "delta1", "delta2"])
         m.forget(being.memory, self.SECRET)
-        being.wait_trained()
+        self.until(lambda: "unlearned" in self.events(being))
         layers = being.memory.layers()
-        self.assertEqual(m.delta_names(layers), ["delta0", "delta3"])
+        self.assertEqual(m.delta_names(layers), ["delta0", "delta4"])
         self.assertEqual((layers["base"], layers["delta0"]), (kept["base"], kept["delta0"]))
         self.assertGreater(self.nats(being), 0.9 * before)
         self.assertFalse(being.memory.entries("NOT learned"))
@@ -715,7 +714,7 @@ class SameLife(Home):
     SAID = ("My lamp is made of quartz.", "/teach The ferry leaves at seven.",
             "I live beside the old mill.", "The heron sleeps on one leg.")
 
-    def life(self, name, parts, engine, hash_seed):
+    def life(self, name, parts, hash_seed):
         """Live a life, started anew for each part of the talk; return its layers."""
         folder = self.folder / name
         folder.mkdir()
@@ -726,8 +725,7 @@ class SameLife(Home):
                        str(folder / "m.sqlite3"), "--wait-trained", *self.SETS]
             with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                   stderr=subprocess.DEVNULL, text=True, cwd=folder, env={
-                                      **os.environ, "PYTHONHASHSEED": hash_seed,
-                                      "MACROGPT_ENGINE": engine}) as chat:
+                                      **os.environ, "PYTHONHASHSEED": hash_seed}) as chat:
                 for words in part:
                     if words.startswith("edit "):
                         after = corpus.read_text(encoding="utf-8") + "\n" + words[5:] + "\n"
@@ -743,24 +741,18 @@ class SameLife(Home):
         self.addCleanup(memory.close)
         return memory.layers()
 
-    def engines(self):
-        yield "python"
-        with contextlib.suppress(m.EngineError):
-            m.native_engine()
-            yield "native"
-
     def test_a_life_lived_twice_gives_the_same_bits_with_a_restart_in_between_or_without(self):
         many = " ".join(f"On day {day} the kite flies above the quay." for day in range(30))
-        said = [*self.SAID[:3], "edit The rain is warm.", self.SAID[3], "edit " + many, "Thank you."]
-        for engine in self.engines():
-            whole = self.life(engine + "whole", [said], engine, "1")
-            parts = self.life(engine + "parts", [said[:3], said[3:]], engine, "2")
-            self.assertEqual(len(m.delta_names(whole)), 1)  # those before were warmed up over
-            self.assertIn("mixer", whole)
-            self.assertTrue(m.EvolvingTokenizer.unpack(whole["tokenizer"].data).version)
-            self.assertEqual(sorted(whole), sorted(parts))
-            for name, layer in whole.items():
-                self.assertEqual(layer, parts[name], (engine, name))
+        said = [*self.SAID[:3], "edit The rain is warm.", self.SAID[3],
+                "/forget The ferry leaves at seven.", "edit " + many, "Thank you."]
+        whole = self.life("whole", [said], "1")
+        parts = self.life("parts", [said[:3], said[3:]], "2")
+        self.assertEqual(len(m.delta_names(whole)), 1)  # those before were warmed up over
+        self.assertIn("mixer", whole)
+        self.assertTrue(m.EvolvingTokenizer.unpack(whole["tokenizer"].data).version)
+        self.assertEqual(sorted(whole), sorted(parts))
+        for name, layer in whole.items():
+            self.assertEqual(layer, parts[name], name)
 
 
 if __name__ == "__main__":
