@@ -3576,7 +3576,7 @@ class DeltaAdapter:
         self.a = MatrixParam.normal(engine, name + ".a", rank, base.dim, base.dim ** -0.5, rng)
         self.b = MatrixParam(engine, name + ".b", base.rows, rank)
 
-    def call(self, name: str) -> None:
+    def rename(self, name: str) -> None:
         """Give both matrices another name."""
         self.a.name, self.b.name = name + ".a", name + ".b"
 
@@ -3910,7 +3910,7 @@ class GPT:
             adapter.fold_into(self.params[name])
         for index, delta in enumerate(self.deltas):  # named as when they are loaded
             for name, adapter in delta.items():
-                adapter.call(f"delta{index}.{name}")
+                adapter.rename(f"delta{index}.{name}")
 
     def without_delta(self, index: int) -> "GPT":
         """Return a model of the same weights that lacks one delta."""
@@ -5062,13 +5062,13 @@ class Memory:
             self._rows("UPDATE entries SET trained = NULL WHERE trained >= ?", layer)
             self._rows("DELETE FROM unlearning WHERE trained >= ?", layer)
 
-    def rename_layers(self, names: Dict[str, str]) -> None:
-        """Store layers under other names."""
+    def copy_layers(self, names: Dict[str, str]) -> None:
+        """Store layers under other names as well."""
         with self.transaction():
             for old, new in names.items():
-                self._rows("INSERT INTO layers SELECT ?, sealed, manifest, checksum, data, "
-                           "saved_at FROM layers WHERE name = ?", new, old)
-                self._rows("DELETE FROM layers WHERE name = ?", old)
+                self._rows("INSERT INTO layers(name, sealed, manifest, checksum, data, saved_at) "
+                           "SELECT ?, sealed, manifest, checksum, data, saved_at FROM layers "
+                           "WHERE name = ?", new, old)
 
     def unlearned_chars(self) -> Tuple[int, int]:
         """Return how many characters wait to be learned: of the corpus, and of all else."""
@@ -7981,6 +7981,13 @@ def enlarged_layers(config: Config, wanted: Shape, layers: Dict[str, Layer],
     return larger.shape, grown
 
 
+def to_warm_up(growth: Growth) -> Growth:
+    """Return how far it has come with a model that was just enlarged: a warm-up is due."""
+    if growth.phase == "grown":
+        return dataclasses.replace(growth, enlarged=True)
+    return dataclasses.replace(growth, warmup_step=0, best_bpc=None, stale=0)
+
+
 def has_outgrown(growth: Growth, n_params: int) -> bool:
     """Return whether a text left more unexplained than the weights that learned it can hold.
 
@@ -8988,18 +8995,13 @@ class Organism:
             raise TrainerError("the model is being rebuilt without what was forgotten, and cannot "
                                "grow meanwhile; run `train` with the size it has, then grow it")
         with memory.transaction():
-            layers = memory.layers()
-            shape, grown = enlarged_layers(self.config, wanted, layers, self.engine)
+            shape, grown = enlarged_layers(self.config, wanted, memory.layers(), self.engine)
             differences = what_grew(Shape.of(self.config), shape)
-            growth = Growth(**memory.setting("growth", {}))
-            if growth.phase == "grown":
-                growth.enlarged = True
-            else:
-                growth.warmup_step, growth.best_bpc, growth.stale = 0, None, 0
             memory.remove_layers({"best", "optimizer", *grown})
             memory.save_layers(grown)
             memory.set_setting("shape", dataclasses.asdict(shape))
-            memory.set_setting("growth", dataclasses.asdict(growth))
+            memory.set_setting("growth", dataclasses.asdict(to_warm_up(
+                Growth(**memory.setting("growth", {})))))
             memory.set_setting("next_shape", None)
             memory.log("grew", **differences)
         if self._thread is None:
@@ -9057,25 +9059,25 @@ class Organism:
         """
         memory = self.memory
         with memory.transaction():
-            names, rows = memory.manifests(), memory.to_unlearn()
-            deltas, growth = delta_names(names), Growth(**memory.setting("growth", {}))
+            texts, growth = memory.to_unlearn(), Growth(**memory.setting("growth", {}))
+            names = memory.manifests()
+            deltas, name = delta_names(names), f"delta{first - 1}"
             if first > growth.delta_serial:  # it was never begun
                 memory.unlearn_from(first)
                 return
-            name = f"delta{first - 1}"
-            rebuilt = deltas[deltas.index(name):] if name in deltas else ["base", *deltas]
             if name in deltas:
+                rebuilt = deltas[deltas.index(name):]
                 memory.remove_layers({"optimizer", *rebuilt})
                 growth.delta_chars = self.config.delta_seal_chars  # those before are sealed
                 growth.delta_serial += 1  # and whoever speaks elsewhere notices
-                memory.unlearn_from(first)
             else:
+                rebuilt, first = ["base", *deltas], 0
                 self._set_aside(names, growth)
                 growth = Growth(step=growth.step, tokens=growth.tokens,
                                 delta_serial=growth.delta_serial)
-                memory.unlearn_from(0)
+            memory.unlearn_from(first)
             memory.set_setting("growth", dataclasses.asdict(growth))
-            done = {"layers": rebuilt, "texts": len(rows), "chars": sum(row[1] for row in rows)}
+            done = {"layers": rebuilt, "texts": len(texts), "chars": sum(row[1] for row in texts)}
             memory.set_setting("unlearning", done)
             memory.log("unlearning", **done)
         self._refresh()
@@ -9086,13 +9088,11 @@ class Organism:
         memory = self.memory
         weights = {n for n in names if n not in ("tokenizer", "ngrams") and not n.startswith(OLD)}
         aside = any(name.startswith(OLD) for name in names)
-        if aside or "base" not in weights or not memory.entries("NOT held_out", limit=1):
-            memory.remove_layers(weights)
-            return
-        memory.rename_layers({n: OLD + n for n in sorted(weights - {"optimizer"})})
-        memory.save_layers({OLD + "tokenizer": memory.layers()["tokenizer"]})
-        memory.remove_layers({"optimizer"})
-        memory.set_setting("old_growth", dataclasses.asdict(growth))
+        if not aside and "base" in weights and memory.entries("NOT held_out", limit=1):
+            kept = sorted(weights - {"optimizer"} | {"tokenizer"})
+            memory.copy_layers({name: OLD + name for name in kept})
+            memory.set_setting("old_growth", dataclasses.asdict(growth))
+        memory.remove_layers(weights)
 
     def _end_unlearning(self) -> None:
         """Say in the life log that nothing is left of what was to be unlearned."""

@@ -834,10 +834,11 @@ class Readers(MemoryCase):
                          ["a quartz\n", "a pearl\n"])
         self.assertEqual(self.memory.to_unlearn(), [])
 
-    def test_a_layer_that_is_sealed_can_be_set_aside(self):
-        self.memory.save_layers({"delta0": m.Layer([1], b"weights", True)})
-        self.memory.rename_layers({"delta0": "old.delta0"})
-        self.assertEqual(self.memory.layers(), {"old.delta0": m.Layer([1], b"weights", True)})
+    def test_a_copied_layer_is_sealed_like_the_first(self):
+        layer = m.Layer([1], b"weights", True)
+        self.memory.save_layers({"delta0": layer})
+        self.memory.copy_layers({"delta0": "old.delta0"})
+        self.assertEqual(self.memory.layers(), {"delta0": layer, "old.delta0": layer})
 
 
 if __name__ == "__main__":
