@@ -8768,10 +8768,10 @@ class Organism:
         return Mixture(self.engine, self.counts(), self.mixer(), copyist(texts))
 
     def _refresh(self) -> None:
-        """Notice weights that another process has committed to the same memory."""
+        """Notice weights and sizes that were committed to the memory from elsewhere."""
         stored = Growth(**self.memory.setting("growth", {}))
-        if stored != self.growth:
-            shape = self.memory.setting("shape", {})
+        shape = self.memory.setting("shape", {})
+        if stored != self.growth or shape and shape != dataclasses.asdict(Shape.of(self.config)):
             with self.changed:
                 self.config = dataclasses.replace(self.config, **shape)
                 self.growth, self._voice_old = stored, True

@@ -418,7 +418,9 @@ class Enlarging(Home):
             being.wait_trained()
         being.sleep()
         before = being.voice()[1].logits(self.IDS).data
-        self.enlarge(being, "n_layer=3", "n_embd=24", "n_head=3", "block_size=32")
+        self.enlarge(being, "n_embd=24", "n_head=3")
+        self.enlarge(being, "n_layer=3", "n_embd=24", "n_head=3", "block_size=32",
+                     f"norm_eps={being.config.norm_eps!r}")
         after = being.voice()[1].logits(self.IDS).data
         self.assertLess(max(abs(a - b) for a, b in zip(before, after)), 1e-4)
         self.assertEqual(len(being.voice()[1].deltas), 2)
