@@ -9402,7 +9402,7 @@ class Organism:
                                 growth["bpc"])
             if growth["phase"] != self.growth.phase:
                 memory.log("phase", phase=growth["phase"], step=growth["step"], bpc=growth["bpc"])
-        warm = self.growth.phase != "grown" and growth["phase"] == "grown"
+        warm = growth["train_bpc"] != self.growth.train_bpc  # a warm-up has ended
         with self.changed:
             self.growth, self._voice_old = Growth(**growth), True
             self.changed.notify_all()

@@ -492,7 +492,7 @@ class Enlarging(Home):
         being.sleep()
         again = self.organism("auto_grow=1", "n_layer=2")
         again.awake()
-        self.until(lambda: again.memory.setting("shape")["n_embd"] > 16)
+        self.until(lambda: again.memory.setting("shape")["n_embd"] > 24)  # and once more
 
     def test_a_text_that_fits_its_model_is_not_called_too_much(self):
         grown = m.Growth(phase="grown", bpc=2.5, train_bpc=2.4, warmup_chars=100_000)
