@@ -7864,7 +7864,7 @@ class Growth:
     bpc: Optional[float] = None       # held-out bits per character, last seen
     best_bpc: Optional[float] = None  # and the best of this warm-up
     stale: int = 0                    # evaluations since the best
-    enlarged: bool = False            # the model has grown, and has not warmed up since
+    enlarged: bool = False            # the model has grown, and has not yet warmed up with that
     train_bpc: Optional[float] = None  # bits per character on the text of the last warm-up
 
 
@@ -8165,9 +8165,12 @@ class Student:
         self._mix_text = held_out[:INTERPRETED_MIX_CHARS if slow else self.config.held_out_chars]
         self.fresh_chars = sum(len(text) for _, text, _, fresh in documents if fresh)
         self.fresh_steps = self.config.micro_steps if self.fresh_chars else 0
-        if self._begins_warmup(sum(len(text) for _, text, _, _ in documents)):
+        begins = self._begins_warmup(sum(len(text) for _, text, _, _ in documents))
+        if begins:
             self._begin_warmup()
         self._encode()
+        if begins and self.growth.enlarged:  # it ends no worse than it begins
+            self.note_warmup()
 
     def _begins_warmup(self, chars: int) -> bool:
         """Return whether there is so much more text now that the base should learn again."""
@@ -8187,7 +8190,7 @@ class Student:
         self._ids, self.best = {}, None
         self.growth = dataclasses.replace(
             self.growth, phase="warmup", warmup_step=0, warmup_chars=sum(map(len, texts)),
-            best_bpc=None, stale=0, enlarged=False)
+            best_bpc=None, stale=0)
 
     def _learn_merges(self, texts: List[str], newborn: bool) -> None:
         """Let the tokenizer learn from the texts, when they are enough to tell words."""
@@ -8289,7 +8292,8 @@ class Student:
             self.best = pack_params(list(self.model.params.values()))
         else:
             growth.stale += 1
-        return growth.stale >= self.config.patience
+        # what an enlarged model knew suffers from high rates, and only the last ones mend that
+        return growth.stale >= self.config.patience and not growth.enlarged
 
     def end_warmup(self) -> None:
         """Settle on the best weights seen, and freeze the base."""
@@ -8300,6 +8304,7 @@ class Student:
                 load_params(list(self.model.params.values()), self.best)
             growth.bpc = growth.best_bpc
         growth.phase, self.best, growth.train_bpc = "grown", None, self.train_bpc()
+        growth.enlarged = False
         self.dirty.add("base")
         self.model.freeze()
 
