@@ -190,7 +190,13 @@ class Config:
     delta_rank: int = _setting(8, "rank R of a delta", 1, 1024)
     max_delta_modules: int = _setting(12, "deltas kept before the oldest is folded in", 1, 1000)
     delta_seal_chars: int = _setting(20_000, "new characters a delta takes before it is sealed", 1)
+    # unlearning
+    unlearn_seconds: float = _setting(10.0, "quiet after the owner forgot something, before the "
+                                            "layers that learned it are rebuilt", 0.0, 1e6)
+    unlearn_corrected_chars: int = _setting(2000, "characters of lines that were only corrected, "
+                                                  "from which layers are rebuilt for them", 0)
     # organism
+    auto_grow: int = _setting(0, "1: the model grows by itself when its text outgrows it", 0, 1)
     threads: int = _setting(0, "threads of compiled kernels; 0 is one less than there are cores", 0,
                             256)
     commit_seconds: float = _setting(20.0, "seconds between commits of the trainer", 0.1)
@@ -245,12 +251,17 @@ class Config:
     @property
     def ff_width(self) -> int:
         """The SwiGLU width: n_ff, or 8/3·C rounded to a multiple of 8."""
-        return self.n_ff or max(8, round(self.n_embd / 3) * 8)
+        return self.n_ff or usual_ff_width(self.n_embd)
 
     def replace(self, assignments: Iterable[str]) -> "Config":
         """Return a Config changed by "FIELD=VALUE" texts.  Raises ConfigError."""
         values = dict(parse_assignment(text) for text in assignments)
         return dataclasses.replace(self, **values)
+
+
+def usual_ff_width(n_embd: int) -> int:
+    """Return 8/3 of the channels, rounded to a multiple of 8."""
+    return max(8, round(n_embd / 3) * 8)
 
 
 def _check_setting(f: "dataclasses.Field[Any]", value: Any) -> None:
@@ -702,6 +713,28 @@ def read_corpus(path: AnyPath, max_lines: int = 8000, max_line_chars: int = 240,
         tally["kept"] = sum(len(document.lines) for document in documents)
     return Corpus(documents, tally["lines"], total_bytes, kept_all, stamp,
                   _notices(tally, handle.encoding, max_line_chars))
+
+
+def lines_still_in(path: AnyPath, lines: AbstractSet[str], max_line_chars: int) -> Set[str]:
+    """Return which of the clean lines stand in the text file at path.  Raises CorpusError."""
+    with _reading(path) as handle:
+        found = _clean_lines(handle, max_line_chars, collections.Counter())
+        return {line for document in documents_of(found) for line in document.lines
+                if line in lines}
+
+
+def corrected_lines(lost: Sequence[str], fresh: Sequence[str]) -> Set[str]:
+    """Return the lost lines that stand among the fresh ones in a form four fifths alike.
+
+    Of more than MOST_CORRECTIONS, all count as lost: a text was replaced, and comparing is slow.
+    """
+    if max(len(lost), len(fresh)) > MOST_CORRECTIONS:
+        return set()
+    import difflib  # only an edit pays for this import
+    return {line for line in lost if difflib.get_close_matches(line, fresh, 1, 0.8)}
+
+
+MOST_CORRECTIONS = 100
 
 
 def read_text(path: AnyPath) -> str:
@@ -3325,6 +3358,11 @@ class MatrixParam(VectorValue):
         self.data = data
         self.changed()
 
+    def rest(self) -> None:
+        """Let the optimizer begin anew with this matrix."""
+        self.m, self.v = (self.engine.buffer(self.rows * self.dim) for _ in range(2))
+        self.steps = 0
+
     def append_rows(self, numbers: Sequence[float]) -> None:
         """Append rows; moments start at 0, and the new rows train even when the old are frozen."""
         count, rest = divmod(len(numbers), self.dim)
@@ -3627,6 +3665,10 @@ class DeltaAdapter:
         self.a = MatrixParam.normal(engine, name + ".a", rank, base.dim, base.dim ** -0.5, rng)
         self.b = MatrixParam(engine, name + ".b", base.rows, rank)
 
+    def rename(self, name: str) -> None:
+        """Give both matrices another name."""
+        self.a.name, self.b.name = name + ".a", name + ".b"
+
     def __call__(self, x: VectorValue, y: VectorValue) -> VectorValue:
         """Return y (T, C_out), the frozen matrix's output for x (T, C_in), with the change."""
         return added(y, linear(linear(x, self.a), self.b), self.scale)
@@ -3663,6 +3705,9 @@ class DeltaAdapter:
 # rows stand apart, outside the softmax, until they are as good as the spelling they shorten.
 
 
+LAYER_CHANNELS = 36  # channels for each layer: the default model's proportions
+
+
 @dataclass(frozen=True)
 class Shape:
     """What makes two sets of weights interchangeable."""
@@ -3681,6 +3726,43 @@ class Shape:
         return cls(config.n_layer, config.n_embd, config.n_head, config.ff_width,
                    config.block_size, config.rope_base, config.norm_eps)
 
+    @property
+    def head_dim(self) -> int:
+        """The width D of a head."""
+        return self.n_embd // self.n_head
+
+    def grown_to(self, wanted: "Shape") -> "Shape":
+        """Return the shape of the wanted size whose model can say just what one of this can.
+
+        RoPE's base rises so that the pairs of a wider head turn as fast as before, and RMSNorm's
+        epsilon falls as its mean is taken over more channels. Raises ConfigError.
+        """
+        for name in ("n_layer", "n_embd", "n_head", "n_ff", "block_size"):
+            old, new = getattr(self, name), getattr(wanted, name)
+            if new < old:
+                raise ConfigError(f"{name}={new} is less than the {old} that this organism has, "
+                                  f"and it only grows; leave it so, or begin another with --db")
+        if wanted.head_dim < self.head_dim:
+            raise ConfigError(f"n_head={wanted.n_head} would make the heads narrower than the "
+                              f"{self.head_dim} channels that they have; set n_embd="
+                              f"{wanted.n_head * self.head_dim} too, or begin another with --db")
+        for name in ("rope_base", "norm_eps"):
+            old, new = getattr(self, name), getattr(wanted, name)
+            if old != new:
+                raise ConfigError(f"{name}={new} would change what this organism, which has {old}, "
+                                  f"has learned; leave it so, or begin another with --db")
+        return dataclasses.replace(
+            wanted, rope_base=self.rope_base ** (wanted.head_dim / self.head_dim),
+            norm_eps=self.norm_eps * self.n_embd / wanted.n_embd)
+
+    def next_size(self) -> "Shape":
+        """Return a shape of a layer more, or half as many heads more, as its proportions ask."""
+        if self.n_layer * LAYER_CHANNELS <= self.n_embd:
+            return dataclasses.replace(self, n_layer=self.n_layer + 1)
+        heads = self.n_head + max(1, self.n_head // 2)
+        return dataclasses.replace(self, n_head=heads, n_embd=heads * self.head_dim,
+                                   n_ff=-(-self.n_ff * heads // self.n_head // 8) * 8)
+
 
 class KVCache:
     """Keys (already rotated) and values of the newest block_size tokens, for every layer.
@@ -3691,8 +3773,7 @@ class KVCache:
 
     def __init__(self, engine: Engine, shape: Shape) -> None:
         self.shape, self.position = shape, 0
-        width = shape.n_embd // shape.n_head
-        self.layers = [engine.cache(engine, shape.block_size, shape.n_head, width)
+        self.layers = [engine.cache(engine, shape.block_size, shape.n_head, shape.head_dim)
                        for _ in range(shape.n_layer)]
         self.room = engine.buffer(5 * shape.n_embd + 3 * shape.n_ff + shape.block_size + 16)
 
@@ -3804,7 +3885,7 @@ class GPT:
                 attend: Callable[[int, VectorValue], VectorValue],
                 drop: Callable[[VectorValue], VectorValue] = lambda x: x) -> VectorValue:
         """Return x (T, C) after every block; attend(layer, qkv) mixes the rows."""
-        shape, width = self.shape, self.shape.n_embd // self.shape.n_head
+        shape, width = self.shape, self.shape.head_dim
         angles = self._angles_of(first_pos, x.rows)
         for i in range(shape.n_layer):
             qkv = self._project(f"{i}.qkv", rmsnorm(x, shape.norm_eps))
@@ -3819,7 +3900,7 @@ class GPT:
         if self._angles[0] != (first_pos, rows):
             shape = self.shape
             self._angles = (first_pos, rows), self.engine.buffer_of(rope_angles(
-                first_pos, rows, shape.n_embd // shape.n_head, shape.rope_base))
+                first_pos, rows, shape.head_dim, shape.rope_base))
         return self._angles[1]
 
     def _head(self, x: VectorValue) -> VectorValue:
@@ -3914,7 +3995,7 @@ class GPT:
 
     def _angle_row(self, position: int) -> array:
         """Return the rotary angles of one row, out of a whole block's."""
-        block, width = self.shape.block_size, self.shape.n_embd // self.shape.n_head
+        block, width = self.shape.block_size, self.shape.head_dim
         at = position % block
         return self._angles_of(position - at, block)[at * width:(at + 1) * width]
 
@@ -3951,6 +4032,9 @@ class GPT:
         """Fold the oldest delta into the base; the function stays, but for rounding."""
         for name, adapter in self.deltas.pop(0).items():
             adapter.fold_into(self.params[name])
+        for index, delta in enumerate(self.deltas):  # named as when they are loaded
+            for name, adapter in delta.items():
+                adapter.rename(f"delta{index}.{name}")
 
     def without_delta(self, index: int) -> "GPT":
         """Return a model of the same weights that lacks one delta."""
@@ -4035,6 +4119,79 @@ class GPT:
             table.append_rows([(a + b) / 2 for a, b in zip(table.row(left), table.row(right))])
         for delta in self.deltas:
             delta["embedding"].append_rows(len(merges))
+
+
+Places = List[Tuple[int, float]]
+
+
+def _as_they_are(count: int, factor: float = 1.0) -> Places:
+    return [(i, factor) for i in range(count)]
+
+
+def _places(old: Shape, new: Shape, kind: str, rows: int) -> Tuple[Places, Places]:
+    """Return where a matrix's rows and columns go in a larger one, and by what to multiply them.
+
+    The sum of squares over more channels is divided by more, so what RMSNorm gives is larger by
+    √(C'/C), and what reads it is made smaller; attention divides by √D', so queries are larger.
+    """
+    less = sqrt(old.n_embd / new.n_embd)
+    residual, read = _as_they_are(old.n_embd), _as_they_are(old.n_embd, less)
+    heads = [(head * new.head_dim + i, 1.0)
+             for head in range(old.n_head) for i in range(old.head_dim)]
+    sharper = (sqrt(new.head_dim / old.head_dim), 1.0, 1.0)
+    return {
+        "embedding": (_as_they_are(rows), residual),
+        "scale": (_as_they_are(1, less), _as_they_are(1)),
+        "qkv": ([(part * new.n_embd + i, sharper[part]) for part in range(3) for i, _ in heads],
+                read),
+        "out": (residual, heads),
+        "gate_up": ([(part * new.n_ff + i, 1.0) for part in range(2) for i in range(old.n_ff)],
+                    read),
+        "down": (residual, _as_they_are(old.n_ff))}[kind]
+
+
+def _place(old: MatrixParam, new: MatrixParam, rows: Places, cols: Places) -> None:
+    """Write the numbers of old into new at their places."""
+    for row, (to_row, by_row) in enumerate(rows):
+        for number, (to_col, by_col) in zip(old.row(row), cols):
+            new.data[to_row * new.dim + to_col] = number * by_row * by_col
+    new.changed()
+
+
+def _hush(matrix: MatrixParam, rows: int) -> None:
+    """Set the first rows of a matrix to zero."""
+    matrix.data[:rows * matrix.dim] = matrix.engine.buffer(rows * matrix.dim)
+    matrix.changed()
+
+
+def enlarged(model: GPT, wanted: Shape, rng: random.Random) -> GPT:
+    """Return a model of the wanted size that says what this one says, deltas included.
+
+    New layers, heads and SwiGLU units are read by nobody yet, nobody writes to new channels: the
+    columns and rows that would are zero, while those before them are drawn, so that both can learn.
+    Raises ConfigError.  Source: Net2Net, arXiv:1511.05641, with zeros in place of split copies,
+    which any size allows.
+    """
+    old, new = model.shape, model.shape.grown_to(wanted)
+    larger = GPT(new, model.vocab_size, model.engine, rng)
+    places = {name: _places(old, new, name.rpartition(".")[2], p.rows)
+              for name, p in model.params.items()}
+    for name, param in larger.params.items():
+        if name.endswith((".out", ".down")) or name in ("embedding", "scale"):
+            _hush(param, param.rows)
+        elif name.endswith(".qkv") and name in places:
+            _hush(param, new.n_embd)  # new queries; keys and values are drawn
+        if name in places:
+            _place(model.params[name], param, *places[name])
+    for delta in model.deltas:
+        larger.append_delta(next(iter(delta.values())).a.rows, rng)
+        for name, adapter in delta.items():  # of what is new, it has adapters without effect
+            wider, (rows, cols) = larger.deltas[-1][name], places[name]
+            wider.scale = adapter.scale
+            _hush(wider.a, wider.a.rows)
+            _place(adapter.a, wider.a, _as_they_are(adapter.a.rows), cols)
+            _place(adapter.b, wider.b, rows, _as_they_are(adapter.a.rows))
+    return larger
 
 
 def _stacked(windows: Sequence[Sequence[int]]) -> Tuple[List[int], List[int], List[int]]:
@@ -4740,6 +4897,19 @@ MIGRATIONS: Tuple[str, ...] = (
     CREATE INDEX messages_heard ON messages(id) WHERE stage = 0;
     CREATE INDEX messages_of_prompt ON messages(session_id, id) WHERE stage < 3;
     """,
+    # 3: which layer first read an entry (0 the base, n+1 delta n), and what layers are to unlearn
+    """
+    ALTER TABLE entries ADD COLUMN trained INTEGER;
+    UPDATE entries SET trained = 0 WHERE NOT held_out AND EXISTS (SELECT 1 FROM layers);
+    CREATE TABLE unlearning (
+        key INTEGER PRIMARY KEY, trained INTEGER NOT NULL, chars INTEGER NOT NULL,
+        corrected INTEGER NOT NULL);
+    CREATE TRIGGER told_and_taken AFTER DELETE ON entries
+        WHEN old.source != 'corpus' AND old.trained IS NOT NULL BEGIN
+        INSERT INTO unlearning(key, trained, chars, corrected)
+        VALUES (old.key, old.trained, length(old.text), 0)
+        ON CONFLICT(key) DO UPDATE SET trained = min(trained, excluded.trained); END;
+    """,
 )
 
 # The stages of a message: stored; its facts are entries; a line of the session's summary; out of
@@ -5035,11 +5205,74 @@ class Memory:
                           f"ORDER BY e.id LIMIT {int(limit)}", *values)
         return [_entry(row) for row in rows]
 
-    def mark_learned(self, keys: Iterable[int]) -> None:
-        """Note that the documents of these keys have been trained on."""
+    def mark_learned(self, keys: Iterable[int], layer: int = 0) -> None:
+        """Note that the documents of these keys have been learned, by the layer of that number."""
         with self.transaction():
             for key in keys:
-                self._rows("UPDATE entries SET learned = 1 WHERE key = ?", key)
+                self._rows("UPDATE entries SET learned = ? WHERE key = ?", layer + 1, key)
+
+    # which layer read what: number 0 is the base, number n + 1 the delta n
+
+    def mark_trained(self, layer: int) -> None:
+        """Note that the layer of that number trains from now on, on everything not held out."""
+        with self.transaction():
+            self._rows("UPDATE entries SET trained = ? WHERE trained IS NULL AND NOT held_out",
+                       layer)
+
+    def trained_texts(self, source: str, keys: Iterable[int]) -> List[Tuple[str, int]]:
+        """Return the texts of some documents of a source, each with the first layer to read it."""
+        found = (self._rows("SELECT text, trained FROM entries WHERE source = ? AND key = ? "
+                            "AND trained IS NOT NULL", source, key) for key in keys)
+        return [row for rows in found for row in rows]
+
+    def inherit_trained(self, source: str, key: int, layer: int) -> None:
+        """Note that a layer has read words of this document before it was a document."""
+        with self.transaction():
+            self._rows("UPDATE entries SET trained = ? WHERE source = ? AND key = ? "
+                       "AND NOT held_out", layer, source, key)
+
+    def want_unlearned(self, key: int, layer: int, chars: int, corrected: bool) -> None:
+        """Note words, known by a key, that are gone and that layers from this one on have read."""
+        with self.transaction():
+            self._rows("""
+                INSERT INTO unlearning(key, trained, chars, corrected) VALUES (?, ?, ?, ?)
+                ON CONFLICT(key) DO UPDATE SET trained = min(trained, excluded.trained),
+                                               corrected = min(corrected, excluded.corrected)""",
+                       key, layer, chars, int(corrected))
+
+    def take_back(self, key: int) -> Optional[int]:
+        """Note that words are there again; return the first layer that has read them, if any."""
+        with self.transaction():
+            layer = self._one("SELECT trained FROM unlearning WHERE key = ?", key)
+            self._rows("DELETE FROM unlearning WHERE key = ?", key)
+            return layer
+
+    def to_unlearn(self) -> List[Tuple[int, int, bool]]:
+        """Return (first layer, characters, whether only corrected) of all that is to be unlearned.
+
+        What was told again in the meantime is not among it.
+        """
+        rows = self._rows("""
+            SELECT trained, chars, corrected FROM unlearning u WHERE NOT EXISTS (
+                SELECT 1 FROM entries e WHERE e.key = u.key
+                AND e.source IN ('corpus', 'chat', 'taught', 'approved'))""")
+        return [(trained, chars, bool(corrected)) for trained, chars, corrected in rows]
+
+    def unlearn_from(self, layer: int) -> None:
+        """Note that the layers from this one on are gone: what they learned waits to be learned."""
+        with self.transaction():
+            self._rows("UPDATE entries SET learned = 0 WHERE trained >= ? OR learned > ?",
+                       layer, layer)
+            self._rows("UPDATE entries SET trained = NULL WHERE trained >= ?", layer)
+            self._rows("DELETE FROM unlearning WHERE trained >= ?", layer)
+
+    def copy_layers(self, names: Dict[str, str]) -> None:
+        """Store layers under other names as well."""
+        with self.transaction():
+            for old, new in names.items():
+                self._rows("INSERT INTO layers(name, sealed, manifest, checksum, data, saved_at) "
+                           "SELECT ?, sealed, manifest, checksum, data, saved_at FROM layers "
+                           "WHERE name = ?", new, old)
 
     def unlearned_chars(self) -> Tuple[int, int]:
         """Return how many characters wait to be learned: of the corpus, and of all else."""
@@ -7895,6 +8128,13 @@ class Growth:
     ripening: int = 0                 # merges that are not in use yet
     ripeness: Optional[float] = None  # what the worst text lost when they were last tried, a share
     unmerged_chars: int = 0           # new characters since the last look for merges
+    enlarged: bool = False            # the model has grown, and has not yet warmed up with that
+    train_bpc: Optional[float] = None  # bits per character on the text of the last warm-up
+
+
+def delta_is_full(growth: Growth, config: Config) -> bool:
+    """Return whether the active delta is to be sealed before the next burst."""
+    return growth.delta_chars >= config.delta_seal_chars
 
 
 def float_bytes(data: array) -> bytes:
@@ -7984,6 +8224,15 @@ def build_model(config: Config, layers: Dict[str, Layer], engine: Engine,
     return tokenizer, model
 
 
+OLD = "old."  # begins the names of layers that speak while others are rebuilt
+
+
+def spoken_layers(layers: Dict[str, Layer]) -> Dict[str, Layer]:
+    """Return the layers that are to speak: the old ones, while others are rebuilt."""
+    old = {name[len(OLD):]: layer for name, layer in layers.items() if name.startswith(OLD)}
+    return old or layers
+
+
 def _matrices(delta: Delta) -> List[MatrixParam]:
     return [matrix for adapter in delta.values() for matrix in (adapter.a, adapter.b)]
 
@@ -8024,6 +8273,43 @@ def spread_texts(text: str, count: int, chars: int) -> List[str]:
     last = len(text) - size
     starts = [last * i // (count - 1) for i in range(count)] if count > 1 else [last]
     return [text[start:start + size] for start in starts if text]
+
+
+def enlarged_layers(config: Config, wanted: Shape, layers: Dict[str, Layer],
+                    engine: Engine) -> Tuple[Shape, Dict[str, Layer]]:
+    """Return the shape and the weights of a model of the wanted size that says just the same.
+
+    Raises ConfigError when that cannot be.
+    """
+    _, model = build_model(config, layers, engine, prefer_best=True)
+    larger = enlarged(model, wanted, random.Random(config.seed))
+    grown = {"base": pack_params(list(larger.params.values()))}
+    for name, delta in zip(delta_names(layers), larger.deltas):
+        grown[name] = pack_params(_matrices(delta))._replace(sealed=layers[name].sealed)
+    return larger.shape, grown
+
+
+def to_warm_up(growth: Growth) -> Growth:
+    """Return how far it has come with a model that was just enlarged: a warm-up is due."""
+    if growth.phase == "grown":
+        return dataclasses.replace(growth, enlarged=True)
+    return dataclasses.replace(growth, warmup_step=0, best_bpc=None, stale=0)
+
+
+def has_outgrown(growth: Growth, n_params: int) -> bool:
+    """Return whether a text left more unexplained than the weights that learned it can hold.
+
+    A weight holds about two bits (arXiv:2404.05405). Where the held-out text is much harder than
+    the text itself, the model has room enough to learn by heart, and more would not help.
+    """
+    if growth.train_bpc is None or growth.bpc is None or growth.phase != "grown":
+        return False
+    return (growth.train_bpc * growth.warmup_chars > BITS_A_WEIGHT * n_params
+            and growth.train_bpc > HARD_SHARE * growth.bpc)
+
+
+BITS_A_WEIGHT = 2.0
+HARD_SHARE = 0.9  # of the held-out text's bits per character
 
 
 def pack_mixer(mixer: Mixer) -> Layer:
@@ -8209,6 +8495,7 @@ class Student:
         Once grown up, fresh is what the caller says; before, what was not there a moment ago.
         """
         known = self._ids.keys()
+        self.rng = random.Random(f"{self.config.seed}:{self.growth.step}")  # as after a restart
         if self.growth.phase != "grown":
             documents = [[key, text, closed, bool(known) and key not in known]
                          for key, text, closed, _ in documents]
@@ -8218,19 +8505,21 @@ class Student:
         self._held_whole = held_out
         self.fresh_chars = sum(len(text) for _, text, _, fresh in documents if fresh)
         self.fresh_steps = self.config.micro_steps if self.fresh_chars else 0
-        grows = self._begins_warmup(sum(len(text) for _, text, _, _ in documents))
         newborn = self.growth.phase == "newborn"
-        if grows:
+        begins = self._begins_warmup(sum(len(text) for _, text, _, _ in documents))
+        if begins:
             self._begin_warmup()
         self._encode()
-        if grows and not newborn:
+        if begins and self.growth.enlarged:  # it ends no worse than it begins
+            self.note_warmup()
+        if begins and not newborn:
             self._sprout(self._documents, self.config.max_merges)
 
     def _begins_warmup(self, chars: int) -> bool:
         """Return whether there is so much more text now that the base should learn again."""
         outgrown = 2 * self.growth.warmup_chars + self.config.min_merge_chars
         return self.growth.phase == "newborn" or (
-            self.growth.phase == "grown" and chars >= outgrown)
+            self.growth.phase == "grown" and (chars >= outgrown or self.growth.enlarged))
 
     def _begin_warmup(self) -> None:
         """Unfreeze the base, deltas folded into it; a newborn learns its merges first."""
@@ -8240,6 +8529,8 @@ class Student:
         if self.growth.phase == "newborn":
             self._learn_merges(texts)
         self.model.freeze(False)
+        for param in self.model.params.values():
+            param.rest()
         self._ids, self.best = {}, None
         self.growth = dataclasses.replace(
             self.growth, phase="warmup", warmup_step=0, warmup_chars=sum(map(len, texts)),
@@ -8418,8 +8709,7 @@ class Student:
         """Make sure that an unsealed delta is there to learn what is new."""
         config, growth, model = self.config, self.growth, self.model
         self._sprout_if_due()
-        full = growth.delta_chars >= config.delta_seal_chars
-        if not self.delta_names or full:
+        if not self.delta_names or delta_is_full(growth, config):
             if len(self.delta_names) >= config.max_delta_modules:
                 self._fold_oldest()
             model.append_delta(config.delta_rank, self.rng)
@@ -8458,6 +8748,15 @@ class Student:
         self.growth.bpc = None if math.isnan(bpc) else bpc
         return self.growth.bpc
 
+    def train_bpc(self) -> Optional[float]:
+        """Return bits per character on a sample of the text that it trains on."""
+        texts = [text for _, text, _, _ in self._documents]
+        random.Random(self.config.seed).shuffle(texts)
+        sample = "\n".join(texts)[:self.config.eval_chars]
+        bpc = bits_per_character(self.model, text_ids(self.tokenizer, sample), len(sample),
+                                 self.config.block_size)
+        return None if math.isnan(bpc) else bpc
+
     def note_warmup(self) -> bool:
         """Evaluate; remember the best weights; return whether the warm-up has stopped paying."""
         growth, bpc = self.growth, self.evaluate()
@@ -8468,7 +8767,8 @@ class Student:
             self.best = pack_params(list(self.model.params.values()))
         else:
             growth.stale += 1
-        return growth.stale >= self.config.patience
+        # what an enlarged model knew suffers from high rates, and only the last ones mend that
+        return growth.stale >= self.config.patience and not growth.enlarged
 
     def end_warmup(self) -> None:
         """Settle on the best weights seen, and freeze the base."""
@@ -8478,7 +8778,8 @@ class Student:
             with self.guard:
                 load_params(list(self.model.params.values()), self.best)
             growth.bpc = growth.best_bpc
-        growth.phase, self.best = "grown", None
+        growth.phase, self.best, growth.train_bpc = "grown", None, self.train_bpc()
+        growth.enlarged = False
         self.dirty.add("base")
         self.model.freeze()
 
@@ -8812,6 +9113,7 @@ class Organism:
         self.notices: Deque[str] = deque(maxlen=20)
         self.stopping = self.at_work = self.failed = self.barred = False
         self.read_once = threading.Event()
+        self._reading = threading.RLock()  # held while the corpus is taken in
         self._order = dict(NO_ORDER)
         self.only_orders = False
         self._voice: Optional[Tuple[EvolvingTokenizer, GPT]] = None
@@ -8820,6 +9122,9 @@ class Organism:
         self._thread: Optional[threading.Thread] = None
         self._loop: Optional[asyncio.AbstractEventLoop] = None
         self._text_version, self._child_text_version, self._child_ready = 1, 0, False
+        self.in_step = False  # whether each event waits for what the one before has to teach
+        self._to_unlearn: List[Tuple[int, int, bool]] = []
+        self._unlearn_since = 0.0
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
 
     # the corpus
@@ -8845,6 +9150,10 @@ class Organism:
 
         A file that is as it was when it was last taken in is not read again.
         """
+        with self._reading:
+            return self._take_in_corpus()
+
+    def _take_in_corpus(self) -> bool:
         config, memory = self.config, self.memory
         self._stamp = file_stamp(config.corpus_path)
         seen = [os.path.abspath(config.corpus_path), config.max_corpus_lines, config.max_line_chars,
@@ -8857,14 +9166,46 @@ class Organism:
         self.notices.extend(corpus.notices if added else ())
         with memory.transaction():
             held = self._hold_out(added)
+            read = self._lose_lines(added, gone, corpus)
             memory.remove_entries("corpus", gone)
             for document in added:
                 memory.add_entry("corpus", document, held_out=document.key in held)
+            self._inherit(added, read)
             memory.set_setting("corpus", seen)
             if added or gone:
                 memory.log("corpus", added=len(added), removed=len(gone))
         self._text_version += bool(added or gone)
         return bool(added or gone)
+
+    def _lose_lines(self, added: List[Document], gone: Set[int], corpus: Corpus) -> Dict[str, int]:
+        """Note which lines that layers have read are lost; return all lines of what is gone.
+
+        Each with the first layer that has read it. A line that went to another document, or that
+        a sample of a large file left out, is not lost.
+        """
+        read: Dict[str, int] = {}
+        for text, layer in self.memory.trained_texts("corpus", gone):
+            for line in text.splitlines():
+                read[line] = min(layer, read.get(line, layer))
+        lost = read.keys() - {line for d in corpus.documents for line in d.lines}
+        if lost and not corpus.kept_all:
+            lost -= lines_still_in(self.config.corpus_path, lost, self.config.max_line_chars)
+        fresh = [line for d in added for line in d.lines if line not in read]
+        corrected = corrected_lines(sorted(lost), fresh)
+        for line in lost:
+            self.memory.want_unlearned(line_key(line), read[line], len(line), line in corrected)
+        return read
+
+    def _inherit(self, added: List[Document], read: Dict[str, int]) -> None:
+        """Let documents know which layers have read lines of theirs already."""
+        if not (read or self.memory.to_unlearn()):
+            return
+        for document in added:
+            again = [self.memory.take_back(line_key(line)) for line in document.lines]
+            known = [read.get(line) for line in document.lines]
+            layers = [layer for layer in (*again, *known) if layer is not None]
+            if layers:
+                self.memory.inherit_trained("corpus", document.key, min(layers))
 
     def _hold_out(self, added: List[Document]) -> Set[int]:
         """Return the keys among the added that are never trained on.
@@ -8891,9 +9232,9 @@ class Organism:
         """Return tokenizer and model as last committed; between two replies they may change."""
         with self._entry_counts.lock:
             if self._voice is None or (self._voice_old and not self._must_recount()):
-                self._voice_old, layers = False, self.memory.layers()
+                self._voice_old, layers = False, spoken_layers(self.memory.layers())
                 self._voice = build_model(self.config, layers, self.engine,
-                                          prefer_best=self.growth.phase == "warmup")
+                                          prefer_best=self._speaking_growth().phase == "warmup")
                 self._mixer = load_mixer(self.config, layers)
             return self._voice
 
@@ -8911,7 +9252,7 @@ class Organism:
         """
         return (self._voice is not None and self._thread is not None and self._thread.is_alive()
                 and bool(self.config.mix) and self.trusts_model()
-                and 0 < self.growth.merges != self._voice[0].version)
+                and 0 < self._speaking_growth().merges != self._voice[0].version)
 
     def tongues(self, patient: bool = True) -> List[Tongue]:
         """Return the ways it can write a text: with all merges, and with those of its base.
@@ -8963,7 +9304,7 @@ class Organism:
         """Return the weights of the voice's experts, as they were fitted."""
         self.voice()
         if self._mixer.order != self.config.ngram_order:
-            self._mixer = load_mixer(self.config, self.memory.layers())
+            self._mixer = load_mixer(self.config, spoken_layers(self.memory.layers()))
         return self._mixer
 
     def mixture(self, texts: Iterable[Sequence[int]] = (),
@@ -8975,15 +9316,22 @@ class Organism:
                        copyist(texts))
 
     def _refresh(self) -> None:
-        """Notice weights that another process has committed to the same memory."""
-        stored = self.memory.setting("growth", {})
-        if stored.get("step", 0) != self.growth.step:
+        """Notice weights and sizes that were committed to the memory from elsewhere."""
+        stored = Growth(**self.memory.setting("growth", {}))
+        shape = self.memory.setting("shape", {})
+        if stored != self.growth or shape and shape != dataclasses.asdict(Shape.of(self.config)):
             with self.changed:
-                self.growth, self._voice_old = Growth(**stored), True
+                self.config = dataclasses.replace(self.config, **shape)
+                self.growth, self._voice_old = stored, True
+
+    def _speaking_growth(self) -> Growth:
+        """Return how far the weights have come that speak: while others are rebuilt, the old."""
+        old = self.memory.setting("old_growth")
+        return Growth(**old) if old else self.growth
 
     def trusts_model(self) -> bool:
         """Return whether the model has learned enough to speak for itself."""
-        growth = self.growth
+        growth = self._speaking_growth()
         best = growth.bpc if growth.best_bpc is None else growth.best_bpc
         enough = self.config.trust_bpc * (1.5 if growth.phase == "grown" else 1.0)
         return growth.phase != "newborn" and best is not None and best <= enough
@@ -9181,6 +9529,128 @@ class Organism:
                       for marker, words in (("H", asked), ("A", answer)))
         return Document(lines, True)
 
+    # growing
+
+    def grow(self, wanted: Shape) -> None:
+        """Enlarge the model to the wanted size; it says just the same, and is to warm up again.
+
+        Raises ConfigError when that cannot be, TrainerError while another process trains it.
+        """
+        memory = self.memory
+        if not memory.take_lease(self._owner, LEASE_SECONDS, holder_alive):
+            raise TrainerError("another macrogpt trains this memory; leave that one first")
+        if memory.setting("old_growth"):
+            raise TrainerError("the model is being rebuilt without what was forgotten, and cannot "
+                               "grow meanwhile; run `train` with the size it has, then grow it")
+        with memory.transaction():
+            shape, grown = enlarged_layers(self.config, wanted, memory.layers(), self.engine)
+            differences = what_grew(Shape.of(self.config), shape)
+            memory.remove_layers({"best", "optimizer", "sprout", *grown})
+            memory.save_layers(grown)
+            memory.set_setting("shape", dataclasses.asdict(shape))
+            memory.set_setting("growth", dataclasses.asdict(to_warm_up(
+                Growth(**memory.setting("growth", {})))))
+            memory.set_setting("next_shape", None)
+            memory.log("grew", **differences)
+        if self._thread is None:
+            memory.drop_lease(self._owner)
+        self._refresh()
+        self._tell("the model has grown: " + ", ".join(
+            f"{name} {old:g} → {new:g}" for name, (old, new) in differences.items()))
+
+    def _propose_growth(self) -> None:
+        """Note in the life log, after a warm-up, that the text is too much for the model."""
+        size = sum(rows * dim for _, rows, dim in self.memory.manifests()["base"])
+        if has_outgrown(self.growth, size):
+            shape = Shape.of(self.config)
+            larger = what_grew(shape, shape.next_size())
+            self.memory.set_setting("next_shape", dataclasses.asdict(shape.next_size()))
+            self.memory.log("outgrown", train_bpc=self.growth.train_bpc, bpc=self.growth.bpc,
+                            chars=self.growth.warmup_chars, parameters=size, proposed=larger)
+
+    def _next_shape(self) -> Optional[Shape]:
+        """Return the size to which the model is to grow by itself, if it is."""
+        proposed = self.memory.setting("next_shape") if self.config.auto_grow else None
+        return Shape(**proposed) if proposed and not self.memory.setting("old_growth") else None
+
+    # unlearning
+
+    def _layer_number(self) -> int:
+        """Return the number of the first layer that may train on text sent now, as for Memory."""
+        deltas = delta_names(self.memory.manifests())
+        if self.growth.phase != "grown":
+            return 0
+        if not deltas or delta_is_full(self.growth, self.config):
+            return self.growth.delta_serial + 1
+        return int(deltas[-1][5:]) + 1
+
+    def _first_to_unlearn(self) -> Optional[int]:
+        """Return the number of the first layer to be rebuilt, when it is time for that.
+
+        Corrected lines are collected, lest every slip of the pen cost a warm-up; whatever else is
+        gone waits only for some quiet, and for none where somebody waits for it.
+        """
+        rows, config = self.memory.to_unlearn(), self.config
+        patient = sum(chars for _, chars, corrected in rows if corrected)
+        if patient < max(1, config.unlearn_corrected_chars):
+            rows = [row for row in rows if not row[2]]
+        if rows != self._to_unlearn:
+            self._to_unlearn, self._unlearn_since = rows, time.monotonic()
+        quiet = time.monotonic() - self._unlearn_since >= config.unlearn_seconds
+        hurry = self.in_step or self._order["force"]
+        return min(layer for layer, _, _ in rows) if rows and (quiet or hurry) else None
+
+    def _unlearn(self, first: int) -> None:
+        """Take away the layers from this number on, in one transaction; what is left is learned.
+
+        A delta is gone at once. Of the base, the old one speaks until another has grown up.
+        """
+        memory = self.memory
+        with memory.transaction():
+            texts, growth = memory.to_unlearn(), Growth(**memory.setting("growth", {}))
+            names = memory.manifests()
+            deltas, name = delta_names(names), f"delta{first - 1}"
+            if first > growth.delta_serial:  # it was never begun
+                memory.unlearn_from(first)
+                return
+            if name in deltas:
+                rebuilt = deltas[deltas.index(name):]
+                memory.remove_layers({"optimizer", "sprout", *rebuilt})
+                growth.delta_chars = self.config.delta_seal_chars  # those before are sealed
+                growth.delta_serial += 1  # and whoever speaks elsewhere notices
+            else:
+                rebuilt, first = ["base", *deltas], 0
+                self._set_aside(names, growth)
+                growth = Growth(step=growth.step, tokens=growth.tokens,
+                                delta_serial=growth.delta_serial)
+            memory.unlearn_from(first)
+            memory.set_setting("growth", dataclasses.asdict(growth))
+            done = {"layers": rebuilt, "texts": len(texts), "chars": sum(row[1] for row in texts)}
+            memory.set_setting("unlearning", done)
+            memory.log("unlearning", **done)
+        self._refresh()
+        self._end_unlearning()
+
+    def _set_aside(self, names: Iterable[str], growth: Growth) -> None:
+        """Keep the layers as the old ones that speak, if there is text for others to learn."""
+        memory = self.memory
+        weights = {n for n in names if n not in ("tokenizer", "ngrams") and not n.startswith(OLD)}
+        aside = any(name.startswith(OLD) for name in names)
+        if not aside and "base" in weights and memory.entries("NOT held_out", limit=1):
+            kept = sorted(weights - {"optimizer"} | {"tokenizer"})
+            memory.copy_layers({name: OLD + name for name in kept})
+            memory.set_setting("old_growth", dataclasses.asdict(growth))
+        memory.remove_layers(weights)
+
+    def _end_unlearning(self) -> None:
+        """Say in the life log that nothing is left of what was to be unlearned."""
+        memory = self.memory
+        done, left = memory.setting("unlearning"), memory.entries("NOT held_out", limit=1)
+        if done and not (any(memory.unlearned_chars()) or left and self.growth.phase != "grown"):
+            with memory.transaction():
+                memory.set_setting("unlearning", None)
+                memory.log("unlearned", **done)
+
     # learning
 
     def awake(self) -> None:
@@ -9223,6 +9693,21 @@ class Organism:
                 self.changed.wait(0.1)
             on_tick()
 
+    def wait_rest(self) -> None:
+        """Return when all that is due has been learned: then what comes next finds it at rest.
+
+        So a life depends on the order of its events and not on when they came.
+        """
+        self.in_step = True
+        with contextlib.suppress(CorpusError):  # the watcher tells of it
+            self.take_in_corpus()
+        self._rouse()
+        while self._thread is not None and not (self.failed or self.barred):
+            with self.changed:
+                if not self.at_work and self._plan() is None and not self._operation_due():
+                    return
+                self.changed.wait(0.1)
+
     def _rouse(self) -> None:
         """Wake the background thread, from any thread."""
         loop = self._loop
@@ -9233,6 +9718,7 @@ class Organism:
     async def _live(self) -> None:
         """Run the watcher and the trainer's supervisor until told to stop."""
         self._loop, self._bell = asyncio.get_running_loop(), asyncio.Event()
+        self._bell.set()  # an order may have been given before there was a bell
         watcher = asyncio.ensure_future(self._watch_corpus())
         try:
             await self.background_trainer()
@@ -9265,8 +9751,10 @@ class Organism:
             before = stamp
             self.read_once.set()
             await asyncio.sleep(0.1 if changed else self.config.tick_seconds)
-            if self.trusts_model() and self.config.mix:  # so that no reply has to wait for it
-                with contextlib.suppress(MacroGPTError):
+            with contextlib.suppress(MacroGPTError):
+                if self._operation_due():
+                    self._bell.set()
+                if self.trusts_model() and self.config.mix:  # so that no reply has to wait for it
                     await asyncio.to_thread(self._count_ahead)
 
     def _tell(self, notice: str) -> None:
@@ -9282,10 +9770,12 @@ class Organism:
             return None
         if not memory.entries("NOT held_out", limit=1):
             return None
-        if self.growth.phase != "grown" or order["steps"] or order["seconds"]:
+        growing = self.growth.phase != "grown" or self.growth.enlarged
+        if growing or order["steps"] or order["seconds"]:
             return job
         corpus, said = memory.unlearned_chars()
-        if corpus or said >= self.config.min_new_chars_to_train or (said and order["force"]):
+        soon = order["force"] or self.memory.setting("unlearning")
+        if corpus or said >= self.config.min_new_chars_to_train or (said and soon):
             return job
         return None
 
@@ -9300,7 +9790,9 @@ class Organism:
             step = self.growth.step
             try:
                 if self._may_learn():
+                    self._operate()
                     await self._raise_child()
+                    self._bell.set()
             except (TrainerError, StoreError, OSError, asyncio.IncompleteReadError) as error:
                 failures = failures + 1 if self.growth.step == step else 1
                 self._mourn(error, failures)
@@ -9312,14 +9804,28 @@ class Organism:
     def _may_learn(self) -> bool:
         """Return whether there is something to learn, and the lease to learn it is ours."""
         self._refresh()
-        due = self._plan() is not None
+        order = self._order
+        due = self._plan() is not None or self._operation_due()
         self.barred = due and not self.memory.take_lease(
             self._owner, LEASE_SECONDS, holder_alive)
         if self.barred:
             self._tell("another macrogpt trains this memory; here it only listens")
         if self.barred or not due:
-            self._settle()
+            self._settle(order)
         return due and not self.barred
+
+    def _operation_due(self) -> bool:
+        """Return whether the stored layers are to be changed while no trainer works on them."""
+        return self._first_to_unlearn() is not None or self._next_shape() is not None
+
+    def _operate(self) -> None:
+        """Change the stored layers as is due."""
+        first = self._first_to_unlearn()
+        if first is not None:
+            self._unlearn(first)
+        shape = self._next_shape()
+        if shape is not None:
+            self.grow(shape)
 
     async def _rest(self, seconds: Optional[float]) -> None:
         """Sleep until the bell rings, and at most so many seconds."""
@@ -9327,11 +9833,12 @@ class Organism:
             await asyncio.wait_for(self._bell.wait(), seconds)
         self._bell.clear()
 
-    def _settle(self) -> None:
-        """Note that nothing is left to do."""
+    def _settle(self, order: Dict[str, Any]) -> None:
+        """Note that nothing is left to do; an order given since then stands."""
         with self.changed:
             self.at_work = False
-            self._order = dict(NO_ORDER)
+            if self._order is order:
+                self._order = dict(NO_ORDER)
             self.changed.notify_all()
 
     def _mourn(self, error: Exception, failures: int) -> None:
@@ -9353,13 +9860,14 @@ class Organism:
         listener = asyncio.ensure_future(self._listen(child))
         self._child_text_version, self._child_ready = 0, False
         layers = self.memory.layers()
-        layers.pop("ngrams", None)  # the trainer counts for itself
+        layers = {n: layer for n, layer in layers.items()  # the trainer counts for itself
+                  if n != "ngrams" and not n.startswith(OLD)}
         try:
             self._send(child, {"do": "start", "config": dataclasses.asdict(self.config),
                                "growth": dataclasses.asdict(self.growth),
                                "layers": {n: [l.manifest, l.sealed] for n, l in layers.items()}},
                        {name: layer.data for name, layer in layers.items()})
-            while not self.stopping:
+            while not (self.stopping or self._operation_due()):
                 self._instruct(child)
                 bell = asyncio.ensure_future(self._bell.wait())
                 await asyncio.wait({bell, listener}, timeout=LEASE_SECONDS / 2,
@@ -9378,10 +9886,10 @@ class Organism:
 
     def _instruct(self, child: Any) -> None:
         """Give the child the newest text and the job that is due, when either is new."""
-        job = self._plan()
-        ordered = self._order["steps"] or self._order["seconds"]
+        order, job = self._order, self._plan()
+        ordered = order["steps"] or order["seconds"]
         if job is None:
-            self._settle()
+            self._settle(order)
         elif self._child_text_version != self._text_version or (ordered and not self.at_work):
             self._child_text_version = self._text_version
             entries = self.memory.entries("1")
@@ -9391,6 +9899,7 @@ class Organism:
             rejected = self.memory.rejected_exchanges(MOST_REJECTED)
             if rejected:
                 self._send(child, {"do": "rejected", "exchanges": rejected}, {})
+            self.memory.mark_trained(self._layer_number())
             self._send(child, {"do": "text", "documents": documents, "held_out": held_out}, {})
             self._send(child, {"do": "learn", **job}, {})
             self.at_work = True
@@ -9435,10 +9944,11 @@ class Organism:
         given = {n: Layer(manifest, blobs[n], sealed) for n, (manifest, sealed) in layers.items()}
         with memory.transaction():
             memory.save_layers(given)
-            memory.remove_layers(set(memory.manifests()) - {*names, "ngrams"})
+            memory.remove_layers(self._superfluous(names, growth["phase"] == "grown"))
             memory.set_setting("growth", growth)
             memory.set_setting("shape", dataclasses.asdict(Shape.of(self.config)))
-            memory.mark_learned(learned)
+            deltas = delta_names(names)
+            memory.mark_learned(learned, int(deltas[-1][5:]) + 1 if deltas else 0)
             memory.add_progress(growth["step"], growth["tokens"], self.progress.get("loss"),
                                 growth["bpc"])
             if growth["phase"] != self.growth.phase:
@@ -9447,12 +9957,24 @@ class Organism:
                 memory.log("merges sprout", count=growth["ripening"])
             if growth["ripeness"] is not None and growth["merges"] > self.growth.merges:
                 memory.log("vocabulary grew", merges=growth["merges"], worst=growth["ripeness"])
+        warm = growth["train_bpc"] != self.growth.train_bpc  # a warm-up has ended
         with self.changed:
             self.growth, self._voice_old = Growth(**growth), True
             self.changed.notify_all()
+        if warm:
+            self._propose_growth()
+
+    def _superfluous(self, names: List[str], grown: bool) -> Set[str]:
+        """Return the stored layers that nobody needs beside those named; grown up, the old go."""
+        others = set(self.memory.manifests()) - {*names, "ngrams"}
+        if grown:
+            self.memory.set_setting("old_growth", None)
+            return others
+        return {name for name in others if not name.startswith(OLD)}
 
     def _on_done(self, blobs: Dict[str, bytes]) -> None:
         self.memory.log("learned", step=self.growth.step, bpc=self.growth.bpc)
+        self._end_unlearning()
         if self._order["steps"] or self._order["seconds"]:
             self._order = dict(NO_ORDER)
         with self.changed:
@@ -9478,6 +10000,12 @@ class Organism:
         with self.changed:
             self.at_work = False
             self.changed.notify_all()
+
+
+def what_grew(old: Shape, new: Shape) -> Dict[str, Tuple[float, float]]:
+    """Return what differs between two shapes, as it was and as it is."""
+    was, now = dataclasses.asdict(old), dataclasses.asdict(new)
+    return {name: (was[name], now[name]) for name in was if was[name] != now[name]}
 
 
 def holder_alive(owner: str) -> bool:
@@ -9567,6 +10095,9 @@ def _raise_terminated(number: int, frame: Any) -> None:
     raise Terminated(number)
 
 
+GROWING_COMMANDS = ("chat", "ask", "train")
+
+
 class App:
     """One run of the program: its options, its terminal, and the organism once it is needed."""
 
@@ -9587,9 +10118,12 @@ class App:
             memory = self.memory()
             self.config = stored_config(memory, self.options.assignments)
             engine = choose_engine(os.environ.get("MACROGPT_ENGINE", ""))
-            self._organism = Organism(self.config, memory, engine, self.options.session,
+            born = dataclasses.replace(self.config, **memory.setting("shape", {}))
+            self._organism = Organism(born, memory, engine, self.options.session,
                                       self.options.seed is not None)
-            check_shape(self.config, memory)
+            grow_as_asked(self._organism, Shape.of(self.config),
+                          self.options.command in GROWING_COMMANDS)
+            self.config = self._organism.config
         return self._organism
 
     def close(self) -> None:
@@ -9616,19 +10150,25 @@ class App:
 
 def stored_config(memory: Memory, assignments: Sequence[str]) -> Config:
     """Return the defaults, changed by the organism's shape, by what /set stored, by assignments."""
-    kept = {**memory.setting("shape", {}), **memory.settings("config.")}
+    shape = memory.setting("shape", {})
+    if shape and shape["n_ff"] == usual_ff_width(shape["n_embd"]):
+        shape["n_ff"] = 0  # it goes on following n_embd
+    kept = {**shape, **memory.settings("config.")}
     return Config().replace([*(f"{name}={value}" for name, value in kept.items()), *assignments])
 
 
-def check_shape(config: Config, memory: Memory) -> None:
-    """Raise ConfigError when the stored model has another shape than the settings ask for."""
-    wanted = dataclasses.asdict(Shape.of(config))
-    stored = memory.setting("shape", wanted)
-    if stored != wanted:
-        name = next(n for n in wanted if stored.get(n) != wanted[n])
-        raise ConfigError(f"{name}={wanted[name]}, but the organism in {config.db_path} was born "
-                          f"with {name}={stored.get(name)}; leave it so, or begin another with "
-                          f"--db")
+def grow_as_asked(organism: Organism, wanted: Shape, may_grow: bool) -> None:
+    """Let the organism grow to the size that the settings ask for.  Raises ConfigError."""
+    now = Shape.of(organism.config)
+    if wanted == now:
+        return
+    now.grown_to(wanted)
+    name = next(n for n, value in dataclasses.asdict(now).items() if getattr(wanted, n) != value)
+    if not may_grow:
+        raise ConfigError(f"{name}={getattr(wanted, name)}, but the organism in "
+                          f"{organism.config.db_path} has {name}={getattr(now, name)}; it grows "
+                          f"with chat, ask or train, or begin another with --db")
+    organism.grow(wanted)
 
 
 def wake(app: App) -> Organism:
@@ -9704,15 +10244,20 @@ def _chat_piped(app: App) -> int:
     """Answer each line of stdin with exactly one line; a command gives one line or none."""
     wake(app)
     code = 0
+    settled = app.organism().wait_rest if app.options.wait_trained else lambda: None
     for raw in iter(sys.stdin.buffer.readline, b"") if sys.stdin else ():
         line = clean_line(decode_line(raw), LONGEST_MESSAGE)
         try:
+            settled()  # edits made before these words come before them
             if line.startswith("/"):
                 said = " ".join(" ".join(repl_command(app, line)).split())
+                settled()
                 if said:
                     app.terminal.say(said)
             else:
-                app.terminal.say(" ".join("".join(app.organism().reply(line)).split()))
+                said = " ".join("".join(app.organism().reply(line)).split())
+                settled()
+                app.terminal.say(said)
             app.notices()
         except EOFError:
             break
@@ -9975,7 +10520,9 @@ def _repl_set(app: App, rest: str) -> List[str]:
     organism = app.organism()
     config = organism.config.replace([f"{name}={value.strip()}"])
     sampler_settings(config)
-    if Shape.of(config) != Shape.of(organism.config) or name.endswith("_path"):
+    if Shape.of(config) != Shape.of(organism.config):
+        return [f"a model grows when it starts: leave, and begin with --set {name}={value.strip()}"]
+    if name.endswith("_path"):
         return [f"{name} cannot change in a living organism; begin another with --db"]
     organism.config = app.config = config
     organism.memory.set_setting(f"config.{name}", getattr(config, name))
@@ -10033,6 +10580,8 @@ def command_ask(app: App, words: List[str]) -> int:
     for piece in organism.reply(text):
         app.terminal.say(piece.replace("\n", " "), end="")
     app.terminal.say("")
+    if app.options.wait_trained:
+        organism.wait_rest()
     app.notices()
     return 0
 
@@ -10462,7 +11011,8 @@ def option_parser() -> argparse.ArgumentParser:
     add("--set", metavar="FIELD=VALUE", action="append", default=[], help="change a setting")
     add("--seed", metavar="N", help="make what is random repeatable")
     add("--no-train", action="store_true", help="never start the trainer")
-    add("--wait-trained", action="store_true", help="learn everything before the first reply")
+    add("--wait-trained", action="store_true",
+        help="learn what is there before the first reply, and what is due before the next one")
     add("--json", action="store_true", help="machine-readable reports")
     add("--quiet", action="store_true", help="no banner, no notices")
     add("--debug", action="store_true", help="show tracebacks")

@@ -444,5 +444,25 @@ class ReservoirTest(CorpusCase):
             macrogpt.read_corpus(self.path, max_line_chars=3)
 
 
+class Losses(unittest.TestCase):
+    def test_a_corrected_line_is_told_from_one_that_is_gone(self):
+        lost = ["The hern sleeps on one leg.", "My lamp is made of quartz."]
+        fresh = ["The heron sleeps on one leg.", "Ferries leave at seven."]
+        self.assertEqual(macrogpt.corrected_lines(lost, fresh), {lost[0]})
+        self.assertEqual(macrogpt.corrected_lines(lost, []), set())
+
+    def test_of_a_text_that_was_replaced_every_line_is_gone(self):
+        lost = [f"Line number {i} of the old text." for i in range(macrogpt.MOST_CORRECTIONS + 1)]
+        self.assertEqual(macrogpt.corrected_lines(lost, [line + "." for line in lost]), set())
+
+    def test_lines_are_found_in_a_file_as_they_are_read_from_it(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "c.txt")
+            with open(path, "w", encoding="utf-8") as file:
+                file.write("  one line \n\ntwo\tlines\nthree\n")
+            wanted = {"one line", "two lines", "four"}
+            self.assertEqual(macrogpt.lines_still_in(path, wanted, 240), {"one line", "two lines"})
+
+
 if __name__ == "__main__":
     unittest.main()

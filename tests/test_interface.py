@@ -106,9 +106,12 @@ class Mistakes(ProcessCase):
         self.assertIn(b"UsageError", done.stderr)
         self.assertNotEqual(done.returncode, 0)
 
-    def test_another_shape_than_the_stored_one_is_refused(self):
+    def test_only_what_lives_grows_and_only_larger(self):
         self.good("train", "--steps", "1")
-        self.mistake(2, "stats", "--set", "n_embd=32", signs=["was born"])
+        self.mistake(2, "stats", "--set", "n_embd=32", signs=["it grows with chat, ask or train"])
+        smaller = run_macrogpt("ask", "hello", *TINY, "--set", "n_embd=8", cwd=self.folder)
+        self.assertEqual(smaller.returncode, 2)
+        self.assertIn(b"n_embd=8 is less than the 16", smaller.stderr)
 
 
 class Options(ProcessCase):
@@ -389,14 +392,18 @@ class Training(ProcessCase):
         self.assertIn(b"1 steps", done.stdout)
         self.assertEqual(done.stderr.count(b"interpreted"), 1)
 
-    def test_an_organism_keeps_the_shape_it_was_born_with_and_only_birth_settles_it(self):
+    def test_an_organism_keeps_its_size_until_it_is_told_to_grow(self):
         def shape():
             done = run_macrogpt("stats", "--json", cwd=self.folder)
             return json.loads(done.stdout)["shape"]
         self.assertEqual(shape()["n_layer"], 2)
         self.report("train", "--steps", "1")
         self.assertEqual((shape()["n_layer"], shape()["n_embd"]), (1, 16))
-        self.mistake(2, "stats", "--set", "n_layer=3", signs=["n_layer=3", "born with n_layer=1"])
+        self.mistake(2, "stats", "--set", "n_layer=3", signs=["n_layer=3", "has n_layer=1"])
+        grown = run_macrogpt("ask", "hello", *TINY, "--set", "n_layer=3", "--set", "n_embd=24",
+                             cwd=self.folder)
+        self.assertEqual(grown.returncode, 0, grown.stderr)
+        self.assertEqual((shape()["n_layer"], shape()["n_embd"], shape()["n_ff"]), (3, 24, 64))
 
     def test_the_owners_corpus_is_never_written_to(self):
         before = os.stat(self.corpus)

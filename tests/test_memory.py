@@ -191,6 +191,21 @@ class Migrations(MemoryCase):
             self.assertEqual(
                 newest, self.aside(("SELECT type, name, sql FROM sqlite_master ORDER BY name",)))
 
+    def test_of_what_an_older_version_learned_the_base_is_taken_to_have_read_all(self):
+        with open(self.db, "wb"):
+            pass
+        for script in m.MIGRATIONS[:2]:
+            db = sqlite3.connect(self.db)
+            db.executescript(script)
+            db.close()
+        self.aside(("PRAGMA user_version = 2",),
+                   ("INSERT INTO entries VALUES (1, 'chat', 5, 'a ruby', '', NULL, 0, 1, 1, 0, 1)",),
+                   ("INSERT INTO entries VALUES (2, 'chat', 6, 'an amber', '', NULL, 0, 1, 1, 1, 0)",),
+                   ("INSERT INTO layers VALUES ('base', 0, '[]', 0, '', 0)",))
+        memory = self.open()
+        memory.remove_entries("chat", [5, 6])
+        self.assertEqual(memory.to_unlearn(), [(0, 6, False)])
+
     def test_a_file_from_the_future_is_refused_and_not_touched(self):
         self.open().close()
         self.aside((f"PRAGMA user_version = {len(m.MIGRATIONS) + 1}",))
@@ -771,6 +786,59 @@ class Notes(MemoryCase):
             memory.log("event", number=i, words=["ä", None])
         self.assertEqual(memory.life(2), [
             {"at": 1000.0, "event": "event", "number": i, "words": ["ä", None]} for i in (1, 2)])
+
+
+class Readers(MemoryCase):
+    """Which layer has read what, and what layers are to unlearn."""
+
+    def setUp(self):
+        super().setUp()
+        self.memory = self.open()
+
+    def tell(self, text, layer=None, source="chat", held_out=False):
+        self.memory.add_entry(source, passage(text), held_out=held_out)
+        if layer is not None:
+            self.memory.mark_trained(layer)
+
+    def test_an_entry_knows_the_first_layer_that_read_it(self):
+        self.tell("a ruby", 0)
+        self.tell("an amber", 3)
+        self.memory.mark_trained(5)
+        for text in ("a ruby", "an amber"):
+            self.memory.remove_entries("chat", [passage(text).key])
+        self.assertEqual(sorted(self.memory.to_unlearn()), [(0, 7, False), (3, 9, False)])
+
+    def test_what_no_layer_has_read_is_not_to_be_unlearned(self):
+        self.tell("a ruby")
+        self.tell("an amber", 1, held_out=True)
+        self.memory.remove_entries("chat", [passage("an amber").key])
+        self.tell("a quartz")
+        self.memory.remove_entries("chat", [passage("a quartz").key])
+        self.assertEqual(self.memory.to_unlearn(), [])
+
+    def test_what_is_known_from_elsewhere_is_not_to_be_unlearned(self):
+        self.tell("a ruby", 2)
+        self.tell("a ruby", 2, source="corpus")
+        self.memory.remove_entries("chat", [passage("a ruby").key])
+        self.assertEqual(self.memory.to_unlearn(), [])
+
+    def test_without_some_layers_what_they_learned_waits_and_what_others_learned_does_not(self):
+        for layer, text in enumerate(("a ruby", "an amber", "a quartz", "an opal")):
+            self.tell(text, layer)
+            self.memory.mark_learned([passage(text).key], layer)
+        self.tell("a pearl", 1)  # read by one layer and learned by a later one
+        self.memory.mark_learned([passage("a pearl").key], 2)
+        self.memory.remove_entries("chat", [passage("an opal").key])
+        self.memory.unlearn_from(2)
+        self.assertEqual([e.text for e in self.memory.entries("NOT learned")],
+                         ["a quartz\n", "a pearl\n"])
+        self.assertEqual(self.memory.to_unlearn(), [])
+
+    def test_a_copied_layer_is_sealed_like_the_first(self):
+        layer = m.Layer([1], b"weights", True)
+        self.memory.save_layers({"delta0": layer})
+        self.memory.copy_layers({"delta0": "old.delta0"})
+        self.assertEqual(self.memory.layers(), {"delta0": layer, "old.delta0": layer})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Claims about the model: its exact form, its cache, its growth and its gradient."""
 import dataclasses
+import itertools
 import math
 import random
 import unittest
@@ -562,6 +563,82 @@ class TheModelGrowsByAppending(ModelCase):
         self.assertAlmostEqual(spread, m.EMBEDDING_SIGMA, delta=0.02)
         for name, data in others.items():
             self.assertEqual(self.model.params[name].data, data)
+
+
+class Enlargement(unittest.TestCase):
+    SIZES = {"n_layer": (2, 3), "n_embd": (8, 24), "n_head": (2, 3), "n_ff": (12, 20),
+             "block_size": (8, 12)}
+
+    @staticmethod
+    def engines():
+        yield m.interpreted_engine()
+        try:
+            yield m.native_engine()
+        except m.EngineError:
+            pass
+
+    def wanted(self):
+        """Yield every combination of sizes that keeps the heads as wide as they are."""
+        for sizes in itertools.product(*self.SIZES.values()):
+            shape = dataclasses.replace(SHAPE, **dict(zip(self.SIZES, sizes)))
+            if shape.head_dim >= SHAPE.head_dim and shape.n_embd % (2 * shape.n_head) == 0:
+                yield shape
+
+    @staticmethod
+    def said(model, ids):
+        """Return the logits of ids, read at once, and of the last when it is fed alone."""
+        cache = model.new_cache()
+        model.feed(cache, ids[:-1])
+        return [*model.logits(ids).data, *model.feed(cache, ids[-1:])]
+
+    def test_a_larger_model_says_what_the_smaller_one_said_whatever_grew(self):
+        ids = some_ids(7)
+        for engine in self.engines():
+            model = lively(engine)
+            for seed in (5, 6):
+                model.append_delta(2, random.Random(seed))
+                stir(model, seed)
+            before = self.said(model, ids)
+            count = 0
+            for shape in self.wanted():
+                larger = m.enlarged(model, shape, random.Random(7))
+                self.assertEqual((larger.shape.n_layer, larger.shape.n_embd, larger.shape.n_ff),
+                                 (shape.n_layer, shape.n_embd, shape.n_ff))
+                error = max(abs(a - b) for a, b in zip(before, self.said(larger, ids)))
+                self.assertLess(error, 1e-4, (engine.name, shape))
+                count += 1
+            self.assertEqual(count, 24)
+
+    def test_it_can_grow_again_and_again(self):
+        model, ids = lively(m.interpreted_engine()), some_ids(7)
+        before = self.said(model, ids)
+        for n_embd in (12, 16, 28, 40):
+            model = m.enlarged(model, dataclasses.replace(
+                model.shape, n_embd=n_embd, n_layer=model.shape.n_layer + 1), random.Random(n_embd))
+        self.assertLess(max(abs(a - b) for a, b in zip(before, self.said(model, ids))), 1e-4)
+
+    def test_all_that_is_new_learns(self):
+        shape = dataclasses.replace(SHAPE, n_layer=3, n_embd=24, n_head=3, n_ff=20)
+        model = m.enlarged(lively(m.interpreted_engine("d")), shape, random.Random(7))
+        before = {name: param.data[:] for name, param in model.params.items()}
+        adam, windows = m.AdamW.of(m.Config()), [some_ids(9, seed) for seed in range(4)]
+        losses = [m.train_step(model, adam, windows, 0.01, 0.0, random.Random(0)).loss
+                  for _ in range(4)]
+        self.assertLess(losses[-1], losses[0])
+        for name, param in model.params.items():
+            still = sum(a == b for a, b in zip(before[name], param.data))
+            self.assertLess(still, 0.2 * len(param.data), name)
+
+    def test_what_cannot_be_is_refused_and_the_way_is_named(self):
+        for change, sign in (({"n_layer": 1}, "n_layer=1 is less than the 2"),
+                             ({"block_size": 4}, "block_size=4 is less"),
+                             ({"n_ff": 8}, "n_ff=8 is less"),
+                             ({"n_head": 4}, "n_embd=16"),
+                             ({"rope_base": 500.0}, "rope_base"),
+                             ({"norm_eps": 1e-6}, "norm_eps")):
+            with self.assertRaisesRegex(m.ConfigError, sign) as caught:
+                SHAPE.grown_to(dataclasses.replace(SHAPE, **change))
+            self.assertIn("another with --db", str(caught.exception))
 
 
 if __name__ == "__main__":

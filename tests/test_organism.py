@@ -206,6 +206,38 @@ class StudentTest(unittest.TestCase):
         after = student.model.logits([1, 50, 60, 70]).data
         self.assertLess(max(abs(a - b) for a, b in zip(before, after)), 1e-4)
 
+    def test_an_enlarged_model_ends_its_warm_up_no_worse_than_it_began(self):
+        student = self.student("learning_rate=0.3", "patience=1", "warmup_steps=40")
+        held_out = "sea and tree and bird\n" * 3
+        student.take_text(self.text(30), held_out)
+        self.finish(student)
+        growth, layers = student.snapshot()
+        wanted = m.Shape.of(m.Config().replace([*TINY, "n_layer=3"]))
+        _, grown = m.enlarged_layers(student.config, wanted, layers, m.interpreted_engine())
+        again = self.student("learning_rate=0.3", "patience=1", "warmup_steps=40", "n_layer=3",
+                             growth=m.to_warm_up(growth), layers={**layers, **grown})
+        again.take_text(self.text(30), held_out)
+        self.assertEqual(again.growth.phase, "warmup")
+        self.assertAlmostEqual(again.growth.best_bpc, student.growth.bpc, places=4)
+        self.finish(again)
+        self.assertLessEqual(again.growth.bpc, student.growth.bpc + 1e-4)
+        self.assertFalse(again.growth.enlarged)
+        self.assertEqual(again.growth.warmup_step, 40)
+
+    def test_a_delta_finds_its_moments_again_when_older_ones_were_folded(self):
+        student = self.student("delta_seal_chars=1", "max_delta_modules=1")
+        student.take_text(self.text(30), "")
+        self.finish(student)
+        for key in (77, 78):
+            student.take_text([[key, "quartz and amber\n", True, True]], "")
+            self.finish(student)
+        growth, layers = student.snapshot()
+        layers["base"] = m.pack_params(list(student.model.params.values()))
+        again = self.student(growth=growth, layers=layers)
+        for one, two in zip(student.model.delta_params(), again.model.delta_params()):
+            self.assertEqual((one.name, one.m, one.steps), (two.name, two.m, two.steps))
+            self.assertTrue(one.steps)
+
     def test_much_more_text_begins_a_second_warm_up_with_more_merges(self):
         student = self.student("min_merge_chars=500", "max_merges=40", "min_pair_count=3")
         student.take_text(self.text(20), "")
@@ -703,6 +735,240 @@ class Life(Home):
         self.assertEqual(being.memory.life()[-1]["event"], "step skipped")
 
 
+class Enlarging(Home):
+    IDS = [1, 70, 80, 90, 100, 110]
+
+    def enlarge(self, being, *settings):
+        being.grow(m.Shape.of(self.configured(*settings)))
+
+    def test_an_organism_that_grew_says_the_same_and_stays_large(self):
+        being = self.grown("delta_seal_chars=10")
+        for line in ("The quartz lamp is old.", "The ferry leaves at seven."):
+            being.teach(line)
+            being.wait_trained()
+        being.sleep()
+        before = being.voice()[1].logits(self.IDS).data
+        self.enlarge(being, "n_embd=24", "n_head=3")
+        self.enlarge(being, "n_layer=3", "n_embd=24", "n_head=3", "block_size=32",
+                     f"norm_eps={being.config.norm_eps!r}")
+        after = being.voice()[1].logits(self.IDS).data
+        self.assertLess(max(abs(a - b) for a, b in zip(before, after)), 1e-4)
+        self.assertEqual(len(being.voice()[1].deltas), 2)
+        self.assertTrue(being.memory.layers()["delta0"].sealed)
+        self.assertIn("n_layer 2 → 3", being.notices[-1])
+        config = m.stored_config(being.memory, [])
+        self.assertEqual((config.n_layer, config.n_embd, config.block_size), (3, 24, 32))
+        self.assertIn("grew", [event["event"] for event in being.memory.life()])
+
+    def test_it_learns_with_what_is_new_and_then_is_at_rest(self):
+        being = self.grown()
+        being.sleep()
+        self.enlarge(being, "n_layer=3")
+        step, new = being.growth.step, being.voice()[1].params["2.down"]
+        self.assertFalse(any(new.data))
+        being.awake()
+        being.wait_trained()
+        self.assertEqual((being.growth.phase, being.growth.enlarged), ("grown", False))
+        self.assertGreater(being.growth.step, step)
+        self.assertTrue(any(being.voice()[1].params["2.down"].data))
+
+    def test_in_its_warm_up_it_grows_as_well_and_goes_on(self):
+        being = self.organism("warmup_steps=500", "warmup_epochs=1000.0")
+        being.awake()
+        being.learn_now(steps=6)
+        being.wait_order()
+        being.sleep()
+        self.assertEqual(being.growth.phase, "warmup")
+        before = being.voice()[1].logits(self.IDS).data
+        self.enlarge(being, "n_embd=32")
+        self.assertLess(max(abs(a - b) for a, b in zip(
+            before, being.voice()[1].logits(self.IDS).data)), 1e-4)
+        being.awake()
+        being.learn_now(steps=3)
+        being.wait_order()
+        self.assertFalse(being.failed)
+        self.assertEqual(being.growth.phase, "warmup")
+
+    def test_while_another_trains_it_does_not_grow(self):
+        being = self.grown()
+        being.sleep()
+        being.memory.take_lease("elsewhere:1", 60.0, lambda owner: True)
+        with self.assertRaisesRegex(m.TrainerError, "leave that one first"):
+            self.enlarge(being, "n_layer=3")
+        self.assertEqual(m.Shape.of(being.config).n_layer, 2)
+
+    def test_another_process_notices_that_it_grew(self):
+        being = self.grown()
+        being.sleep()
+        memory = m.Memory(self.config.db_path)
+        self.addCleanup(memory.close)
+        other = m.Organism(self.config, memory, m.interpreted_engine())
+        other.voice()
+        self.enlarge(being, "n_layer=3")
+        "".join(other.reply("Hello there."))
+        self.assertEqual(len(other.voice()[1].params), 4 * 3 + 2)
+
+    def test_a_text_that_outgrew_its_model_is_told_and_auto_grow_acts_on_it(self):
+        being = self.organism("auto_grow=0", "min_merge_chars=1000000")
+        rng = random.Random(1)
+        lines = ["".join(rng.choices("abcdefgh ", k=60)) for _ in range(300)]
+        self.corpus.write_text("\n\n".join(lines), encoding="utf-8")
+        being.awake()
+        being.wait_trained()
+        told = [e for e in being.memory.life() if e["event"] == "outgrown"]
+        self.assertEqual(len(told), 1, being.growth)
+        self.assertEqual(told[0]["proposed"], {"n_embd": [16, 24], "n_head": [2, 3], "n_ff": [40, 64]})
+        self.assertEqual(m.Shape.of(being.config).n_embd, 16)
+        being.sleep()
+        again = self.organism("auto_grow=1", "n_layer=2")
+        again.awake()
+        self.until(lambda: again.memory.setting("shape")["n_embd"] > 24)  # and once more
+
+    def test_a_text_that_fits_its_model_is_not_called_too_much(self):
+        grown = m.Growth(phase="grown", bpc=2.5, train_bpc=2.4, warmup_chars=100_000)
+        self.assertTrue(m.has_outgrown(grown, 100_000))
+        self.assertFalse(m.has_outgrown(grown, 130_000))
+        self.assertFalse(m.has_outgrown(dataclasses.replace(grown, train_bpc=2.0), 90_000))
+
+
+class Unlearning(Home):
+    """What is forgotten leaves the weights that were trained on it."""
+
+    SECRET = "Quartz wolves hum zigzag jokes."
+    EAGER = ("held_out_share=0.0", "unlearn_seconds=0.0", "delta_seal_chars=20", "delta_rank=4")
+    STRONG = ("n_layer=1", "dropout=0.0", "micro_steps=30", "delta_rate=0.03",
+              "learning_rate=0.02", "warmup_steps=100", "batch_size=2")
+
+    def being(self, *more):
+        being = self.organism(*self.EAGER, *more)
+        being.awake()
+        being.wait_trained()
+        return being
+
+    def nats(self, being):
+        tokenizer, model = being.voice()
+        return sum(m.scored_nats(model, [m.END_OF_TEXT] + tokenizer.encode(self.SECRET), 24))
+
+    def events(self, being):
+        return [e["event"] for e in being.memory.life() if "learn" in e["event"]]
+
+    def taught(self, being, *lines):
+        for line in lines:
+            being.teach(line)
+            being.wait_trained()
+
+    def test_a_delta_that_read_what_is_forgotten_is_rebuilt_and_those_before_it_stay(self):
+        being = self.being(*self.STRONG)
+        self.taught(being, "The ferry leaves at seven.")
+        before = self.nats(being)
+        self.taught(being, self.SECRET)
+        self.assertLess(self.nats(being), 0.75 * before)
+        self.taught(being, "Copper turns green in rain.")
+        kept = being.memory.layers()
+        self.assertEqual(m.delta_names(kept), ["delta0", "delta1", "delta2"])
+        m.forget(being.memory, self.SECRET)
+        self.until(lambda: "unlearned" in self.events(being))
+        layers = being.memory.layers()
+        self.assertEqual(m.delta_names(layers), ["delta0", "delta4"])
+        self.assertEqual((layers["base"], layers["delta0"]), (kept["base"], kept["delta0"]))
+        self.assertGreater(self.nats(being), 0.9 * before)
+        self.assertFalse(being.memory.entries("NOT learned"))
+        self.assertEqual(self.events(being)[-4:], ["unlearning", "learning", "learned", "unlearned"])
+
+    def test_a_line_taken_out_of_the_corpus_is_unlearned_by_a_new_base_while_the_old_speaks(self):
+        never = self.being(*self.STRONG, f"db_path={self.folder / 'twin.sqlite3'}")
+        twin = self.nats(never)
+        never.sleep()
+        self.append("\n" + self.SECRET + "\n")
+        being = self.being(*self.STRONG)
+        learned, spoken = self.nats(being), []
+        self.assertLess(learned, 0.75 * twin)
+        on_snapshot = being._on_snapshot
+
+        def watched(blobs, growth, **rest):
+            on_snapshot(blobs, growth, **rest)
+            spoken.append((growth["phase"], self.nats(being)))
+        being._on_snapshot = watched
+        self.corpus.write_text(LINES, encoding="utf-8")
+        being.take_in_corpus()
+        being.wait_trained()
+        self.assertTrue(all(nats == learned for phase, nats in spoken if phase == "warmup"))
+        self.assertAlmostEqual(self.nats(being), twin, delta=0.15 * twin)
+        self.assertEqual(being.growth.phase, "grown")
+        self.assertFalse([n for n in being.memory.manifests() if n.startswith(m.OLD)])
+        self.assertEqual(self.events(being)[-4:], ["unlearning", "learning", "learned", "unlearned"])
+
+    def test_killed_while_it_unlearns_it_goes_on_where_it_was(self):
+        being = self.being()
+        self.taught(being, self.SECRET)
+        being.sleep()
+        before = self.nats(being)
+        self.corpus.write_text(LINES.replace("The garden is green in spring.\n", ""))
+        then = self.organism(*self.EAGER)
+        then.take_in_corpus()
+        then._unlearn(0)
+        self.assertIn("old.base", then.memory.manifests())
+        again = self.organism(*self.EAGER)
+        self.assertEqual(again.growth.phase, "newborn")
+        self.assertEqual(self.nats(again), before)
+        with self.assertRaisesRegex(m.TrainerError, "being rebuilt"):
+            again.grow(m.Shape.of(self.configured("n_layer=3")))
+        again.awake()
+        again.wait_trained()
+        self.assertEqual(again.growth.phase, "grown")
+        self.assertNotIn("old.base", again.memory.manifests())
+        self.assertEqual(self.events(again)[-1], "unlearned")
+
+    def test_corrected_lines_are_collected_and_moved_ones_are_not_lost(self):
+        being = self.being("unlearn_corrected_chars=50")
+
+        def edit(*changes):
+            text = self.corpus.read_text(encoding="utf-8")
+            for old, new in changes:
+                self.assertIn(old, text)
+                text = text.replace(old, new)
+            self.corpus.write_text(text, encoding="utf-8")
+            being.take_in_corpus()
+            being.wait_trained()
+            return being.memory.to_unlearn()
+        self.assertEqual(edit(("spring.\n", "spring.\n\n")), [])  # one document became two
+        self.assertEqual(edit(("is green in spring", "was green in spring")), [(0, 30, True)])
+        self.assertEqual(edit(("was green in spring", "is green in spring")), [(2, 31, True)])
+        self.assertNotIn("unlearning", self.events(being))
+        edit(("A bird sits in", "A bird sat in"))
+        self.assertEqual(being.memory.to_unlearn(), [])
+        self.assertEqual(self.events(being)[-1], "unlearned")
+
+    def test_what_is_told_again_in_time_is_not_unlearned(self):
+        being = self.being("unlearn_seconds=1000")
+        self.taught(being, self.SECRET)
+        m.forget(being.memory, self.SECRET)
+        self.assertEqual(len(being.memory.to_unlearn()), 1)
+        being.teach(self.SECRET)
+        self.assertEqual(being.memory.to_unlearn(), [])
+        m.forget(being.memory, self.SECRET)
+        self.assertEqual(being.memory.to_unlearn(), [(1, len(self.SECRET) + 1, False)])
+
+    def test_what_a_sample_left_out_is_not_lost(self):
+        lines = [f"The number {i} stands alone." for i in range(60)]
+        self.corpus.write_text("\n\n".join(lines), encoding="utf-8")
+        being = self.organism("max_corpus_lines=20", "held_out_share=0.0")
+        being.take_in_corpus()
+        being.memory.mark_trained(0)
+        del lines[57]
+        self.corpus.write_text("\n\n".join([*lines, *(f"New is {i}." for i in range(9))]))
+        being.take_in_corpus()
+        self.assertEqual(being.memory.to_unlearn(), [(0, len("The number 57 stands alone."), False)])
+
+    def test_when_nothing_is_left_to_learn_nothing_of_the_old_is_left(self):
+        being = self.being()
+        self.corpus.write_text("\n", encoding="utf-8")
+        being.take_in_corpus()
+        being.wait_trained()
+        self.assertEqual(set(being.memory.manifests()) - {"tokenizer"}, set())
+        self.assertEqual(being.growth.phase, "newborn")
+
+
 class Processes(Home):
     def run_macrogpt(self, *words, text="", kill_after=None):
         sets = [part for setting in TINY for part in ("--set", setting)]
@@ -794,12 +1060,63 @@ class Processes(Home):
         asked = self.run_macrogpt(*grown, text="What is my boat called?\nWhat is my river?\n")
         self.assertEqual(asked.stdout, (m.UNKNOWN_REPLY + "\n") * 2)
 
-    def test_another_shape_is_refused_with_the_way_out(self):
+    def test_a_smaller_shape_is_refused_with_the_way_out(self):
         self.run_macrogpt("train", "--steps", "1")
-        refused = self.run_macrogpt("--set", "n_layer=3", "ask", "hello")
+        refused = self.run_macrogpt("--set", "n_layer=1", "ask", "hello")
         self.assertEqual(refused.returncode, 2)
         self.assertIn("--db", refused.stderr)
         self.assertEqual(refused.stderr.count("\n"), 1)
+
+
+class SameLife(Home):
+    """A life is given by its seed, its edits and its conversation, in their order."""
+
+    SETS = [part for setting in (
+        *TINY, "threads=1", "n_layer=1", "min_new_chars_to_train=1", "min_merge_chars=300",
+        "max_merges=20", "delta_seal_chars=60", "max_delta_modules=2", "commit_seconds=0.1",
+        "delta_rank=2", "batch_size=2", "held_out_share=0.3", "warmup_epochs=0.1") for part in ("--set", setting)]
+    SAID = ("My lamp is made of quartz.", "/teach The ferry leaves at seven.",
+            "I live beside the old mill.", "The heron sleeps on one leg.")
+
+    def life(self, name, parts, hash_seed):
+        """Live a life, started anew for each part of the talk; return its layers."""
+        folder = self.folder / name
+        folder.mkdir()
+        corpus = folder / "corpus.txt"
+        corpus.write_text(LINES, encoding="utf-8")
+        for part in parts:
+            command = [sys.executable, str(ROOT / "macrogpt.py"), "--corpus", str(corpus), "--db",
+                       str(folder / "m.sqlite3"), "--wait-trained", *self.SETS]
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, text=True, cwd=folder, env={
+                                      **os.environ, "PYTHONHASHSEED": hash_seed}) as chat:
+                for words in part:
+                    if words.startswith("edit "):
+                        after = corpus.read_text(encoding="utf-8") + "\n" + words[5:] + "\n"
+                        (folder / "new.txt").write_text(after, encoding="utf-8")
+                        os.replace(folder / "new.txt", corpus)
+                        continue
+                    chat.stdin.write(words + "\n")
+                    chat.stdin.flush()
+                    self.assertTrue(chat.stdout.readline())
+                chat.stdin.close()
+                self.assertEqual(chat.wait(), 0)
+        memory = m.Memory(str(folder / "m.sqlite3"))
+        self.addCleanup(memory.close)
+        return memory.layers()
+
+    def test_a_life_lived_twice_gives_the_same_bits_with_a_restart_in_between_or_without(self):
+        many = " ".join(f"On day {day} the kite flies above the quay." for day in range(30))
+        said = [*self.SAID[:3], "edit The rain is warm.", self.SAID[3],
+                "/forget The ferry leaves at seven.", "edit " + many, "Thank you."]
+        whole = self.life("whole", [said], "1")
+        parts = self.life("parts", [said[:3], said[3:]], "2")
+        self.assertEqual(len(m.delta_names(whole)), 1)  # those before were warmed up over
+        self.assertIn("mixer", whole)
+        self.assertIn("sprout", whole)  # merges of what came later ripen
+        self.assertEqual(sorted(whole), sorted(parts))
+        for name, layer in whole.items():
+            self.assertEqual(layer, parts[name], name)
 
 
 if __name__ == "__main__":
