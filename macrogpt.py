@@ -189,6 +189,8 @@ class Config:
                                         "active delta to be sealed", 0.0)
     gate_bound: float = _setting(0.01, "share by which a burst may worsen a probe set", 0.0)
     gate_tries: int = _setting(2, "gentler tries of a burst before it is rolled back", 0, 100)
+    dream_seconds: float = _setting(0.0, "seconds of idleness on mains power after which known "
+                                         "text is rehearsed, again and again; 0 is never", 0.0)
     # organism
     threads: int = _setting(0, "threads of compiled kernels; 0 is one less than there are cores", 0,
                             256)
@@ -228,10 +230,10 @@ class Config:
     mix_passes: int = _setting(2, "readings of held-out text that fit the voice's weights", 0, 100)
     # bench
     bench_vocab: int = _setting(512, "vocabulary of the benchmark's model", 2, 1_000_000)
-    bench_chars: int = _setting(100_000, "characters of a text of the stream of forgetting", 2000)
+    bench_chars: int = _setting(100_000, "characters of a text of the stream of forgetting", 1000)
     bench_tokens: int = _setting(100_000, "tokens trained on for each", 1)
     bench_shifts: int = _setting(30, "shifts of the second stream; 0 leaves it out", 0, 10_000)
-    bench_shift_chars: int = _setting(20_000, "characters of a shift", 2000)
+    bench_shift_chars: int = _setting(20_000, "characters of a shift", 1000)
     bench_shift_tokens: int = _setting(20_000, "tokens trained on for each shift", 1)
     bench_test_chars: int = _setting(4000, "characters of each that are for the exam", 100)
     bench_seconds: float = _setting(4.0, "seconds for each measurement", 0.1, 3600.0)
@@ -7737,12 +7739,17 @@ class Trace:
     def delta_shares(self) -> List[float]:
         """Return how many nats a token each delta layer raised the reply by.
 
-        Measured by leaving it out: ln p of the reply's tokens with all deltas less without it.
+        Measured by leaving it out: ln p of the reply's tokens as spoken less without it.
         """
         deltas, ids = self.model.deltas, self.prompt + [said.token for said in self.tokens]
         ids, count = ids[-self.model.shape.block_size:], len(self.tokens)
         if not (deltas and count and len(ids) > 1):
             return []
+        if self.model.router is not None:  # one of them spoke, or none
+            chosen = self.model.router(self.prompt)
+            alone, spoke = (_reply_nats(self.model.with_delta(i), ids, count)
+                            for i in (None, chosen))
+            return [(alone - spoke) / count * (i == chosen) for i in range(len(deltas))]
         whole, lost = _reply_nats(self.model, ids, count), []
         for i in range(len(deltas)):
             less = _reply_nats(self.model.without_delta(i), ids, count)
@@ -8300,7 +8307,7 @@ class Student:
         with self.guard:
             self.model.append_delta(self.config.delta_rank, self.rng)
             self.router.append()
-            self.dirty.update(self.delta_names[-1:])
+            self.dirty.update((*self.delta_names[-1:], "router"))
             self.delta_names.append(f"delta{self.growth.delta_serial}")
             self.growth.delta_serial, self.growth.delta_chars = self.growth.delta_serial + 1, 0
 
@@ -8321,7 +8328,7 @@ class Student:
             self.folds[name.replace("delta", "fold")] = Layer(told, kept.data, sealed=True)
             oldest = min((int(n[5:]) for n in self.delta_names), default=self.growth.delta_serial)
             self.folds = {n: fold for n, fold in self.folds.items() if fold.manifest["at"] > oldest}
-            self.dirty.update(("base", *self.folds))
+            self.dirty.update(("base", "router", *self.folds))
         self.notes.append({"kind": "folded", "layer": name, "share": chosen})
 
     def _fold_share(self) -> float:
@@ -8364,6 +8371,7 @@ class Student:
     def settle_route(self) -> None:
         """Let the router know what the active delta has learned."""
         texts = [text for _, text, _, fresh in self._documents if fresh]
+        self.dirty.add("router")
         if texts:
             self.router.learn(len(self.delta_names), texts)
         elif not self.router.counts[-1]:  # nothing was new: it learned more of what the base knows
@@ -8372,11 +8380,12 @@ class Student:
     def step(self, rate: float, fresh_count: int) -> StepReport:
         """Train on one batch and count it."""
         grown, count = self.growth.phase == "grown", self.batch()
-        if grown and len(self.pool.fresh) > 1:
+        if grown:
+            fresh_count *= len(self.pool.fresh) > 1
             windows = self.pool.windows(fresh_count, fresh_count, self.rng)
             windows += [self.replayed() for _ in range(count - fresh_count)]
         else:
-            windows = self.pool.windows(count, 0 if grown else fresh_count, self.rng)
+            windows = self.pool.windows(count, fresh_count, self.rng)
         windows = [window for window in windows if len(window) > 1]
         report = train_step(self.model.learner(), self.optimizer, windows, rate,
                             self.config.dropout, self.rng, self.guard)
@@ -8418,7 +8427,7 @@ class Student:
             self.router.learn(0, (text for _, text, _, _ in self._documents))
         growth.probes = self.probe_losses()
         growth.best_probes = dict(growth.probes)
-        self.dirty.add("base")
+        self.dirty.update(("base", "router"))
         self.model.freeze()
 
     def fit_voice(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
@@ -8459,7 +8468,7 @@ class Student:
                     sealed = name != self.delta_names[-1]
                     layers[name] = pack_params(_matrices(delta))._replace(sealed=sealed)
             layers.update((name, fold) for name, fold in self.folds.items() if name in self.dirty)
-            if self.growth.phase == "grown":
+            if "router" in self.dirty:
                 layers["router"] = pack_router(self.router)
             self.dirty.clear()
             return dataclasses.replace(self.growth), layers
@@ -8867,7 +8876,7 @@ class Organism:
         self.stopping = self.at_work = self.failed = self.barred = False
         self.read_once = threading.Event()
         self._order = dict(NO_ORDER)
-        self.only_orders = False
+        self.only_orders, self._rested_at = False, memory.clock()
         self._voice: Optional[Tuple[EvolvingTokenizer, GPT]] = None
         self._voice_old = True
         self._stamp: Optional[FileStamp] = None
@@ -9288,14 +9297,22 @@ class Organism:
         corpus, said = memory.unlearned_chars()
         if corpus or said >= self.config.min_new_chars_to_train or (said and order["force"]):
             return job
-        return None
+        return self._dream()
+
+    def _dream(self) -> Optional[Dict[str, Any]]:
+        """Return a short job of replay when nothing has happened for long enough, or None."""
+        idle, now = self.config.dream_seconds, self.memory.clock()
+        if not idle or self.only_orders or self.at_work or now - self._rested_at < idle:
+            return None
+        return {"steps": self.config.micro_steps, "seconds": None} if on_mains() else None
 
     async def background_trainer(self) -> None:
         """Start the trainer when there is something to learn; restart it when it dies."""
         failures = 0
         while not self.stopping:
             await self._rest(LISTEN_SECONDS if self.barred else
-                             None if self.read_once.is_set() else 0.05)
+                             (self.config.dream_seconds or None) if self.read_once.is_set()
+                             else 0.05)
             if not self.read_once.is_set():  # an order given before the first reading stands
                 continue
             step = self.growth.step
@@ -9363,7 +9380,8 @@ class Organism:
             while not self.stopping:
                 self._instruct(child)
                 bell = asyncio.ensure_future(self._bell.wait())
-                await asyncio.wait({bell, listener}, timeout=LEASE_SECONDS / 2,
+                pause = min(LEASE_SECONDS / 2, self.config.dream_seconds or math.inf)
+                await asyncio.wait({bell, listener}, timeout=pause,
                                    return_when=asyncio.FIRST_COMPLETED)
                 bell.cancel()
                 self._bell.clear()
@@ -9455,6 +9473,7 @@ class Organism:
         self.memory.log("learned", step=self.growth.step, bpc=self.growth.bpc)
         if self._order["steps"] or self._order["seconds"]:
             self._order = dict(NO_ORDER)
+        self._rested_at = self.memory.clock()
         with self.changed:
             self.at_work = False
             self.changed.notify_all()
@@ -9478,6 +9497,16 @@ class Organism:
         with self.changed:
             self.at_work = False
             self.changed.notify_all()
+
+
+def on_mains(folder: str = "/sys/class/power_supply") -> bool:
+    """Return whether the machine is on mains power, as far as it says: True if it has no plug."""
+    plugs = []
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            with contextlib.suppress(OSError), open(os.path.join(folder, name, "online")) as file:
+                plugs.append(file.read().strip() == "1")
+    return any(plugs) or not plugs
 
 
 def holder_alive(owner: str) -> bool:
@@ -10264,6 +10293,8 @@ def _store_checks(app: App) -> Iterator[Tuple[str, bool, str]]:
 
 def command_bench(app: App, words: List[str]) -> int:
     """Measure this machine: training, generation, start-up, first reply, memory search."""
+    if app.options.forgetting:
+        return bench_forgetting(app, words)
     if words:
         raise UsageError(f"bench takes no words, found {words[0]!r}; sizes are set with --set")
     config, best = app.config, choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True,
@@ -10481,6 +10512,52 @@ def shifts_of(texts: Dict[str, str], count: int, chars: int) -> Dict[str, str]:
     return found
 
 
+def bench_forgetting(app: App, words: List[str]) -> int:
+    """Learn two streams of texts by each method and say what is left of the early ones."""
+    config, terminal = app.config, app.terminal
+    engine = choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True, terminal.note)
+    texts = {os.path.basename(path): read_text(path) for path in words}
+    for name, text in stock_texts(config.corpus_path).items():
+        if len(texts) < max(len(words), UNLIKE_TEXTS):
+            texts.setdefault(name, text)
+    short = [name for name, text in texts.items() if len(text) < SHORTEST_LESSON]
+    if short:
+        raise CorpusError(f"{short[0]} has {len(texts[short[0]])} characters; a text to be learned "
+                          f"needs {SHORTEST_LESSON}")
+    whole = {name: text[:config.bench_chars] for name, text in texts.items()}
+    shifts = shifts_of(texts, config.bench_shifts, config.bench_shift_chars)
+    streams = {f"{len(whole)} unlike texts": (whole, config.bench_tokens),
+               f"{len(shifts)} shifts": (shifts, config.bench_shift_tokens)}
+    facts = {name: forgetting(config, engine, stream, tokens, terminal.status)
+             for name, (stream, tokens) in streams.items() if len(stream) > 1}
+    terminal.end_status()
+    app.report({"config": dataclasses.asdict(config), "engine": engine.name, "streams": facts},
+               [line for name, stream in facts.items() for line in forgetting_lines(name, stream)])
+    return 0
+
+
+def forgetting_lines(name: str, stream: Dict[str, Any]) -> List[str]:
+    """Return what was measured on a stream as a table."""
+    lines = [f"{name}: bits per character right after learning → in the end",
+             "  ".join(f"{cell:>15}" for cell in ("", *(f"{method} {who}" for method in METHODS
+                                                       for who in ("alone", "voice"))))]
+    for text in stream[METHODS[0]]["texts"]:
+        cells = []
+        for method in METHODS:
+            told = stream[method]["texts"][text]
+            cells += [f"{a:.3f} → {b:.3f}" for a, b in zip(told["after"], told["end"])]
+        lines.append("  ".join(f"{cell:>15}" for cell in (text[:15], *cells)))
+    for fact, said in (("forgetting", "forgotten, mean"), ("worst", "forgotten, most"),
+                       ("learned", "new, over full")):
+        cells = [f"{share:+.1%}" for method in METHODS for share in stream[method][fact]]
+        lines.append("  ".join(f"{cell:>15}" for cell in (said, *cells)))
+    return lines
+
+
+UNLIKE_TEXTS = 5
+SHORTEST_LESSON = 1000  # characters
+
+
 class Pupil:
     """One way to learn a stream of lessons, from the same warmed-up base as the others."""
 
@@ -10609,7 +10686,8 @@ COMMANDS: Dict[str, Tuple[Callable[[App, List[str]], int], FrozenSet[str], str]]
     "sessions": (command_sessions, frozenset(), "list the sessions"),
     "stats": (command_stats, frozenset(), "how large, how old, how good it is"),
     "eval": (command_eval, frozenset(), "FILE: bits per character on a text"),
-    "bench": (command_bench, frozenset(), "the speed of this machine"),
+    "bench": (command_bench, frozenset({"forgetting"}),
+              "the speed of this machine; --forgetting [FILE...]: what learning costs the old"),
     "doctor": (command_doctor, frozenset(), "what is well and what is not"),
     "export": (command_later, frozenset({"format"}), "DIR --format FORMAT: not there yet"),
     "import": (command_later, frozenset(), "DIR: not there yet")}
@@ -10647,6 +10725,8 @@ def option_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, metavar="N", help="train: so many steps")
     add("--seconds", type=float, metavar="S", help="train: so many seconds")
     add("--tokens", type=int, metavar="N", help="generate: so many tokens")
+    add("--forgetting", action="store_const", const=True,
+        help="bench: what is forgotten while other texts are learned, texts of your own first")
     add("--format", metavar="FORMAT", help="export: the format to write")
     add("--version", action="version", version=f"macrogpt {__version__}")
     return parser
@@ -10659,7 +10739,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError(f"there is no command {options.command!r}; "
                          f"{_nearest_hint(options.command, list(COMMANDS))}")
     taken = COMMANDS[options.command][1]
-    for name in ("steps", "seconds", "tokens", "format"):
+    for name in ("steps", "seconds", "tokens", "format", "forgetting"):
         value = getattr(options, name)
         if value is not None and name not in taken:
             raise UsageError(f"{options.command} takes no --{name}; see --help")

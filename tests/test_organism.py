@@ -140,7 +140,7 @@ class StudentTest(unittest.TestCase):
         student.take_text(self.text(3), "")
         self.finish(student)
         layers = student.snapshot()[1]
-        self.assertEqual(set(layers), {"delta0", "optimizer"})
+        self.assertEqual(set(layers), {"delta0", "optimizer", "router"})
         self.assertEqual(set(student.snapshot()[1]), {"optimizer"})
 
     def test_a_student_made_from_a_snapshot_goes_on_to_the_same_bits(self):
@@ -172,7 +172,7 @@ class StudentTest(unittest.TestCase):
         self.assertEqual(names[0], [("delta0", False)])
         self.assertEqual(names[1], [("delta0", True), ("delta1", False)])
         self.assertEqual(names[3], [("delta2", True), ("delta3", False)])
-        self.assertEqual(student.layer_names()[3:], ["delta2", "delta3"])
+        self.assertEqual(student.layer_names()[3:], ["delta2", "delta3", "fold1", "router"])
         self.assertIn("base", layers)
 
     def test_folding_leaves_what_it_says_unchanged(self):
@@ -377,7 +377,7 @@ class Life(Home):
         sent = []
         being._send = lambda child, message, blobs: sent.append(message)
         being._instruct(None)
-        trained = {text for _, text, _, _ in sent[0]["documents"]}
+        trained = {text for _, text, *_ in sent[0]["documents"]}
         self.assertEqual(len(trained), 200 - len(held))
         self.assertFalse(trained & {e.text for e in held})
         self.append("\nOne more line.\n")
