@@ -183,7 +183,7 @@ class Config:
     # adapters
     # in five unlike texts 32 learned within 5 % of full fine-tuning, 16 within 8, 8 within 20
     delta_rank: int = _setting(32, "rank R of a delta", 1, 1024)
-    max_delta_modules: int = _setting(12, "deltas kept before the oldest is folded in", 1, 1000)
+    max_delta_modules: int = _setting(32, "deltas kept before the oldest is folded in", 1, 1000)
     delta_seal_chars: int = _setting(20_000, "new characters a delta takes before it is sealed", 1)
     delta_shift: float = _setting(0.01, "how much better another layer must read new text for the "
                                         "active delta to be sealed", 0.0)
@@ -3652,6 +3652,7 @@ class GPT:
         self.lacks: List[List[Tuple[float, Delta]]] = []  # shares of the base a delta never knew
         self.router: Optional[Callable[[Sequence[int]], Optional[int]]] = None
         self._speakers: Dict[Optional[int], Tuple[int, "GPT"]] = {}
+        self.place = 0  # which of the speakers this is: 0 the base, k + 1 delta k
         self._angles: Tuple[Tuple[int, int], array] = (0, 0), engine.buffer(0)
         self._folded: Tuple[Any, Dict[str, MatrixParam]] = None, {}
         dim, calm = shape.n_embd, (2 * shape.n_layer) ** -0.5
@@ -3853,6 +3854,7 @@ class GPT:
             if len(self._speakers) >= KEPT_SPEAKERS:
                 del self._speakers[next(iter(self._speakers))]
             kept = self._speakers[index] = state, self._like(params, [])
+            kept[1].place = 0 if index is None else index + 1
         return kept[1]
 
     def copied(self) -> "GPT":
@@ -4498,11 +4500,12 @@ class TextPool:
 
 # Which layer speaks for a text is read off the text itself, in a few dictionary look-ups.
 
-ROUTE_BYTES = 96     # newest bytes of a text that choose
+ROUTE_BYTES = 160    # newest bytes of a text that choose
 ROUTE_IDS = 96       # and the most ids they may be spread over
 ROUTE_FIRST = 24     # ids that the base reads of a text before anybody is chosen
 ROUTE_MARGIN = 4.0   # nats by which a delta must fit better than the base
-ROUTE_UNSEEN = 0.5   # how often a trigram that a layer never met counts as met
+SHY_MARGINS = (16.0, 64.0)  # and by which one must that was called where it does harm
+ROUTE_UNSEEN = 0.1   # how often a trigram that a layer never met counts as met
 ROUTE_CALM = 1000.0  # and how many all of those are: a small text is not sure of itself
 ROUTE_TRIGRAMS = 30_000  # kept for one layer
 
@@ -4511,7 +4514,8 @@ class Router:
     """Counts of byte trigrams in what each layer has learned: they choose the layer for a text.
 
     Place 0 is the base, place k + 1 delta k. A layer's score is the sum of ln p of the text's
-    trigrams, of those that any layer knows; the base speaks unless a delta is clearly better.
+    trigrams, of those that any layer knows, less its margin: the base speaks unless a delta is
+    clearly better.
     Sources: naive Bayes; N-gram-based text categorization, Cavnar and Trenkle, SDAIR 1994.
     """
 
@@ -4519,16 +4523,20 @@ class Router:
                  counts: Iterable[Dict[bytes, int]] = ()) -> None:
         self.tokenizer = tokenizer
         self.counts: List[Counter[bytes]] = [Counter(c) for c in counts] or [Counter()]
+        self.margins = [0.0, *[ROUTE_MARGIN] * (len(self.counts) - 1)]
         self._tables: List[Optional[Tuple[Dict[bytes, float], float]]] = [None] * len(self.counts)
+        self._known: Set[bytes] = set()
 
     def append(self) -> None:
         """Make a place for one delta more, which knows no text yet."""
         self.counts.append(Counter())
+        self.margins.append(ROUTE_MARGIN)
         self._tables.append(None)
 
     def fold_oldest(self) -> None:
         """Count the oldest delta's text as the base's."""
-        self.counts[0].update(self.counts.pop(1))
+        self.counts[:2] = [self.counts[0] + self.counts[1]]
+        del self.margins[1]
         self._tables[:2] = [None]
 
     def learn(self, place: int, texts: Iterable[str]) -> None:
@@ -4546,9 +4554,15 @@ class Router:
         self.counts[place] += self.counts[0]
         self.counts[0], self._tables = Counter(), [None] * len(self.counts)
 
-    def restore(self, counts: Sequence[Dict[bytes, int]]) -> None:
-        """Go back to counts as they were."""
-        self.counts = [Counter(c) for c in counts]
+    def copied(self) -> "Router":
+        """Return a router that may change without this one."""
+        other = Router(self.tokenizer, self.counts)
+        other.margins = list(self.margins)
+        return other
+
+    def restore(self, past: "Router") -> None:
+        """Be again what copied() kept."""
+        self.counts, self.margins = list(past.counts), list(past.margins)
         self._tables = [None] * len(self.counts)
 
     def _table(self, place: int) -> Tuple[Dict[bytes, float], float]:
@@ -4563,17 +4577,21 @@ class Router:
 
     def scores(self, raw: bytes) -> List[float]:
         """Return how well each place fits the bytes, in nats; a place without a text fits not."""
+        stale = None in self._tables
         tables = [self._table(place) for place in range(len(self.counts))]
+        if stale:
+            self._known = set().union(*(known for known, _ in tables))
         found = [raw[i:i + 3] for i in range(len(raw) - 2)]
-        found = [tri for tri in found if any(tri in known for known, _ in tables)]
-        return [sum(map(known.get, found, repeat(unseen))) if known or not place else -math.inf
-                for place, (known, unseen) in enumerate(tables)]
+        found = [tri for tri in found if tri in self._known]
+        return [sum(map(known.get, found, repeat(unseen))) - margin if known or not place
+                else -math.inf for (known, unseen), margin, place in zip(
+                    tables, self.margins, itertools.count())]
 
     def choose(self, raw: bytes) -> Optional[int]:
         """Return the index of the delta that the bytes call for, or None for the base."""
         base, *deltas = self.scores(raw)
         best = max(deltas, default=-math.inf)
-        return deltas.index(best) if best > base + ROUTE_MARGIN else None
+        return deltas.index(best) if best > base else None
 
     def __call__(self, ids: Sequence[int]) -> Optional[int]:
         """Return what the newest bytes of ids choose."""
@@ -4694,13 +4712,18 @@ def _nats_of(model: GPT, ids: Sequence[int], parts: Sequence[Tuple[int, int, int
         return sum(cross_entropy(model.logits(inputs, bounds), targets)[1])
 
 
-def predicted_rows(model: GPT, ids: Sequence[int], stride: int) -> Iterator[array]:
-    """Yield the logits (V,) for each of ids[1:], in windows that overlap as in scored_nats."""
+def predicted_rows(model: GPT, ids: Sequence[int], stride: int,
+                   heard: Callable[[int], None] = lambda place: None) -> Iterator[array]:
+    """Yield the logits (V,) for each of ids[1:], in windows that overlap as in scored_nats.
+
+    Before each window `heard` is told who speaks: 0 for the base, k + 1 for delta k.
+    """
     first = ROUTE_FIRST if model.router and model.deltas else 0
     plan = reading_plan(len(ids) - 1, model.shape.block_size, stride, first) if ids[1:] else ()
     for start, scored, end in plan:
         voice = model.speaker(ids[max(0, scored - ROUTE_IDS):scored + 1])
         vocab = voice.vocab_size
+        heard(voice.place)
         with voice.engine.no_grad():
             logits = voice.logits(list(ids[start:end]))
         for row in range(scored - start, end - start):
@@ -7548,9 +7571,10 @@ CALM_SLOPES = 10.0   # keeps the first steps, with few slopes summed, small
 class Mixer:
     """The weights of the experts in every situation, learned online by gradient descent.
 
-    A situation chooses one row of weights by what the counts know and one by what the copyist
-    knows; the two are added. The loss, −ln p, is convex in them, and its slope is, for each
-    expert, what it gives the id that came less what it gives on average.
+    A situation chooses one row of weights by what the counts know, one by what the copyist knows,
+    and one by the layer that speaks, which makes the voice of one kind of text independent of
+    what is fitted for others; the three are added. The loss, −ln p, is convex in them, and its
+    slope is, for each expert, what it gives the id that came less what it gives on average.
     Sources: products of experts, Hinton, Neural Computation 14 (2002); weight sets chosen by
     context and learned online, Mahoney, "Adaptive weighing of context models for lossless data
     compression", CS-2005-16; step sizes by the slopes so far (AdaGrad), Duchi et al., JMLR 12
@@ -7560,24 +7584,36 @@ class Mixer:
     def __init__(self, order: int) -> None:
         self.order = order
         count, self.copy_rows = len(EXPERTS), 1 + (order + 1) * SEEN_BANDS
-        rows = self.copy_rows + COPY_ORDER + 1
+        rows = self.copy_rows + COPY_ORDER + 2
         self.weights = array("d", FIRST_WEIGHTS) * self.copy_rows
         self.weights.extend([0.0] * (count * (rows - self.copy_rows)))
         self.squares = array("d", [0.0]) * (count * rows)
 
-    def situation(self, counts: Expectation, copy: Expectation) -> Tuple[int, int]:
-        """Return where the two rows of weights begin."""
+    def situation(self, counts: Expectation, copy: Expectation,
+                  place: int = 0) -> Tuple[int, int, int]:
+        """Return where the three rows of weights begin; place is 0 for the base, k + 1 for delta k.
+        """
         band = min(SEEN_BANDS - 1, (counts.seen.bit_length() - 1) // 2)
         known = 1 + counts.reach * SEEN_BANDS + band if counts.seen else 0
-        return len(EXPERTS) * known, len(EXPERTS) * (self.copy_rows + max(0, copy.reach))
+        count, own = len(EXPERTS), len(EXPERTS) * (self.copy_rows + COPY_ORDER + 1 + place)
+        for numbers in (self.weights, self.squares):
+            numbers.extend([0.0] * (own + count - len(numbers)))
+        return count * known, count * (self.copy_rows + max(0, copy.reach)), own
 
-    def chosen(self, situation: Tuple[int, int]) -> List[float]:
+    def chosen(self, situation: Sequence[int]) -> List[float]:
         """Return the weights of the experts in a situation."""
-        a, b = situation
+        a, b, c = situation
         weights, count = self.weights, len(EXPERTS)
-        return list(map(add, weights[a:a + count], weights[b:b + count]))
+        return list(map(add, map(add, weights[a:a + count], weights[b:b + count]),
+                        weights[c:c + count]))
 
-    def move(self, situation: Tuple[int, int], slopes: Sequence[float]) -> None:
+    def fold_oldest(self) -> None:
+        """Drop what belongs to the oldest delta, whose text is the base's from now on."""
+        start = len(EXPERTS) * (self.copy_rows + COPY_ORDER + 2)
+        for numbers in (self.weights, self.squares):
+            del numbers[start:start + len(EXPERTS)]
+
+    def move(self, situation: Sequence[int], slopes: Sequence[float]) -> None:
         """Move the weights of a situation one step along the slopes of ln p."""
         for start in situation:
             for at, slope in enumerate(slopes, start):
@@ -7590,8 +7626,9 @@ class Mixer:
 
     def load(self, numbers: Sequence[float]) -> bool:
         """Take what numbers() gave; return False, and change nothing, if it does not fit."""
-        half = len(self.weights)
-        if len(numbers) != 2 * half or not all(map(math.isfinite, numbers)):
+        half, least = len(numbers) // 2, len(EXPERTS) * (self.copy_rows + COPY_ORDER + 1)
+        if (half < least or len(numbers) % (2 * len(EXPERTS))
+                or not all(map(math.isfinite, numbers))):
             return False
         self.weights, self.squares = array("d", numbers[:half]), array("d", numbers[half:])
         return True
@@ -7607,7 +7644,8 @@ class Mixture:
                  copy: Optional[NgramMemory] = None) -> None:
         self.engine, self.counts, self.mixer = engine, counts, mixer
         self.copy = copy if copy is not None else copyist()
-        self.situation, self.weights = (0, 0), [0.0] * len(EXPERTS)
+        self.own_only = False  # whether only the weights of the layer that speaks may move
+        self.place, self.situation, self.weights = 0, (0, 0, 0), [0.0] * len(EXPERTS)
         self.logits = self.blend = self.chances = engine.buffer(0)
         self.heard = self.copied = Expectation(-1, 0, None, 0.0, {})
         self._more: Dict[int, float] = {}
@@ -7620,7 +7658,7 @@ class Mixture:
         add_scaled, vocab = self.engine.add_scaled, len(logits)
         counts = self.heard = self.counts.expect(history[-self.counts.order:], vocab)
         copied = self.copied = self.copy.expect(history[-self.copy.order:], vocab)
-        self.situation = self.mixer.situation(counts, copied)
+        self.situation = self.mixer.situation(counts, copied, self.place)
         model, pairs, phrases, copy = self.weights = self.mixer.chosen(self.situation)
         blend, base, shift = self.engine.buffer(vocab), counts.base, counts.shift
         assert base is not None
@@ -7676,7 +7714,7 @@ class Mixture:
 
     def learn(self, token: int) -> None:
         """Move the weights, which were in use here, towards the id that came."""
-        self.mixer.move(self.situation, self.slopes(token))
+        self.mixer.move(self.situation[2 * self.own_only:], self.slopes(token))
 
 
 def copyist(texts: Iterable[Sequence[int]] = ()) -> NgramMemory:
@@ -7783,6 +7821,8 @@ def next_logits_of(model: GPT,
     def next_logits(new: Sequence[int]) -> Sequence[float]:
         if not voices:  # what was said so far calls for a layer, which speaks to the end
             voices.append(model.speaker(new))
+            if mixture is not None:
+                mixture.place = voices[0].place
         logits = voices[0].feed(cache, new)
         if mixture is None:
             return logits
@@ -7970,7 +8010,8 @@ def pack_router(router: Router) -> Layer:
     """Return a router's counts as one layer: for each place its trigrams and how often each."""
     parts = [[b"".join(c).decode("latin-1"), list(c.values())] for c in router.counts]
     sizes = [len(c) for c in router.counts]
-    return Layer({"trigrams": sizes}, zlib.compress(json.dumps(parts).encode(), 1))
+    return Layer({"trigrams": sizes, "margins": router.margins},
+                 zlib.compress(json.dumps(parts).encode(), 1))
 
 
 def load_router(tokenizer: EvolvingTokenizer, layer: Layer, deltas: int) -> Router:
@@ -7979,23 +8020,27 @@ def load_router(tokenizer: EvolvingTokenizer, layer: Layer, deltas: int) -> Rout
     for joined, often in json.loads(zlib.decompress(layer.data)):
         raw = joined.encode("latin-1")
         counts.append({raw[3 * i:3 * i + 3]: n for i, n in enumerate(often)})
-    return Router(tokenizer, (counts + [{}] * (deltas + 1))[:deltas + 1])
+    router = Router(tokenizer, (counts + [{}] * (deltas + 1))[:deltas + 1])
+    kept = layer.manifest["margins"][:deltas + 1]
+    router.margins[:len(kept)] = kept
+    return router
 
 
 def _matrices(delta: Delta) -> List[MatrixParam]:
     return [matrix for adapter in delta.values() for matrix in (adapter.a, adapter.b)]
 
 
-def pack_mixer(mixer: Mixer) -> Layer:
+def pack_mixer(mixer: Mixer, probes: Sequence[str] = ()) -> Layer:
     """Return a mixer's weights as a layer whose manifest names what they belong to."""
     numbers = array("f", mixer.numbers())
-    return Layer({"experts": EXPERTS, "order": mixer.order}, float_bytes(numbers))
+    return Layer({"experts": EXPERTS, "order": mixer.order, "probes": list(probes)},
+                 float_bytes(numbers))
 
 
 def load_mixer(config: Config, layers: Dict[str, Layer]) -> Mixer:
     """Return the mixer that was fitted, or a fresh one where none fits these settings."""
     mixer = Mixer(config.ngram_order)
-    if "mixer" in layers:
+    if "mixer" in layers and layers["mixer"].manifest["order"] == mixer.order:
         mixer.load(floats_of(layers["mixer"].data))
     return mixer
 
@@ -8017,8 +8062,11 @@ def read_through(model: GPT, ids: Sequence[int], still: Mixture, live: Mixture,
     The one that learns, live, moves its weights and copies from what was read. With fit the other,
     still, moves its weights as well; they may share a mixer.
     """
+    def heard(place: int) -> None:
+        still.place = live.place = place
     softmax, vocab = model.engine.softmax, model.vocab_size
-    for at, logits in enumerate(predicted_rows(model, ids, model.shape.block_size // 2), 1):
+    rows = predicted_rows(model, ids, model.shape.block_size // 2, heard)
+    for at, logits in enumerate(rows, 1):
         history, token = tuple(ids[max(0, at - SAID_ORDER):at]), ids[at]
         alone = softmax(logits[:], vocab) - logits[token]
         still.mix(logits, history)
@@ -8165,6 +8213,7 @@ class Student:
         self._probe_texts: Dict[str, str] = {}
         self._sources: Dict[int, str] = {}
         self.mixer = layers.get("mixer")
+        self.mixed = set(self.mixer.manifest.get("probes", ())) if self.mixer else set()
         self.mix_due = self.mixer is None
         if "optimizer" in layers:
             load_moments(self._all_params(), layers["optimizer"])
@@ -8187,22 +8236,14 @@ class Student:
         documents = [document[:4] for document in documents]
         self._documents, self._held_text = documents, held_out[:self.config.eval_chars]
         slow = self.engine.name == "python"
-        room = INTERPRETED_MIX_CHARS if slow else self.config.held_out_chars
-        self._take_probes(probes or {}, min(self.config.eval_chars, room))
-        share = room // max(1, len(probes or ()))
-        self._mix_text = "\n".join(t[:share] for t in (probes or {"": held_out}).values())
+        self._mix_text = held_out[:INTERPRETED_MIX_CHARS if slow else self.config.held_out_chars]
+        self._probe_texts = {name: text for name, text in (probes or {}).items() if text}
+        self.mix_due |= bool(self.mixed) and not self.mixed >= self._probe_texts.keys()
         self.fresh_chars = sum(len(text) for _, text, _, fresh in documents if fresh)
         self.fresh_steps = self.config.micro_steps if self.fresh_chars else 0
         if self._begins_warmup(sum(len(text) for _, text, _, _ in documents)):
             self._begin_warmup()
         self._encode()
-
-    def _take_probes(self, probes: Dict[str, str], room: int) -> None:
-        """Remember the probe sets, each cut to an equal share of the room."""
-        chars = max(PROBE_CHARS, room // max(1, len(probes)))
-        cut = {name: text[:chars] for name, text in probes.items() if text}
-        self.mix_due |= bool(self._probe_texts.keys()) and self._probe_texts.keys() != cut.keys()
-        self._probe_texts = cut
 
     def _begins_warmup(self, chars: int) -> bool:
         """Return whether there is so much more text now that the base should learn again."""
@@ -8248,7 +8289,10 @@ class Student:
         self.replay = Replay(((self._sources.get(key, ""), self._ids[key])
                               for key, _, _, fresh in self._documents if not fresh),
                              self.config.block_size)
-        self.probes = {name: (text_ids(self.tokenizer, text), len(text))
+        slow = self.engine.name == "python"
+        room = INTERPRETED_MIX_CHARS if slow else self.config.eval_chars
+        chars = max(PROBE_CHARS, room // max(1, len(self._probe_texts)))
+        self.probes = {name: (text_ids(self.tokenizer, text[:chars]), len(text[:chars]))
                        for name, text in self._probe_texts.items()}
         self.held_out_chars = len(self._held_text)
         self.held_out = text_ids(self.tokenizer, self._held_text) if self._held_text else []
@@ -8273,7 +8317,7 @@ class Student:
     def begin_burst(self) -> None:
         """Make sure that an unsealed delta is there to learn what is new."""
         if not self.delta_names or self._sealed_by_size() or self._sealed_by_shift():
-            self._begin_delta()
+            self.begin_delta()
         else:
             self.model.freeze()
             for matrix in _matrices(self.model.deltas[-1]):
@@ -8300,7 +8344,7 @@ class Student:
         """Return the loss of ids when one delta, or the base alone, reads them."""
         return sum(scored_nats(self.model.with_delta(place), ids, self.config.block_size))
 
-    def _begin_delta(self) -> None:
+    def begin_delta(self) -> None:
         """Seal the active delta and append the next, folding the oldest where that is one more."""
         if len(self.delta_names) >= self.config.max_delta_modules:
             self._fold_oldest()
@@ -8322,6 +8366,10 @@ class Student:
         with self.guard:
             self.model.fold_oldest_delta(chosen)
             self.router.fold_oldest()
+            if self.mixer is not None:
+                mixer = load_mixer(self.config, {"mixer": self.mixer})
+                mixer.fold_oldest()
+                self.mixer = pack_mixer(mixer, sorted(self.mixed))
             self.delta_names.pop(0)
             kept = pack_params(_matrices(delta))
             told = {"at": self.growth.delta_serial, "share": chosen, "matrices": kept.manifest}
@@ -8333,7 +8381,7 @@ class Student:
 
     def _fold_share(self) -> float:
         """Return the share of the oldest delta with which the probes fare best, 1 without any."""
-        router = Router(self.tokenizer, self.router.counts)
+        router = self.router.copied()
         router.fold_oldest()
 
         def cost(share: float) -> float:
@@ -8422,8 +8470,10 @@ class Student:
                 load_params(list(self.model.params.values()), self.best)
             growth.bpc = growth.best_bpc
         growth.phase, self.best = "grown", None
+        self.mix_due = True
+        self.mixed.clear()
         with self.guard:
-            self.router.restore([{}])
+            self.router.restore(Router(self.tokenizer))
             self.router.learn(0, (text for _, text, _, _ in self._documents))
         growth.probes = self.probe_losses()
         growth.best_probes = dict(growth.probes)
@@ -8434,23 +8484,36 @@ class Student:
         """Fit the weights of the voice's experts on held-out text; return whether that was done.
 
         It is read twice side by side: with nothing to copy from, and copying from what was read.
-        Broken off, or without such text, it changes nothing.
+        Once fitted, only the weights of layers move that speak for probe sets which are new; the
+        voice of all other text stays. Broken off, or without such text, it changes nothing.
         """
-        config, ids = self.config, text_ids(self.tokenizer, self._mix_text)
-        if not self._mix_text or not config.mix_passes:
+        config, again, text = self.config, bool(self.mixed), self._text_to_mix()
+        if not text or not config.mix_passes:
             return False
+        ids = text_ids(self.tokenizer, text)
         counts = NgramMemory(config.ngram_order, config.ngram_counts)
         count_documents(counts, self._ids.values())
-        mixer = Mixer(config.ngram_order)
+        known = {"mixer": self.mixer} if again and self.mixer is not None else {}
+        mixer = load_mixer(config, known)
         for _ in range(config.mix_passes):
             still, live = (Mixture(self.engine, counts, mixer) for _ in range(2))
+            still.own_only = live.own_only = again
             for _ in read_through(self.model, ids, still, live, fit=True):
                 if should_stop():
                     return False
         with self.guard:
-            self.mixer, self.mix_due = pack_mixer(mixer), False
+            self.mixed.update(self._probe_texts)
+            self.mixer, self.mix_due = pack_mixer(mixer, sorted(self.mixed)), False
             self.dirty.add("mixer")
         return True
+
+    def _text_to_mix(self) -> str:
+        """Return held-out text for the voice's weights: of probe sets that they do not know yet."""
+        slow = self.engine.name == "python"
+        room = INTERPRETED_MIX_CHARS if slow else self.config.held_out_chars
+        texts = [text for name, text in self._probe_texts.items() if name not in self.mixed]
+        share = room // max(1, len(texts))
+        return "\n".join(text[:share] for text in texts) if self._probe_texts else self._mix_text
 
     def snapshot(self) -> Tuple[Growth, Dict[str, Layer]]:
         """Return all that changed since the last snapshot and must be committed."""
@@ -8496,7 +8559,7 @@ class Gate:
         self.before = student.probe_losses()
         self.matrices = _matrices(student.model.deltas[-1])
         self.weights, self.moments = pack_params(self.matrices), pack_moments(self.matrices)
-        self.routes = list(student.router.counts)
+        self.routes = student.router.copied()
 
     def worse(self) -> Dict[str, Tuple[float, float]]:
         """Return the probe sets beyond their bounds, with their loss before and now.
@@ -8506,13 +8569,30 @@ class Gate:
         student = self.student
         now, best = student.probe_losses(), student.growth.best_probes
         bound = 1.0 + student.config.gate_bound
-        found = {name: (self.before[name], bpc) for name, bpc in now.items()
-                 if bpc > max(self.before[name], best.get(name, self.before[name]) * bound)}
-        if not found:
-            student.growth.probes = now
-            student.growth.best_probes = {name: min(bpc, best.get(name, bpc))
-                                          for name, bpc in now.items()}
-        return found
+        return {name: (self.before[name], bpc) for name, bpc in now.items()
+                if bpc > max(self.before[name], best.get(name, self.before[name]) * bound)}
+
+    def harm(self) -> Dict[str, Tuple[float, float]]:
+        """Return what is worse even when the active delta is called less readily."""
+        student = self.student
+        worse = self.worse()
+        for margin in SHY_MARGINS if worse else ():
+            student.router.margins[-1] = margin
+            shy = self.worse()
+            if not shy:
+                student.notes.append({"kind": "gate", "then": "called less readily",
+                                      "probes": sorted(worse), "margin": margin})
+                return {}
+        return worse
+
+    def commit(self) -> None:
+        """Take the state as good; the best loss of each probe set is remembered."""
+        growth, best = self.student.growth, self.student.growth.best_probes
+        self.settled = True
+        self.keep()
+        growth.probes = self.before
+        growth.best_probes = {name: min(bpc, best.get(name, bpc))
+                              for name, bpc in self.before.items()}
 
     def restore(self) -> None:
         """Bring back the state from before."""
@@ -8620,19 +8700,29 @@ class Job:
             return True
         if not self.gate.settled:
             self.student.settle_route()
-        worse = self.gate.worse()
+        worse = self.gate.harm()
         if not worse:
-            self.gate.settled = True
-            self.gate.keep()
+            self.gate.commit()
             return True
         self.gate.restore()
-        self.gate.tries += 1
-        self.replay, self.calm = (1.0 + self.replay) / 2.0, self.calm / 2.0
-        name, (before, now) = max(worse.items(), key=lambda item: item[1][1] / item[1][0])
-        self.student.notes.append({
-            "kind": "gate", "probe": name, "before": before, "now": now,
-            "then": "rolled back" if self.given_up() else "more replay at a lower rate"})
+        self._be_gentler(worse)
         return False
+
+    def _be_gentler(self, worse: Dict[str, Tuple[float, float]]) -> None:
+        """Choose what is tried next: a layer of its own, then more replay at a lower rate."""
+        student, gate = self.student, self.gate
+        assert gate is not None
+        if student.growth.delta_chars and not gate.settled:
+            student.begin_delta()
+            gate.keep()
+            self.replay, then = 0.0, "a layer of its own"
+        else:
+            gate.tries += 1
+            self.replay, self.calm = (1.0 + self.replay) / 2.0, self.calm / 2.0
+            then = "rolled back" if self.given_up() else "more replay at a lower rate"
+        name, (before, now) = max(worse.items(), key=lambda item: item[1][1] / item[1][0])
+        student.notes.append({"kind": "gate", "probe": name, "before": before, "now": now,
+                              "then": then})
 
     def given_up(self) -> bool:
         """Return whether the burst was tried often enough."""
@@ -8756,7 +8846,6 @@ class TrainerChild:
             learned = job.close()
             self._report(job, report)
             self._snapshot(learned)
-            job.student.mix_due |= job.warming
             if job.student.mix_due and job.student.fit_voice(lambda: not self.inbox.empty()):
                 self._snapshot([])
             self._send("done")
@@ -10471,9 +10560,10 @@ class Lesson(NamedTuple):
 
 def stock_texts(corpus: str) -> Dict[str, str]:
     """Return unlike texts that any installation of Python has, and the corpus, by name."""
+    names = [unicodedata.name(chr(i), "").title() for i in range(0x2FFF)]
+    random.Random(0).shuffle(names)
     found = {
-        "names": "".join(f"{unicodedata.name(chr(i), '').title()}\n" for i in range(0x20, 0x2FFF)
-                         if unicodedata.name(chr(i), "")),
+        "names": "\n".join(filter(None, names)),
         "source": "\n".join(map(inspect.getsource, SOURCES)), "license": _license_text(),
         "docstrings": "\n\n".join(filter(None, (
             inspect.getdoc(thing) for module in DOCUMENTED
@@ -10507,7 +10597,7 @@ def shifts_of(texts: Dict[str, str], count: int, chars: int) -> Dict[str, str]:
         name, turn = list(texts)[i % len(texts)], i // len(texts)
         style, change = STYLES[turn % len(STYLES)]
         text = texts[name]
-        at = turn * chars % max(1, len(text) - chars + 1)
+        at = (turn + 5) * chars % max(1, len(text) - chars + 1)
         found[f"{name} {turn} {style}".strip()] = change(text[at:at + chars])[:chars]
     return found
 
@@ -10525,9 +10615,10 @@ def bench_forgetting(app: App, words: List[str]) -> int:
         raise CorpusError(f"{short[0]} has {len(texts[short[0]])} characters; a text to be learned "
                           f"needs {SHORTEST_LESSON}")
     whole = {name: text[:config.bench_chars] for name, text in texts.items()}
-    shifts = shifts_of(texts, config.bench_shifts, config.bench_shift_chars)
+    shifts = {**dict(list(whole.items())[:1]),
+              **shifts_of(texts, config.bench_shifts, config.bench_shift_chars)}
     streams = {f"{len(whole)} unlike texts": (whole, config.bench_tokens),
-               f"{len(shifts)} shifts": (shifts, config.bench_shift_tokens)}
+               f"{len(shifts) - 1} shifts": (shifts, config.bench_shift_tokens)}
     facts = {name: forgetting(config, engine, stream, tokens, terminal.status)
              for name, (stream, tokens) in streams.items() if len(stream) > 1}
     terminal.end_status()
@@ -10622,7 +10713,9 @@ class Pupil:
         layers = {} if self.student.mixer is None else {"mixer": self.student.mixer}
         voice = Mixture(self.engine, self.counts, load_mixer(self.config, layers))
         alone = mixed = 0.0
-        for at, logits in enumerate(predicted_rows(model, ids, model.shape.block_size // 2), 1):
+        rows = predicted_rows(model, ids, model.shape.block_size // 2,
+                              lambda place: setattr(voice, "place", place))
+        for at, logits in enumerate(rows, 1):
             alone += self.engine.softmax(logits[:], len(logits)) - logits[ids[at]]
             voice.mix(logits, tuple(ids[max(0, at - SAID_ORDER):at]))
             mixed += voice.nats(ids[at])
@@ -10632,13 +10725,16 @@ class Pupil:
 
 def forgetting(config: Config, engine: Engine, texts: Dict[str, str], tokens: int,
                tell: Callable[[str], None]) -> Dict[str, Any]:
-    """Return what each method knows of each text right after learning it and in the end."""
+    """Return what each method knows of each text right after learning it and in the end.
+
+    The first text warms up the base, on bench_tokens; each other one is learned on `tokens`.
+    """
     lessons = [lesson(name, text, config.bench_test_chars) for name, text in texts.items()]
     first = Pupil("warm-up", config, Growth(), {}, engine)
     first.student.take_text([[0, lessons[0].text, True, False]], lessons[0].probe,
                             {lessons[0].name: lessons[0].probe})
     job = Job(first.student, None, None, time.monotonic)
-    job.steps = max(1, tokens // (first.student.batch() * config.block_size))
+    job.steps = max(1, config.bench_tokens // (first.student.batch() * config.block_size))
     job.advance()
     while not job.finished():
         job.advance()
