@@ -8683,7 +8683,9 @@ class Job:
         if self.warming:
             due = self.done_steps % self.student.config.eval_steps == 0
             return due and self.student.note_warmup()
-        return self.done_steps % self.lap_steps == 0 and self._stopped_falling()
+        due = self.done_steps % self.lap_steps == 0
+        return due and self._stopped_falling() and (
+            self.done_steps >= self.student.config.micro_steps)
 
     def _stopped_falling(self) -> bool:
         """Return whether another reading of what is new has not lowered its loss."""
@@ -10562,15 +10564,13 @@ def stock_texts(corpus: str) -> Dict[str, str]:
     """Return unlike texts that any installation of Python has, and the corpus, by name."""
     names = [unicodedata.name(chr(i), "").title() for i in range(0x2FFF)]
     random.Random(0).shuffle(names)
-    found = {
-        "names": "\n".join(filter(None, names)),
-        "source": "\n".join(map(inspect.getsource, SOURCES)), "license": _license_text(),
-        "docstrings": "\n\n".join(filter(None, (
-            inspect.getdoc(thing) for module in DOCUMENTED
-            for _, thing in inspect.getmembers(module)
-            if getattr(thing, "__module__", module.__name__) == module.__name__)))}
+    found = {"names": "\n".join(filter(None, names)),
+             "source": "\n".join(map(inspect.getsource, SOURCES)), "license": _license_text()}
     if os.path.exists(corpus):
         found["corpus"] = read_text(corpus)
+    found["docstrings"] = "\n\n".join(filter(None, (
+        inspect.getdoc(thing) for module in DOCUMENTED for _, thing in inspect.getmembers(module)
+        if getattr(thing, "__module__", module.__name__) == module.__name__)))
     return found
 
 
