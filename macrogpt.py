@@ -3636,7 +3636,7 @@ class KVCache:
 
 Delta = Dict[str, DeltaAdapter]
 EMBEDDING_SIGMA = 0.05
-KEPT_SPEAKERS = 8  # models with one delta folded in, of which a text needs one at a time
+KEPT_NUMBERS = 8_000_000  # in models with one delta folded in; to fold one takes a millisecond
 MATRIX_GAIN = 0.2  # of 1/√fan_in; 0.2 measured 0.1 bits per character better than 1 in short runs
 
 
@@ -3676,6 +3676,11 @@ class GPT:
     def vocab_size(self) -> int:
         """The number of rows of the embedding."""
         return self.params["embedding"].rows
+
+    @property
+    def n_base(self) -> int:
+        """The count of numbers in the base."""
+        return sum(p.rows * p.dim for p in self.params.values())
 
     @property
     def n_params(self) -> int:
@@ -3836,7 +3841,21 @@ class GPT:
 
     def speaker(self, ids: Sequence[int]) -> "GPT":
         """Return the model as it speaks after ids: itself, or what its router chooses for them."""
-        return self.with_delta(self.router(ids)) if self.router and self.deltas else self
+        return self.speaker_at(self.place_after(ids))
+
+    @property
+    def routed(self) -> bool:
+        """Whether there is a choice of who speaks."""
+        return self.router is not None and bool(self.deltas)
+
+    def place_after(self, ids: Sequence[int]) -> int:
+        """Return who speaks after ids: 0 for the base, or all together, and k + 1 for delta k."""
+        chosen = self.router(ids) if self.router is not None and self.deltas else None
+        return 0 if chosen is None else chosen + 1
+
+    def speaker_at(self, place: int) -> "GPT":
+        """Return the speaker at a place of place_after."""
+        return self.with_delta(place - 1 if place else None) if self.routed else self
 
     def with_delta(self, index: Optional[int]) -> "GPT":
         """Return a model of the base with one delta alone in its matrices, or with none.
@@ -3851,7 +3870,7 @@ class GPT:
             params = self._merged([*delta, *((-share, part) for share, part in lacks)]) \
                 if delta else self.params
             self._speakers.pop(index, None)
-            if len(self._speakers) >= KEPT_SPEAKERS:
+            if len(self._speakers) * self.n_base >= KEPT_NUMBERS:
                 del self._speakers[next(iter(self._speakers))]
             kept = self._speakers[index] = state, self._like(params, [])
             kept[1].place = 0 if index is None else index + 1
@@ -4525,7 +4544,7 @@ class Router:
         self.counts: List[Counter[bytes]] = [Counter(c) for c in counts] or [Counter()]
         self.margins = [0.0, *[ROUTE_MARGIN] * (len(self.counts) - 1)]
         self._tables: List[Optional[Tuple[Dict[bytes, float], float]]] = [None] * len(self.counts)
-        self._known: Set[bytes] = set()
+        self._rows: Dict[bytes, bytes] = {}  # of each trigram, what all tables say
 
     def append(self) -> None:
         """Make a place for one delta more, which knows no text yet."""
@@ -4567,25 +4586,29 @@ class Router:
 
     def _table(self, place: int) -> Tuple[Dict[bytes, float], float]:
         """Return ln p of the trigrams that a place knows, and of any other."""
-        table = self._tables[place]
-        if table is None:
-            counts = self.counts[place]
-            whole = sum(counts.values()) + ROUTE_CALM
-            known = {tri: log((count + ROUTE_UNSEEN) / whole) for tri, count in counts.items()}
-            table = self._tables[place] = known, log(ROUTE_UNSEEN / whole)
-        return table
+        counts = self.counts[place]
+        whole = sum(counts.values()) + ROUTE_CALM
+        return ({tri: log((count + ROUTE_UNSEEN) / whole) for tri, count in counts.items()},
+                log(ROUTE_UNSEEN / whole))
 
     def scores(self, raw: bytes) -> List[float]:
-        """Return how well each place fits the bytes, in nats; a place without a text fits not."""
-        stale = None in self._tables
-        tables = [self._table(place) for place in range(len(self.counts))]
-        if stale:
-            self._known = set().union(*(known for known, _ in tables))
-        found = [raw[i:i + 3] for i in range(len(raw) - 2)]
-        found = [tri for tri in found if tri in self._known]
-        return [sum(map(known.get, found, repeat(unseen))) - margin if known or not place
-                else -math.inf for (known, unseen), margin, place in zip(
-                    tables, self.margins, itertools.count())]
+        """Return how well each place fits the bytes, in nats; without a text nothing fits."""
+        if None in self._tables:
+            self._tables = [table or self._table(place)
+                            for place, table in enumerate(self._tables)]
+            self._rows.clear()
+        if len(self._rows) >= ROUTE_TRIGRAMS:
+            self._rows.clear()
+        rows, tables, count = self._rows, self._tables, len(self.counts)
+        trigrams = [raw[i:i + 3] for i in range(len(raw) - 2)]
+        for tri in trigrams:
+            if tri not in rows:  # filled as texts need it: a row for each trigram would be slow
+                row = [table[0].get(tri, table[1]) for table in tables if table]
+                heard = any(tri in table[0] for table in tables if table)
+                rows[tri] = array("f", row).tobytes() if heard else b""
+        found = array("f", b"".join([rows.get(tri, b"") for tri in trigrams]))
+        return [sum(found[place::count]) - margin if known or not place else -math.inf
+                for place, (margin, known) in enumerate(zip(self.margins, self.counts))]
 
     def choose(self, raw: bytes) -> Optional[int]:
         """Return the index of the delta that the bytes call for, or None for the base."""
@@ -4689,14 +4712,15 @@ def scored_nats(model: GPT, ids: Sequence[int], stride: int, batch: int = 4) -> 
     Windows of block_size ids overlap so that every id but the first few is predicted from at least
     block_size − stride ids before it; each id is scored once, by whom the ids before it choose.
     """
-    def speaker(part: Tuple[int, int, int]) -> GPT:
-        return model.speaker(ids[max(0, part[1] - ROUTE_IDS):part[1] + 1])
-    first = ROUTE_FIRST if model.router and model.deltas else 0
-    plan = reading_plan(len(ids) - 1, model.shape.block_size, stride, first) if ids[1:] else ()
-    for voice, parts in itertools.groupby(plan, speaker):
+    first = ROUTE_FIRST if model.routed else 0
+    plan = list(reading_plan(len(ids) - 1, model.shape.block_size, stride, first) if ids[1:] else ())
+    places = {part: model.place_after(ids[max(0, part[1] - ROUTE_IDS):part[1] + 1])
+              for part in plan}
+    plan.sort(key=places.__getitem__)  # windows of one speaker are read side by side
+    for place, parts in itertools.groupby(plan, places.__getitem__):
         run = list(parts)
         for at in range(0, len(run), batch):
-            yield _nats_of(voice, ids, run[at:at + batch])
+            yield _nats_of(model.speaker_at(place), ids, run[at:at + batch])
 
 
 def _nats_of(model: GPT, ids: Sequence[int], parts: Sequence[Tuple[int, int, int]]) -> float:
@@ -4718,7 +4742,7 @@ def predicted_rows(model: GPT, ids: Sequence[int], stride: int,
 
     Before each window `heard` is told who speaks: 0 for the base, k + 1 for delta k.
     """
-    first = ROUTE_FIRST if model.router and model.deltas else 0
+    first = ROUTE_FIRST if model.routed else 0
     plan = reading_plan(len(ids) - 1, model.shape.block_size, stride, first) if ids[1:] else ()
     for start, scored, end in plan:
         voice = model.speaker(ids[max(0, scored - ROUTE_IDS):scored + 1])

@@ -441,6 +441,7 @@ class Benchmark(Folder, unittest.TestCase):
 
     def test_forgetting_is_measured_by_each_method_for_model_and_voice(self):
         self.write("own.txt", text_of("sea", 40))
+        self.write("nonames.txt", text_of("shout", 40))
         done = self.run_here("bench", "--forgetting", "own.txt", *self.SIZES, "--json")
         self.assertEqual(done.returncode, 0, done.stderr)
         streams = json.loads(done.stdout)["streams"]
