@@ -8241,6 +8241,8 @@ class Student:
         self.mix_due = self.mixer is None
         if "optimizer" in layers:
             load_moments(self._all_params(), layers["optimizer"])
+        while self.delta_names and "router" not in layers:  # of a time when all of them spoke
+            self._fold_oldest(1.0)
 
     def _all_params(self) -> List[MatrixParam]:
         return [*self.model.params.values(), *self.model.delta_params()]
@@ -8267,6 +8269,8 @@ class Student:
         self.fresh_steps = self.config.micro_steps if self.fresh_chars else 0
         if self._begins_warmup(sum(len(text) for _, text, _, _ in documents)):
             self._begin_warmup()
+        if self.growth.phase == "grown" and not any(self.router.counts):
+            self.router.learn(0, (text for _, text, _, fresh in documents if not fresh))
         self._encode()
 
     def _begins_warmup(self, chars: int) -> bool:
@@ -8325,6 +8329,10 @@ class Student:
         """Return the keys of the documents at hand, or of the fresh ones among them."""
         return [key for key, _, _, fresh in self._documents if fresh or not fresh_only]
 
+    def known_chars(self) -> int:
+        """Return the size of the text that is not new."""
+        return sum(len(text) for _, text, _, fresh in self._documents if not fresh)
+
     def batch(self) -> int:
         """Return how many windows a step takes at this age."""
         full = self.config.batch_size
@@ -8340,7 +8348,8 @@ class Student:
 
     def begin_burst(self) -> None:
         """Make sure that an unsealed delta is there to learn what is new."""
-        if not self.delta_names or self._sealed_by_size() or self._sealed_by_shift():
+        sealed = self.fresh_chars and (self._sealed_by_size() or self._sealed_by_shift())
+        if not self.delta_names or sealed:
             self.begin_delta()
         else:
             self.model.freeze()
@@ -8386,7 +8395,7 @@ class Student:
         How much is folded is measured on the probes: what serves the base's text and the delta's.
         """
         name, delta = self.delta_names[0], self.model.deltas[0]
-        chosen = self._fold_share() if share is None else share
+        chosen, harm = self._fold_share() if share is None else (share, None)
         with self.guard:
             self.model.fold_oldest_delta(chosen)
             self.router.fold_oldest()
@@ -8401,19 +8410,25 @@ class Student:
             oldest = min((int(n[5:]) for n in self.delta_names), default=self.growth.delta_serial)
             self.folds = {n: fold for n, fold in self.folds.items() if fold.manifest["at"] > oldest}
             self.dirty.update(("base", "router", *self.folds))
-        self.notes.append({"kind": "folded", "layer": name, "share": chosen})
+        self.notes.append({"kind": "folded", "layer": name, "share": chosen, "harm": harm})
 
-    def _fold_share(self) -> float:
-        """Return the share of the oldest delta with which the probes fare best, 1 without any."""
-        router = self.router.copied()
+    def _fold_share(self) -> Tuple[float, float]:
+        """Return the share of the oldest delta that harms the probes least, and by how much then.
+
+        Harm is the largest rise of a probe's loss, as a share; without probes all is folded.
+        """
+        router, before = self.router.copied(), self.probe_losses()
         router.fold_oldest()
 
-        def cost(share: float) -> float:
+        def harm(share: float) -> float:
             model = self.model.copied()
             model.fold_oldest_delta(share)
             model.router = router
-            return sum(self.probe_losses(model).values())
-        return min(FOLD_SHARES, key=cost) if self.probes else 1.0
+            return max((bpc / before[name] - 1.0 for name, bpc in self.probe_losses(model).items()),
+                       default=0.0)
+        costs = {share: harm(share) for share in (FOLD_SHARES if before else FOLD_SHARES[:1])}
+        chosen = min(costs, key=costs.__getitem__)
+        return chosen, costs[chosen]
 
     def probe_losses(self, model: Optional[GPT] = None) -> Dict[str, float]:
         """Return the bits per character of every probe set."""
@@ -8458,7 +8473,8 @@ class Student:
             windows += [self.replayed() for _ in range(count - fresh_count)]
         else:
             windows = self.pool.windows(count, fresh_count, self.rng)
-        windows = [window for window in windows if len(window) > 1]
+        windows = [window for window in windows if len(window) > 1] or self.pool.windows(
+            1, 1, self.rng)
         report = train_step(self.model.learner(), self.optimizer, windows, rate,
                             self.config.dropout, self.rng, self.guard)
         self.growth.step += 1
@@ -8763,7 +8779,8 @@ class Job:
         student, growth = self.student, self.student.growth
         if not self.warming:
             student.evaluate()
-            growth.delta_chars += 0 if self.given_up() else student.fresh_chars
+            if not self.given_up():  # without new text it learned what all else is about
+                growth.delta_chars += student.fresh_chars or student.known_chars()
             return student.keys(fresh_only=True)
         tired = student.note_warmup()
         if not self.explicit or tired or growth.warmup_step >= student.warmup_steps():
