@@ -4699,6 +4699,8 @@ def reading_plan(count: int, block: int, stride: int,
     All but the first places of a window are scored from at least block − stride before them. With
     `first` the first window is read twice: to so many places, and then whole, for the rest.
     """
+    if count < 1:
+        return
     first = first if first < min(block, count) else 0
     if first:
         yield 0, 0, first
@@ -4713,7 +4715,7 @@ def scored_nats(model: GPT, ids: Sequence[int], stride: int, batch: int = 4) -> 
     block_size − stride ids before it; each id is scored once, by whom the ids before it choose.
     """
     first = ROUTE_FIRST if model.routed else 0
-    plan = list(reading_plan(len(ids) - 1, model.shape.block_size, stride, first) if ids[1:] else ())
+    plan = list(reading_plan(len(ids) - 1, model.shape.block_size, stride, first))
     places = {part: model.place_after(ids[max(0, part[1] - ROUTE_IDS):part[1] + 1])
               for part in plan}
     plan.sort(key=places.__getitem__)  # windows of one speaker are read side by side
@@ -4743,7 +4745,7 @@ def predicted_rows(model: GPT, ids: Sequence[int], stride: int,
     Before each window `heard` is told who speaks: 0 for the base, k + 1 for delta k.
     """
     first = ROUTE_FIRST if model.routed else 0
-    plan = reading_plan(len(ids) - 1, model.shape.block_size, stride, first) if ids[1:] else ()
+    plan = reading_plan(len(ids) - 1, model.shape.block_size, stride, first)
     for start, scored, end in plan:
         voice = model.speaker(ids[max(0, scored - ROUTE_IDS):scored + 1])
         vocab = voice.vocab_size
