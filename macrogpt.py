@@ -7670,7 +7670,7 @@ class Mixture:
                  copy: Optional[NgramMemory] = None) -> None:
         self.engine, self.counts, self.mixer = engine, counts, mixer
         self.copy = copy if copy is not None else copyist()
-        self.own_only = False  # whether only the weights of the layer that speaks may move
+        self.own_place: Optional[int] = None  # the one layer whose own weights alone may move
         self.place, self.situation, self.weights = 0, (0, 0, 0), [0.0] * len(EXPERTS)
         self.logits = self.blend = self.chances = engine.buffer(0)
         self.heard = self.copied = Expectation(-1, 0, None, 0.0, {})
@@ -7740,7 +7740,10 @@ class Mixture:
 
     def learn(self, token: int) -> None:
         """Move the weights, which were in use here, towards the id that came."""
-        self.mixer.move(self.situation[2 * self.own_only:], self.slopes(token))
+        if self.own_place is None:
+            self.mixer.move(self.situation, self.slopes(token))
+        elif self.own_place == self.place:
+            self.mixer.move(self.situation[2:], self.slopes(token))
 
 
 def copyist(texts: Iterable[Sequence[int]] = ()) -> NgramMemory:
@@ -8199,6 +8202,7 @@ COPIED_IDS = 150              # ids of each, from its beginning
 PROBE_CHARS = 600      # of one probe set at least are read
 FRESH_IDS = 400        # of what is new tell whether it is still being learned
 SHIFT_IDS = 400        # of what is new tell whether it is of another kind
+PARENTS = 3            # deltas that a new one may begin as a copy of, by likeness of text
 SHIFT_LEAST_IDS = 48   # and fewer tell nothing
 SHIFT_SHARE = 20       # part of its full size from which a delta may be sealed by a shift
 FOLD_SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -8372,7 +8376,7 @@ class Student:
         if len(sample) < SHIFT_LEAST_IDS or self.growth.delta_chars < least:
             return False
         active, called = len(self.delta_names) - 1, self.router(sample)
-        others = min(self._nats(place, sample) for place in {None, called} - {active} or {None})
+        others = min(self._nats(place, sample) for place in {None, called} - {active})
         return others * (1.0 + self.config.delta_shift) < self._nats(active, sample)
 
     def _nats(self, place: Optional[int], ids: Sequence[int]) -> float:
@@ -8380,15 +8384,34 @@ class Student:
         return sum(scored_nats(self.model.with_delta(place), ids, self.config.block_size))
 
     def begin_delta(self) -> None:
-        """Seal the active delta and append the next, folding the oldest where that is one more."""
+        """Seal the active delta and append the next, folding the oldest where that is one more.
+
+        It begins as a copy of the layer that reads the new text best, or at no effect.
+        """
         if len(self.delta_names) >= self.config.max_delta_modules:
             self._fold_oldest()
+        parent = self._parent()
         with self.guard:
             self.model.append_delta(self.config.delta_rank, self.rng)
+            if parent is not None:
+                load_params(_matrices(self.model.deltas[-1]),
+                            pack_params(_matrices(self.model.deltas[parent])))
             self.router.append()
             self.dirty.update((*self.delta_names[-1:], "router"))
             self.delta_names.append(f"delta{self.growth.delta_serial}")
             self.growth.delta_serial, self.growth.delta_chars = self.growth.delta_serial + 1, 0
+
+    def _parent(self) -> Optional[int]:
+        """Return the delta to begin with, of those that the new text resembles, or None."""
+        sample, model = self.pool.fresh[1:1 + SHIFT_IDS], self.model
+        if len(sample) < SHIFT_LEAST_IDS:
+            return None
+        newest = b"".join(map(self.tokenizer.token_bytes, sample))
+        likely = heapq.nlargest(PARENTS, enumerate(self.router.scores(newest)[1:]),
+                                key=itemgetter(1))
+        heirs = [place for place, _ in likely if not model.lacks[place] and
+                 model.deltas[place]["embedding"].a.rows == self.config.delta_rank]
+        return min([None, *heirs], key=lambda place: self._nats(place, sample))
 
     def _fold_oldest(self, share: Optional[float] = None) -> None:
         """Fold the oldest delta into the base, which speaks for its text from now on.
@@ -8526,7 +8549,7 @@ class Student:
         """Fit the weights of the voice's experts on held-out text; return whether that was done.
 
         It is read twice side by side: with nothing to copy from, and copying from what was read.
-        Once fitted, only the weights of layers move that speak for probe sets which are new; the
+        Once fitted, only the newest delta's own weights move, on probe sets which are new; the
         voice of all other text stays. Broken off, or without such text, it changes nothing.
         """
         config, again, text = self.config, bool(self.mixed), self._text_to_mix()
@@ -8539,7 +8562,8 @@ class Student:
         mixer = load_mixer(config, known)
         for _ in range(config.mix_passes):
             still, live = (Mixture(self.engine, counts, mixer) for _ in range(2))
-            still.own_only = live.own_only = again
+            if again:
+                still.own_place = live.own_place = len(self.delta_names)
             for _ in read_through(self.model, ids, still, live, fit=True):
                 if should_stop():
                     return False
@@ -10723,6 +10747,8 @@ class Pupil:
             batch = student.batch() if self.method == "ours" else config.batch_size
             steps = max(1, tokens // (batch * config.block_size))
             (self._burst if self.method == "ours" else self._tune)(steps)
+        if self.method != "ours":  # one voice for all texts is fitted on all of them
+            student.mixed.clear()
         student.fit_voice()
 
     def _burst(self, steps: int) -> None:

@@ -279,6 +279,17 @@ class Bursts(Pupils):
         self.assertEqual(student.probe_losses(), before)
         self.assertLess(student.fresh_nats(), fresh)
 
+    def test_a_new_delta_begins_as_the_layer_that_reads_the_new_text_best(self):
+        student, probes = self.grown("delta_seal_chars=1")
+        student.take_text(self.documents(("sea", False), ("sums", True)), "", probes)
+        self.run_job(student, steps=60)
+        known = [list(p.data) for p in m._matrices(student.model.deltas[0])]
+        told = self.documents(("sea", False), ("sums", False), ("sums", True))
+        student.take_text(told, "", probes)
+        student.begin_burst()
+        self.assertEqual([list(p.data) for p in m._matrices(student.model.deltas[1])], known)
+        self.assertEqual([list(p.data) for p in m._matrices(student.model.deltas[0])], known)
+
     def test_with_nothing_new_a_delta_learns_more_of_what_the_base_knows(self):
         student, probes = self.grown()
         student.take_text(self.documents(("sea", False)), "", probes)
