@@ -181,7 +181,7 @@ class Config:
     # a line added to the corpus is always learned at once; this is for what is said in the chat
     min_new_chars_to_train: int = _setting(240, "characters said before a burst starts", 1)
     # adapters
-    # in five unlike texts 32 learned within 5 % of full fine-tuning, 16 within 8, 8 within 20
+    # in five unlike texts 32 came within 5 % of full fine-tuning, 16 within 10, 8 within 11
     delta_rank: int = _setting(32, "rank R of a delta", 1, 1024)
     max_delta_modules: int = _setting(32, "deltas kept before the oldest is folded in", 1, 1000)
     delta_seal_chars: int = _setting(20_000, "new characters a delta takes before it is sealed", 1)
