@@ -4552,9 +4552,9 @@ class Router:
         self.margins.append(ROUTE_MARGIN)
         self._tables.append(None)
 
-    def fold_oldest(self) -> None:
-        """Count the oldest delta's text as the base's."""
-        self.counts[:2] = [self.counts[0] + self.counts[1]]
+    def fold_oldest(self, share: float = 1.0) -> None:
+        """Count the oldest delta's text as the base's, or as nobody's if the base got no share."""
+        self.counts[:2] = [self.counts[0] + self.counts[1] if share else self.counts[0]]
         del self.margins[1]
         self._tables[:2] = [None]
 
@@ -8414,7 +8414,7 @@ class Student:
         return min([None, *heirs], key=lambda place: self._nats(place, sample))
 
     def _fold_oldest(self, share: Optional[float] = None) -> None:
-        """Fold the oldest delta into the base, which speaks for its text from now on.
+        """Fold the oldest delta into the base, which speaks for its text as far as it got a share.
 
         All other deltas speak as before, for what they never knew is kept and taken off again.
         How much is folded is measured on the probes: what serves the base's text and the delta's.
@@ -8423,7 +8423,7 @@ class Student:
         chosen, harm = self._fold_share() if share is None else (share, None)
         with self.guard:
             self.model.fold_oldest_delta(chosen)
-            self.router.fold_oldest()
+            self.router.fold_oldest(chosen)
             if self.mixer is not None:
                 mixer = load_mixer(self.config, {"mixer": self.mixer})
                 mixer.fold_oldest()
@@ -8440,18 +8440,20 @@ class Student:
     def _fold_share(self) -> Tuple[float, float]:
         """Return the share of the oldest delta that harms the probes least, and by how much then.
 
-        Harm is the largest rise of a probe's loss, as a share; without probes all is folded.
+        Harm is the mean rise of the probes' losses over the best of their lives, as a share; so
+        the base is not worn away by one fold after the other. Without probes all is folded.
         """
-        router, before = self.router.copied(), self.probe_losses()
-        router.fold_oldest()
+        best = self.growth.best_probes
 
         def harm(share: float) -> float:
-            model = self.model.copied()
+            model, router = self.model.copied(), self.router.copied()
             model.fold_oldest_delta(share)
+            router.fold_oldest(share)
             model.router = router
-            return max((bpc / before[name] - 1.0 for name, bpc in self.probe_losses(model).items()),
-                       default=0.0)
-        costs = {share: harm(share) for share in (FOLD_SHARES if before else FOLD_SHARES[:1])}
+            rises = [bpc / best.get(name, bpc) - 1.0
+                     for name, bpc in self.probe_losses(model).items()]
+            return sum(rises) / max(1, len(rises))
+        costs = {share: harm(share) for share in (FOLD_SHARES if self.probes else FOLD_SHARES[:1])}
         chosen = min(costs, key=costs.__getitem__)
         return chosen, costs[chosen]
 

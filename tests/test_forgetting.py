@@ -74,6 +74,11 @@ class Choosing(unittest.TestCase):
         self.assertEqual([self.router.choose(text_of(kind, 3, 9).encode()) for kind in KINDS],
                          [None, None, 0])
 
+    def test_the_base_takes_over_no_text_of_a_layer_that_it_got_no_share_of(self):
+        base = self.router.counts[0]
+        self.router.fold_oldest(0.0)
+        self.assertEqual((self.router.counts[0], len(self.router.counts)), (base, 2))
+
     def test_stored_and_loaded_it_chooses_alike(self):
         self.router.margins[2] = 16.0
         again = m.load_router(self.tokenizer, m.pack_router(self.router), 2)
