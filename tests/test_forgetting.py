@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import macrogpt as m
-from support import Folder
+from support import Folder, run_macrogpt
 
 SMALL = ("n_layer=1", "n_embd=8", "n_head=1", "block_size=24", "warmup_steps=6", "micro_steps=4",
          "eval_steps=3", "eval_chars=300", "batch_size=2", "delta_rank=2", "mix_passes=1",
@@ -451,14 +451,15 @@ class LifeOfProbes(Folder, unittest.TestCase):
 
 class Benchmark(Folder, unittest.TestCase):
     SIZES = tuple(word for setting in (
-        "bench_chars=1500", "bench_tokens=100", "bench_shifts=2", "bench_shift_chars=1200",
-        "bench_shift_tokens=50", "bench_test_chars=100", "max_merges=0", *SMALL)
+        "bench_chars=1000", "bench_tokens=100", "bench_shifts=2", "bench_shift_chars=1000",
+        "bench_shift_tokens=50", "bench_test_chars=100", "max_merges=0", "gate_bound=9", *SMALL)
         for word in ("--set", setting))
 
     def test_forgetting_is_measured_by_each_method_for_model_and_voice(self):
         self.write("own.txt", text_of("sea", 40))
         self.write("nonames.txt", text_of("shout", 40))
-        done = self.run_here("bench", "--forgetting", "own.txt", *self.SIZES, "--json")
+        done = run_macrogpt("bench", "--forgetting", "own.txt", *self.SIZES, "--json", cwd=self.folder,
+                            timeout=120)
         self.assertEqual(done.returncode, 0, done.stderr)
         streams = json.loads(done.stdout)["streams"]
         self.assertEqual(list(streams), ["5 unlike texts", "2 shifts"])
@@ -473,7 +474,7 @@ class Benchmark(Folder, unittest.TestCase):
 
     def test_a_text_too_short_to_learn_is_refused(self):
         self.write("own.txt", "short")
-        done = self.run_here("bench", "--forgetting", "own.txt", *self.SIZES)
+        done = run_macrogpt("bench", "--forgetting", "own.txt", *self.SIZES, cwd=self.folder)
         self.assertEqual(done.returncode, 1)
         self.assertIn("own.txt has 5 characters", done.stderr.decode())
 
