@@ -458,8 +458,8 @@ class Benchmark(Folder, unittest.TestCase):
     def test_forgetting_is_measured_by_each_method_for_model_and_voice(self):
         self.write("own.txt", text_of("sea", 40))
         self.write("nonames.txt", text_of("shout", 40))
-        done = run_macrogpt("bench", "--forgetting", "own.txt", *self.SIZES, "--json", cwd=self.folder,
-                            timeout=120)
+        done = run_macrogpt("bench", "--forgetting", "own.txt", *self.SIZES, "--json",
+                            cwd=self.folder, timeout=120)
         self.assertEqual(done.returncode, 0, done.stderr)
         streams = json.loads(done.stdout)["streams"]
         self.assertEqual(list(streams), ["5 unlike texts", "2 shifts"])
