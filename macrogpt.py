@@ -172,7 +172,7 @@ class Config:
     small_batch_tokens: int = _setting(100_000, "tokens trained with half batches first", 0)
     # planned was 0.01; 0.005 measured better, and 0.7, 0.99 than the betas 0.8, 0.95 or 0.9, 0.99
     learning_rate: float = _setting(0.005, "AdamW's peak rate", 1e-7, 1.0)
-    delta_rate: float = _setting(0.003, "peak rate of a burst into a delta", 1e-7, 1.0)
+    delta_rate: float = _setting(0.01, "peak rate of a burst into a delta", 1e-7, 1.0)
     beta1: float = _setting(0.7, "AdamW's first decay", 0.0, 0.9999)
     beta2: float = _setting(0.99, "AdamW's second decay", 0.0, 0.99999)
     eps_adam: float = _setting(1e-8, "AdamW's epsilon", 1e-16, 1.0)
@@ -180,16 +180,25 @@ class Config:
     grad_clip: float = _setting(1.0, "largest global norm of a gradient", 1e-6)
     rate_warmup: float = _setting(0.05, "share of a schedule spent rising", 0.0, 1.0)
     schedule: str = _setting("linear", "how the rate falls after that: linear or cosine")
-    replay_share: float = _setting(0.5, "share of a burst's windows that repeat old text", 0.0, 1.0)
+    replay_share: float = _setting(0.5, "share of a burst's windows that repeat old text, where "
+                                        "the active delta has much of it", 0.0, 1.0)
+    burst_passes: float = _setting(6.0, "most times a burst reads what is new", 0.1, 1e6)
     patience: int = _setting(4, "evaluations without a gain before a warm-up ends", 1)
     eval_steps: int = _setting(50, "steps between held-out evaluations", 1)
     eval_chars: int = _setting(6000, "held-out characters in one evaluation", 100)
     # a line added to the corpus is always learned at once; this is for what is said in the chat
     min_new_chars_to_train: int = _setting(240, "characters said before a burst starts", 1)
     # adapters
-    delta_rank: int = _setting(8, "rank R of a delta", 1, 1024)
-    max_delta_modules: int = _setting(12, "deltas kept before the oldest is folded in", 1, 1000)
+    # in five unlike texts 32 came within 5 % of full fine-tuning, 16 within 10, 8 within 11
+    delta_rank: int = _setting(32, "rank R of a delta", 1, 1024)
+    max_delta_modules: int = _setting(32, "deltas kept before the oldest is folded in", 1, 1000)
     delta_seal_chars: int = _setting(20_000, "new characters a delta takes before it is sealed", 1)
+    delta_shift: float = _setting(0.01, "how much better another layer must read new text for the "
+                                        "active delta to be sealed", 0.0)
+    gate_bound: float = _setting(0.01, "share by which a burst may worsen a probe set", 0.0)
+    gate_tries: int = _setting(2, "gentler tries of a burst before it is rolled back", 0, 100)
+    dream_seconds: float = _setting(0.0, "seconds of idleness on mains power after which known "
+                                         "text is rehearsed, again and again; 0 is never", 0.0)
     # unlearning
     unlearn_seconds: float = _setting(10.0, "quiet after the owner forgot something, before the "
                                             "layers that learned it are rebuilt", 0.0, 1e6)
@@ -235,6 +244,12 @@ class Config:
     mix_passes: int = _setting(2, "readings of held-out text that fit the voice's weights", 0, 100)
     # bench
     bench_vocab: int = _setting(512, "vocabulary of the benchmark's model", 2, 1_000_000)
+    bench_chars: int = _setting(100_000, "characters of a text of the stream of forgetting", 1000)
+    bench_tokens: int = _setting(100_000, "tokens trained on for each", 1)
+    bench_shifts: int = _setting(30, "shifts of the second stream; 0 leaves it out", 0, 10_000)
+    bench_shift_chars: int = _setting(20_000, "characters of a shift", 1000)
+    bench_shift_tokens: int = _setting(20_000, "tokens trained on for each shift", 1)
+    bench_test_chars: int = _setting(4000, "characters of each that are for the exam", 100)
     bench_seconds: float = _setting(4.0, "seconds for each measurement", 0.1, 3600.0)
 
     def __post_init__(self) -> None:
@@ -3687,11 +3702,11 @@ class DeltaAdapter:
         vars(less).update(vars(self), b=self.b.narrowed(rows))
         return less
 
-    def fold_into(self, base: MatrixParam) -> None:
-        """Add scale·B·A to base, which makes the delta itself superfluous."""
+    def fold_into(self, base: MatrixParam, share: float = 1.0) -> None:
+        """Add a share of scale·B·A to base, which, whole, makes the delta itself superfluous."""
         engine, change = base.engine, base.engine.buffer(base.rows * base.dim)
         engine.matmul_nn(self.b.data, self.a.data, change, base.rows, self.a.rows, base.dim)
-        engine.add_scaled(change, base.data, len(change), self.scale)
+        engine.add_scaled(change, base.data, len(change), share * self.scale)
         base.changed()
 
 
@@ -3701,8 +3716,11 @@ class DeltaAdapter:
 #
 # The exact Llama form: RMSNorm before attention and before SwiGLU, RoPE on queries and keys, one
 # embedding for input and output, no biases. The base learns first; what comes later is appended as
-# low-rank deltas beside it, so that nothing once learned is written over. New words sprout: their
-# rows stand apart, outside the softmax, until they are as good as the spelling they shorten.
+# low-rank deltas beside it, so that nothing once learned is written over. Without a router all
+# deltas add up; with one each text is spoken by the base and at most one delta, folded into whole
+# matrices: so the newest layer cannot disturb the oldest, and a choice costs no multiplication. New
+# words sprout: their rows stand apart, outside the softmax, until they are as good as the spelling
+# they shorten.
 
 
 LAYER_CHANNELS = 36  # channels for each layer: the default model's proportions
@@ -3796,6 +3814,7 @@ class KVCache:
 
 Delta = Dict[str, DeltaAdapter]
 EMBEDDING_SIGMA = 0.05
+KEPT_NUMBERS = 8_000_000  # in models with one delta folded in; to fold one takes a millisecond
 # Rows that sprout take this many nats off their logits at birth, which measured 0.9 % in place of
 # 4.9 % on old text, and learn this much faster than a delta, which measured 1.0 % in place of 1.3 %
 # after 50 steps, with 64 merges.
@@ -3815,6 +3834,10 @@ class GPT:
         self.deltas: List[Delta] = []
         self.sprout: Optional[MatrixParam] = None  # rows of ids that come after the embedding's
         self.sprouting = False
+        self.lacks: List[List[Tuple[float, Delta]]] = []  # shares of the base a delta never knew
+        self.router: Optional[Callable[[Sequence[int]], Optional[int]]] = None
+        self._speakers: Dict[Optional[int], Tuple[Any, "GPT"]] = {}
+        self.place = 0  # which of the speakers this is: 0 the base, k + 1 delta k
         self._angles: Tuple[Tuple[int, int], array] = (0, 0), engine.buffer(0)
         self._folded: Tuple[Any, Dict[str, MatrixParam]] = None, {}
         dim, calm = shape.n_embd, (2 * shape.n_layer) ** -0.5
@@ -3839,6 +3862,11 @@ class GPT:
         """The number of ids it may say: the rows of the embedding, and sprouts while they count."""
         sprouts = self.sprout.rows if self.sprout is not None and self.sprouting else 0
         return self.params["embedding"].rows + sprouts
+
+    @property
+    def n_base(self) -> int:
+        """The count of numbers in the base."""
+        return sum(p.rows * p.dim for p in self.params.values())
 
     @property
     def n_params(self) -> int:
@@ -4003,21 +4031,80 @@ class GPT:
         """Return the matrices with every delta folded in, made anew when one of them changes."""
         if not self.deltas:
             return self.params
-        state = len(self.deltas), sum(p.changes for p in (*self.params.values(),
-                                                          *self.delta_params()))
+        state = len(self.deltas), _changes(self.params.values(), self.deltas)
         if self._folded[0] != state:
-            whole = {name: MatrixParam(self.engine, name, p.rows, p.dim, p.data[:])
-                     for name, p in self.params.items()}
-            for delta in self.deltas:
-                for name, adapter in delta.items():
-                    adapter.fold_into(whole[name])
-            self._folded = state, whole
+            self._folded = state, self._merged([(1.0, delta) for delta in self.deltas])
         return self._folded[1]
+
+    def _merged(self, parts: Sequence[Tuple[float, Delta]]) -> Dict[str, MatrixParam]:
+        """Return copies of the base's matrices with shares of deltas added."""
+        whole = {name: MatrixParam(self.engine, name, p.rows, p.dim, p.data[:])
+                 for name, p in self.params.items()}
+        for share, delta in parts:
+            for name, adapter in delta.items():
+                adapter.fold_into(whole[name], share)
+        return whole
+
+    def speaker(self, ids: Sequence[int]) -> "GPT":
+        """Return the model as it speaks after ids: itself, or what its router chooses for them."""
+        return self.speaker_at(self.place_after(ids))
+
+    @property
+    def routed(self) -> bool:
+        """Whether there is a choice of who speaks."""
+        return self.router is not None and bool(self.deltas)
+
+    def place_after(self, ids: Sequence[int]) -> int:
+        """Return who speaks after ids: 0 for the base, or all together, and k + 1 for delta k."""
+        chosen = self.router(ids) if self.router is not None and self.deltas else None
+        return 0 if chosen is None else chosen + 1
+
+    def speaker_at(self, place: int) -> "GPT":
+        """Return the speaker at a place of place_after."""
+        return self.with_delta(place - 1 if place else None) if self.routed else self
+
+    def with_delta(self, index: Optional[int]) -> "GPT":
+        """Return a model of the base with one delta alone in its matrices, or with none.
+
+        It is kept until one of them changes; to make it costs about as much as a token of text.
+        """
+        delta = [] if index is None else [(1.0, self.deltas[index])]
+        lacks = [] if index is None else self.lacks[index]
+        state = self.sprouting, _changes(self.params.values(),
+                                         [part for _, part in (*delta, *lacks)])
+        kept = self._speakers.get(index)
+        if kept is None or kept[0] != state:
+            params = self._merged([*delta, *((-share, part) for share, part in lacks)]) \
+                if delta else self.params
+            self._speakers.pop(index, None)
+            if len(self._speakers) * self.n_base >= KEPT_NUMBERS:
+                del self._speakers[next(iter(self._speakers))]
+            kept = self._speakers[index] = state, self._like(params, [])
+            kept[1].place = 0 if index is None else index + 1
+        return kept[1]
+
+    def copied(self) -> "GPT":
+        """Return a model whose base may change without this one's."""
+        other = self._like(self._merged([]), list(self.deltas))
+        other.lacks = [list(lacking) for lacking in self.lacks]
+        return other
+
+    def learner(self) -> "GPT":
+        """Return the model that trains: the base with the newest delta beside it."""
+        return self._like(self.params, self.deltas[-1:]) if len(self.deltas) > 1 else self
+
+    def _like(self, params: Dict[str, MatrixParam], deltas: List[Delta]) -> "GPT":
+        """Return a model of this shape with other parts, which it shares."""
+        other = GPT.__new__(GPT)
+        vars(other).update(vars(self), params=params, deltas=deltas, lacks=[[] for _ in deltas],
+                           router=None, _speakers={}, _folded=(None, {}))
+        return other
 
     def append_delta(self, rank: int, rng: random.Random) -> None:
         """Freeze everything and append a new delta, of no effect yet, that trains."""
         self.freeze()
         index = len(self.deltas)
+        self.lacks.append([])
         self.deltas.append({name: DeltaAdapter(self.engine, f"delta{index}.{name}", base, rank, rng)
                             for name, base in self.params.items() if name != "scale"})
 
@@ -4028,27 +4115,39 @@ class GPT:
         for param in self.delta_params():
             param.freeze()
 
-    def fold_oldest_delta(self) -> None:
-        """Fold the oldest delta into the base; the function stays, but for rounding."""
-        for name, adapter in self.deltas.pop(0).items():
-            adapter.fold_into(self.params[name])
+    def fold_oldest_delta(self, share: float = 1.0) -> None:
+        """Add a share of the oldest delta to the base; whole, the sum of all stays as it was.
+
+        What each other delta says with the base alone stays as well: it lacks that share from now
+        on. But for rounding, only who spoke with the base, or with the oldest, speaks otherwise.
+        """
+        oldest = self.deltas.pop(0)
+        self.lacks.pop(0)
+        for name, adapter in oldest.items():
+            adapter.fold_into(self.params[name], share)
+        for lacking in self.lacks:
+            lacking.append((share, oldest))
+        self._speakers.clear()
         for index, delta in enumerate(self.deltas):  # named as when they are loaded
             for name, adapter in delta.items():
                 adapter.rename(f"delta{index}.{name}")
 
     def without_delta(self, index: int) -> "GPT":
         """Return a model of the same weights that lacks one delta."""
-        less = GPT.__new__(GPT)
-        vars(less).update(vars(self), deltas=self.deltas[:index] + self.deltas[index + 1:])
-        return less
+        return self._like(self.params, self.deltas[:index] + self.deltas[index + 1:])
 
     def narrowed(self, rows: int) -> "GPT":
         """Return a model of the same weights for which later ids than the first do not exist."""
         less = GPT.__new__(GPT)
-        vars(less).update(vars(self), sprout=None, sprouting=False, _folded=(None, {}))
+        vars(less).update(vars(self), sprout=None, sprouting=False, _folded=(None, {}),
+                          _speakers={})
+
+        def fewer(delta: Delta) -> Delta:
+            return {**delta, "embedding": delta["embedding"].narrowed(rows)}
         less.params = {**self.params, "embedding": self.params["embedding"].narrowed(rows)}
-        less.deltas = [{**delta, "embedding": delta["embedding"].narrowed(rows)}
-                       for delta in self.deltas]
+        less.deltas = list(map(fewer, self.deltas))
+        less.lacks = [[(share, fewer(delta)) for share, delta in lacking]
+                      for lacking in self.lacks]
         return less
 
     def draw_embedding(self, rng: random.Random) -> None:
@@ -4072,7 +4171,7 @@ class GPT:
         Quiet rows have a few nats taken off their logits, along the mean of what the head reads of
         sample ids; learning then raises them where they belong. Nothing changes until `sprouted`.
         """
-        table = self.folded()["embedding"]
+        table = (self.params if self.routed else self.folded())["embedding"]
         rows = [table.row(i) for i in range(table.rows)]
         for left, right in merges:
             rows.append(self.engine.buffer_of(
@@ -4105,11 +4204,7 @@ class GPT:
         frozen = not table.needs_grad
         table.append_rows(self.sprout.data)
         table.freeze(frozen)
-        for delta in self.deltas:
-            adapter = delta["embedding"]
-            frozen = not adapter.b.needs_grad
-            adapter.append_rows(rows)
-            adapter.b.freeze(frozen)
+        self._lengthen(rows)
         self.sprout = None
 
     def grow_vocabulary(self, merges: Sequence[Tuple[int, int]]) -> None:
@@ -4117,8 +4212,23 @@ class GPT:
         table = self.params["embedding"]
         for left, right in merges:
             table.append_rows([(a + b) / 2 for a, b in zip(table.row(left), table.row(right))])
-        for delta in self.deltas:
-            delta["embedding"].append_rows(len(merges))
+        self._lengthen(len(merges))
+
+    def _lengthen(self, count: int) -> None:
+        """Let every delta, folded ones included, go with rows that the embedding has gained."""
+        folded = {id(delta): delta for lacking in self.lacks for _, delta in lacking}
+        for delta in (*self.deltas, *folded.values()):
+            adapter = delta["embedding"]
+            frozen = not adapter.b.needs_grad
+            adapter.append_rows(count)
+            adapter.b.freeze(frozen)
+        self._speakers.clear()
+
+
+def _changes(params: Iterable[MatrixParam], deltas: Iterable[Delta]) -> int:
+    """Return a number that grows whenever one of the matrices changes."""
+    adapters = (adapter for delta in deltas for adapter in delta.values())
+    return sum(p.changes for p in params) + sum(a.a.changes + a.b.changes for a in adapters)
 
 
 Places = List[Tuple[int, float]]
@@ -4762,6 +4872,152 @@ class TextPool:
         return list(stream[max(0, start):start + self.block_size + 1])
 
 
+# Which layer speaks for a text is read off the text itself, in a few dictionary look-ups.
+
+ROUTE_BYTES = 160    # newest bytes of a text that choose
+ROUTE_IDS = 96       # and the most ids they may be spread over
+ROUTE_FIRST = 24     # ids that the base reads of a text before anybody is chosen
+ROUTE_MARGIN = 4.0   # nats by which a delta must fit better than the base
+SHY_MARGINS = (16.0, 64.0)  # and by which one must that was called where it does harm
+ROUTE_UNSEEN = 0.1   # how often a trigram that a layer never met counts as met
+ROUTE_CALM = 1000.0  # and how many all of those are: a small text is not sure of itself
+ROUTE_TRIGRAMS = 30_000  # kept for one layer
+
+
+class Router:
+    """Counts of byte trigrams in what each layer has learned: they choose the layer for a text.
+
+    Place 0 is the base, place k + 1 delta k. A layer's score is the sum of ln p of the text's
+    trigrams, of those that any layer knows, less its margin: the base speaks unless a delta is
+    clearly better.
+    Sources: naive Bayes; N-gram-based text categorization, Cavnar and Trenkle, SDAIR 1994.
+    """
+
+    def __init__(self, tokenizer: EvolvingTokenizer,
+                 counts: Iterable[Dict[bytes, int]] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.counts: List[Counter[bytes]] = [Counter(c) for c in counts] or [Counter()]
+        self.margins = [0.0, *[ROUTE_MARGIN] * (len(self.counts) - 1)]
+        self._tables: List[Optional[Tuple[Dict[bytes, float], float]]] = [None] * len(self.counts)
+        self._rows: Dict[bytes, bytes] = {}  # of each trigram, what all tables say
+
+    def append(self) -> None:
+        """Make a place for one delta more, which knows no text yet."""
+        self.counts.append(Counter())
+        self.margins.append(ROUTE_MARGIN)
+        self._tables.append(None)
+
+    def fold_oldest(self, share: float = 1.0) -> None:
+        """Count the oldest delta's text as the base's, or as nobody's if the base got no share."""
+        self.counts[:2] = [self.counts[0] + self.counts[1] if share else self.counts[0]]
+        del self.margins[1]
+        self._tables[:2] = [None]
+
+    def learn(self, place: int, texts: Iterable[str]) -> None:
+        """Count the trigrams of texts as those of a place."""
+        counts = self.counts[place].copy()
+        for text in texts:
+            raw = text.encode("utf-8", "surrogatepass")
+            counts.update(raw[i:i + 3] for i in range(len(raw) - 2))
+        if len(counts) > ROUTE_TRIGRAMS:
+            counts = Counter(dict(counts.most_common(ROUTE_TRIGRAMS)))
+        self.counts[place], self._tables[place] = counts, None
+
+    def refine(self, place: int) -> None:
+        """Give a place the text of the base, for which it speaks from now on."""
+        self.counts[place] += self.counts[0]
+        self.counts[0], self._tables = Counter(), [None] * len(self.counts)
+
+    def copied(self) -> "Router":
+        """Return a router that may change without this one."""
+        other = Router(self.tokenizer, self.counts)
+        other.margins = list(self.margins)
+        return other
+
+    def restore(self, past: "Router") -> None:
+        """Be again what copied() kept."""
+        self.counts, self.margins = list(past.counts), list(past.margins)
+        self._tables = [None] * len(self.counts)
+
+    def _table(self, place: int) -> Tuple[Dict[bytes, float], float]:
+        """Return ln p of the trigrams that a place knows, and of any other."""
+        counts = self.counts[place]
+        whole = sum(counts.values()) + ROUTE_CALM
+        return ({tri: log((count + ROUTE_UNSEEN) / whole) for tri, count in counts.items()},
+                log(ROUTE_UNSEEN / whole))
+
+    def scores(self, raw: bytes) -> List[float]:
+        """Return how well each place fits the bytes, in nats; without a text nothing fits."""
+        if None in self._tables:
+            self._tables = [table or self._table(place)
+                            for place, table in enumerate(self._tables)]
+            self._rows.clear()
+        if len(self._rows) >= ROUTE_TRIGRAMS:
+            self._rows.clear()
+        rows, tables, count = self._rows, self._tables, len(self.counts)
+        trigrams = [raw[i:i + 3] for i in range(len(raw) - 2)]
+        for tri in trigrams:
+            if tri not in rows:  # filled as texts need it: a row for each trigram would be slow
+                row = [table[0].get(tri, table[1]) for table in tables if table]
+                heard = any(tri in table[0] for table in tables if table)
+                rows[tri] = array("f", row).tobytes() if heard else b""
+        found = array("f", b"".join([rows.get(tri, b"") for tri in trigrams]))
+        return [sum(found[place::count]) - margin if known or not place else -math.inf
+                for place, (margin, known) in enumerate(zip(self.margins, self.counts))]
+
+    def choose(self, raw: bytes) -> Optional[int]:
+        """Return the index of the delta that the bytes call for, or None for the base."""
+        base, *deltas = self.scores(raw)
+        best = max(deltas, default=-math.inf)
+        return deltas.index(best) if best > base else None
+
+    def __call__(self, ids: Sequence[int]) -> Optional[int]:
+        """Return what the newest bytes of ids choose."""
+        newest = b"".join(map(self.tokenizer.token_bytes, ids[-ROUTE_IDS:]))
+        return self.choose(newest[-ROUTE_BYTES:])
+
+
+class Replay:
+    """Windows of what is known already, dealt evenly over sources and over time.
+
+    The text of each source is cut into bands from oldest to newest; each band deals its windows
+    in random order, and the bands take turns, so that what is old or rare is not drowned.
+    """
+
+    def __init__(self, documents: Iterable[Tuple[str, Sequence[int]]], block_size: int) -> None:
+        self.block_size = block_size
+        self._streams: DefaultDict[str, array] = defaultdict(lambda: array("i", [END_OF_TEXT]))
+        for source, ids in documents:
+            self._streams[source].extend(ids)
+        self._bands: List[Tuple[array, int, int]] = []
+        for stream in self._streams.values():
+            windows = max(1, (len(stream) - 2) // block_size + 1)
+            bands = min(REPLAY_BANDS, windows)
+            edges = [windows * i // bands for i in range(bands + 1)]
+            self._bands += [(stream, a, b) for a, b in zip(edges, edges[1:]) if len(stream) > 1]
+        self._turns: List[int] = []
+        self._decks: Dict[int, List[int]] = {}
+
+    def window(self, rng: random.Random) -> List[int]:
+        """Return the next window of 2 to block_size+1 ids, or none where nothing is known."""
+        if not self._bands:
+            return []
+        if not self._turns:
+            self._turns = list(range(len(self._bands)))
+            rng.shuffle(self._turns)
+        turn = self._turns.pop()
+        stream, low, high = self._bands[turn]
+        deck = self._decks.setdefault(turn, [])
+        if not deck:
+            deck.extend(range(low, high))
+            rng.shuffle(deck)
+        start = deck.pop() * self.block_size
+        return list(stream[start:start + self.block_size + 1])
+
+
+REPLAY_BANDS = 8  # from oldest to newest
+
+
 Unwanted = Tuple[Sequence[int], int]  # ids, and the place of the first that is not to be said
 
 
@@ -4798,40 +5054,67 @@ def train_step(model: GPT, optimizer: AdamW, windows: Sequence[Sequence[int]], r
     return StepReport(loss.data, tokens, norm, math.isfinite(norm))
 
 
+def reading_plan(count: int, block: int, stride: int,
+                 first: int = 0) -> Iterator[Tuple[int, int, int]]:
+    """Yield (start, scored, end): windows of at most block that score every place from 0 once.
+
+    All but the first places of a window are scored from at least block − stride before them. With
+    `first` the first window is read twice: to so many places, and then whole, for the rest.
+    """
+    if count < 1:
+        return
+    first = first if first < min(block, count) else 0
+    if first:
+        yield 0, 0, first
+    for start in (0, *range(stride, max(stride, count - block + stride), stride)):
+        yield start, start + block - stride if start else first, min(start + block, count)
+
+
 def scored_nats(model: GPT, ids: Sequence[int], stride: int, batch: int = 4) -> Iterator[float]:
     """Yield the nats of the ids after the first, some windows at a time; their sum is the loss.
 
     Windows of block_size ids overlap so that every id but the first few is predicted from at least
-    block_size − stride ids before it; each id is scored once.
+    block_size − stride ids before it; each id is scored once, by whom the ids before it choose.
     """
-    if len(ids) < 2:
-        return
-    block = model.shape.block_size
-    starts = [0, *range(stride, max(stride, len(ids) - 1 - block + stride), stride)]
-    for first in range(0, len(starts), batch):
-        inputs: List[int] = []
-        targets: List[int] = []
-        bounds = [0]
-        for start in starts[first:first + batch]:
-            part = list(ids[start:start + block + 1])
-            context = block - stride if start else 0
-            inputs += part[:-1]
-            targets += [-1] * context + part[1 + context:]
-            bounds.append(len(inputs))
-        with model.engine.no_grad():
-            nats = sum(cross_entropy(model.logits(inputs, bounds), targets)[1])
-        yield nats
+    first = ROUTE_FIRST if model.routed else 0
+    plan = list(reading_plan(len(ids) - 1, model.shape.block_size, stride, first))
+    places = {part: model.place_after(ids[max(0, part[1] - ROUTE_IDS):part[1] + 1])
+              for part in plan}
+    plan.sort(key=places.__getitem__)  # windows of one speaker are read side by side
+    for place, parts in itertools.groupby(plan, places.__getitem__):
+        run = list(parts)
+        for at in range(0, len(run), batch):
+            yield _nats_of(model.speaker_at(place), ids, run[at:at + batch])
 
 
-def predicted_rows(model: GPT, ids: Sequence[int], stride: int) -> Iterator[array]:
-    """Yield the logits (V,) for each of ids[1:], in windows that overlap as in scored_nats."""
-    block, vocab, last = model.shape.block_size, model.vocab_size, len(ids) - 1
-    starts = [0, *range(stride, max(stride, last - block + stride), stride)] if last > 0 else []
-    for start in starts:
-        part = list(ids[start:min(start + block, last)])
-        with model.engine.no_grad():
-            logits = model.logits(part)
-        for row in range(block - stride if start else 0, len(part)):
+def _nats_of(model: GPT, ids: Sequence[int], parts: Sequence[Tuple[int, int, int]]) -> float:
+    """Return the nats of some windows of a plan, read side by side."""
+    inputs: List[int] = []
+    targets: List[int] = []
+    bounds = [0]
+    for start, scored, end in parts:
+        inputs += ids[start:end]
+        targets += [-1] * (scored - start) + list(ids[scored + 1:end + 1])
+        bounds.append(len(inputs))
+    with model.engine.no_grad():
+        return sum(cross_entropy(model.logits(inputs, bounds), targets)[1])
+
+
+def predicted_rows(model: GPT, ids: Sequence[int], stride: int,
+                   heard: Callable[[int], None] = lambda place: None) -> Iterator[array]:
+    """Yield the logits (V,) for each of ids[1:], in windows that overlap as in scored_nats.
+
+    Before each window `heard` is told who speaks: 0 for the base, k + 1 for delta k.
+    """
+    first = ROUTE_FIRST if model.routed else 0
+    plan = reading_plan(len(ids) - 1, model.shape.block_size, stride, first)
+    for start, scored, end in plan:
+        voice = model.speaker(ids[max(0, scored - ROUTE_IDS):scored + 1])
+        vocab = voice.vocab_size
+        heard(voice.place)
+        with voice.engine.no_grad():
+            logits = voice.logits(list(ids[start:end]))
+        for row in range(scored - start, end - start):
             yield logits.data[row * vocab:(row + 1) * vocab]
 
 
@@ -5290,6 +5573,10 @@ class Memory:
     def probe_keys(self) -> Set[int]:
         """Return the keys of the first lines of all that is held out."""
         return {row[0] for row in self._rows("SELECT key FROM probes")}
+
+    def probe_epochs(self) -> Dict[int, int]:
+        """Return when each held-out document, by the key of its first line, became one."""
+        return dict(self._rows("SELECT key, epoch FROM probes"))
 
     def first_of_newest(self, chars: int) -> int:
         """Return the id from which on entries may be counted: those hold at most chars in all."""
@@ -7812,9 +8099,10 @@ CALM_SLOPES = 10.0   # keeps the first steps, with few slopes summed, small
 class Mixer:
     """The weights of the experts in every situation, learned online by gradient descent.
 
-    A situation chooses one row of weights by what the counts know and one by what the copyist
-    knows; the two are added. The loss, −ln p, is convex in them, and its slope is, for each
-    expert, what it gives the id that came less what it gives on average.
+    A situation chooses one row of weights by what the counts know, one by what the copyist knows,
+    and one by the layer that speaks, which makes the voice of one kind of text independent of
+    what is fitted for others; the three are added. The loss, −ln p, is convex in them, and its
+    slope is, for each expert, what it gives the id that came less what it gives on average.
     Sources: products of experts, Hinton, Neural Computation 14 (2002); weight sets chosen by
     context and learned online, Mahoney, "Adaptive weighing of context models for lossless data
     compression", CS-2005-16; step sizes by the slopes so far (AdaGrad), Duchi et al., JMLR 12
@@ -7824,24 +8112,36 @@ class Mixer:
     def __init__(self, order: int) -> None:
         self.order = order
         count, self.copy_rows = len(EXPERTS), 1 + (order + 1) * SEEN_BANDS
-        rows = self.copy_rows + COPY_ORDER + 1
+        rows = self.copy_rows + COPY_ORDER + 2
         self.weights = array("d", FIRST_WEIGHTS) * self.copy_rows
         self.weights.extend([0.0] * (count * (rows - self.copy_rows)))
         self.squares = array("d", [0.0]) * (count * rows)
 
-    def situation(self, counts: Expectation, copy: Expectation) -> Tuple[int, int]:
-        """Return where the two rows of weights begin."""
+    def situation(self, counts: Expectation, copy: Expectation,
+                  place: int = 0) -> Tuple[int, int, int]:
+        """Return where the three rows of weights begin; place is 0 for the base, k + 1 for delta k.
+        """
         band = min(SEEN_BANDS - 1, (counts.seen.bit_length() - 1) // 2)
         known = 1 + counts.reach * SEEN_BANDS + band if counts.seen else 0
-        return len(EXPERTS) * known, len(EXPERTS) * (self.copy_rows + max(0, copy.reach))
+        count, own = len(EXPERTS), len(EXPERTS) * (self.copy_rows + COPY_ORDER + 1 + place)
+        for numbers in (self.weights, self.squares):
+            numbers.extend([0.0] * (own + count - len(numbers)))
+        return count * known, count * (self.copy_rows + max(0, copy.reach)), own
 
-    def chosen(self, situation: Tuple[int, int]) -> List[float]:
+    def chosen(self, situation: Sequence[int]) -> List[float]:
         """Return the weights of the experts in a situation."""
-        a, b = situation
+        a, b, c = situation
         weights, count = self.weights, len(EXPERTS)
-        return list(map(add, weights[a:a + count], weights[b:b + count]))
+        return list(map(add, map(add, weights[a:a + count], weights[b:b + count]),
+                        weights[c:c + count]))
 
-    def move(self, situation: Tuple[int, int], slopes: Sequence[float]) -> None:
+    def fold_oldest(self) -> None:
+        """Drop what belongs to the oldest delta, whose text is the base's from now on."""
+        start = len(EXPERTS) * (self.copy_rows + COPY_ORDER + 2)
+        for numbers in (self.weights, self.squares):
+            del numbers[start:start + len(EXPERTS)]
+
+    def move(self, situation: Sequence[int], slopes: Sequence[float]) -> None:
         """Move the weights of a situation one step along the slopes of ln p."""
         for start in situation:
             for at, slope in enumerate(slopes, start):
@@ -7854,8 +8154,9 @@ class Mixer:
 
     def load(self, numbers: Sequence[float]) -> bool:
         """Take what numbers() gave; return False, and change nothing, if it does not fit."""
-        half = len(self.weights)
-        if len(numbers) != 2 * half or not all(map(math.isfinite, numbers)):
+        half, least = len(numbers) // 2, len(EXPERTS) * (self.copy_rows + COPY_ORDER + 1)
+        if (half < least or len(numbers) % (2 * len(EXPERTS))
+                or not all(map(math.isfinite, numbers))):
             return False
         self.weights, self.squares = array("d", numbers[:half]), array("d", numbers[half:])
         return True
@@ -7871,7 +8172,8 @@ class Mixture:
                  copy: Optional[NgramMemory] = None) -> None:
         self.engine, self.counts, self.mixer = engine, counts, mixer
         self.copy = copy if copy is not None else copyist()
-        self.situation, self.weights = (0, 0), [0.0] * len(EXPERTS)
+        self.own_place: Optional[int] = None  # the one layer whose own weights alone may move
+        self.place, self.situation, self.weights = 0, (0, 0, 0), [0.0] * len(EXPERTS)
         self.logits = self.blend = self.chances = engine.buffer(0)
         self.heard = self.copied = Expectation(-1, 0, None, 0.0, {})
         self._more: Dict[int, float] = {}
@@ -7884,7 +8186,7 @@ class Mixture:
         add_scaled, vocab = self.engine.add_scaled, len(logits)
         counts = self.heard = self.counts.expect(history[-self.counts.order:], vocab)
         copied = self.copied = self.copy.expect(history[-self.copy.order:], vocab)
-        self.situation = self.mixer.situation(counts, copied)
+        self.situation = self.mixer.situation(counts, copied, self.place)
         model, pairs, phrases, copy = self.weights = self.mixer.chosen(self.situation)
         blend, base, shift = self.engine.buffer(vocab), counts.base, counts.shift
         assert base is not None
@@ -7940,7 +8242,10 @@ class Mixture:
 
     def learn(self, token: int) -> None:
         """Move the weights, which were in use here, towards the id that came."""
-        self.mixer.move(self.situation, self.slopes(token))
+        if self.own_place is None:
+            self.mixer.move(self.situation, self.slopes(token))
+        elif self.own_place == self.place:
+            self.mixer.move(self.situation[2:], self.slopes(token))
 
 
 def copyist(texts: Iterable[Sequence[int]] = ()) -> NgramMemory:
@@ -8003,12 +8308,17 @@ class Trace:
     def delta_shares(self) -> List[float]:
         """Return how many nats a token each delta layer raised the reply by.
 
-        Measured by leaving it out: ln p of the reply's tokens with all deltas less without it.
+        Measured by leaving it out: ln p of the reply's tokens as spoken less without it.
         """
         deltas, ids = self.model.deltas, self.prompt + [said.token for said in self.tokens]
         ids, count = ids[-self.model.shape.block_size:], len(self.tokens)
         if not (deltas and count and len(ids) > 1):
             return []
+        if self.model.router is not None:  # one of them spoke, or none
+            chosen = self.model.router(self.prompt)
+            alone, spoke = (_reply_nats(self.model.with_delta(i), ids, count)
+                            for i in (None, chosen))
+            return [(alone - spoke) / count * (i == chosen) for i in range(len(deltas))]
         whole, lost = _reply_nats(self.model, ids, count), []
         for i in range(len(deltas)):
             less = _reply_nats(self.model.without_delta(i), ids, count)
@@ -8037,9 +8347,14 @@ def next_logits_of(model: GPT,
                    mixture: Optional[Mixture] = None) -> Callable[[Sequence[int]], Sequence[float]]:
     """Return the function that generate_ids asks: of the mixture, or of the model alone."""
     cache, history = model.new_cache(), deque(maxlen=SAID_ORDER)
+    voices: List[GPT] = []
 
     def next_logits(new: Sequence[int]) -> Sequence[float]:
-        logits = model.feed(cache, new)
+        if not voices:  # what was said so far calls for a layer, which speaks to the end
+            voices.append(model.speaker(new))
+            if mixture is not None:
+                mixture.place = voices[0].place
+        logits = voices[0].feed(cache, new)
         if mixture is None:
             return logits
         history.extend(new)
@@ -8130,6 +8445,8 @@ class Growth:
     unmerged_chars: int = 0           # new characters since the last look for merges
     enlarged: bool = False            # the model has grown, and has not yet warmed up with that
     train_bpc: Optional[float] = None  # bits per character on the text of the last warm-up
+    probes: Dict[str, float] = field(default_factory=dict)  # each probe's bits, last seen
+    best_probes: Dict[str, float] = field(default_factory=dict)  # and its best
 
 
 def delta_is_full(growth: Growth, config: Config) -> bool:
@@ -8218,10 +8535,44 @@ def build_model(config: Config, layers: Dict[str, Layer], engine: Engine,
     if base is not None:
         load_params(list(model.params.values()), base)
     for name in delta_names(layers):
-        rank = layers[name].manifest[0][1]
-        model.append_delta(rank, rng)
-        load_params(_matrices(model.deltas[-1]), layers[name], tokenizer.vocab_size)
+        _append_stored(model, layers[name], rng)
+    for layer in (layer for name, layer in layers.items() if name.startswith("fold")):
+        at, share, manifest = (layer.manifest[key] for key in ("at", "share", "matrices"))
+        _append_stored(model, layer._replace(manifest=manifest), rng)
+        model.lacks.pop()
+        folded = model.deltas.pop()
+        for living, lacking in zip(delta_names(layers), model.lacks):
+            if int(living[5:]) < at:
+                lacking.append((share, folded))
+    if "router" in layers:
+        model.router = load_router(tokenizer, layers["router"], len(model.deltas))
     return tokenizer, model
+
+
+def _append_stored(model: GPT, layer: Layer, rng: random.Random) -> None:
+    """Append the delta that a layer holds."""
+    model.append_delta(layer.manifest[0][1], rng)
+    load_params(_matrices(model.deltas[-1]), layer, model.vocab_size)
+
+
+def pack_router(router: Router) -> Layer:
+    """Return a router's counts as one layer: for each place its trigrams and how often each."""
+    parts = [[b"".join(c).decode("latin-1"), list(c.values())] for c in router.counts]
+    sizes = [len(c) for c in router.counts]
+    return Layer({"trigrams": sizes, "margins": router.margins},
+                 zlib.compress(json.dumps(parts).encode(), 1))
+
+
+def load_router(tokenizer: EvolvingTokenizer, layer: Layer, deltas: int) -> Router:
+    """Return the router that was stored, with a place for the base and for each delta."""
+    counts = []
+    for joined, often in json.loads(zlib.decompress(layer.data)):
+        raw = joined.encode("latin-1")
+        counts.append({raw[3 * i:3 * i + 3]: n for i, n in enumerate(often)})
+    router = Router(tokenizer, (counts + [{}] * (deltas + 1))[:deltas + 1])
+    kept = layer.manifest["margins"][:deltas + 1]
+    router.margins[:len(kept)] = kept
+    return router
 
 
 OLD = "old."  # begins the names of layers that speak while others are rebuilt
@@ -8245,6 +8596,7 @@ class Sprout:
 
     def __init__(self, tokenizer: EvolvingTokenizer, block_size: int) -> None:
         self.tokenizer, self.pool = tokenizer, TextPool(block_size)
+        self.replay = Replay((), block_size)
         self.ids: Dict[int, List[int]] = {}
 
     def pack(self, rows: MatrixParam) -> Layer:
@@ -8281,11 +8633,19 @@ def enlarged_layers(config: Config, wanted: Shape, layers: Dict[str, Layer],
 
     Raises ConfigError when that cannot be.
     """
-    _, model = build_model(config, layers, engine, prefer_best=True)
+    folds = [name for name in layers if name.startswith("fold")]
+    named = {n: layer for n, layer in layers.items() if n not in ("router", *folds)}
+    last = max([int(n[5:]) for n in delta_names(layers)], default=0)
+    for place, name in enumerate(folds, last + 1):  # folded deltas widen as the others do
+        named[f"delta{place}"] = layers[name]._replace(manifest=layers[name].manifest["matrices"])
+    _, model = build_model(config, named, engine, prefer_best=True)
     larger = enlarged(model, wanted, random.Random(config.seed))
     grown = {"base": pack_params(list(larger.params.values()))}
-    for name, delta in zip(delta_names(layers), larger.deltas):
+    for name, delta in zip([*delta_names(layers), *folds], larger.deltas):
         grown[name] = pack_params(_matrices(delta))._replace(sealed=layers[name].sealed)
+        if name in folds:
+            told = {**layers[name].manifest, "matrices": grown[name].manifest}
+            grown[name] = grown[name]._replace(manifest=told)
     return larger.shape, grown
 
 
@@ -8312,16 +8672,17 @@ BITS_A_WEIGHT = 2.0
 HARD_SHARE = 0.9  # of the held-out text's bits per character
 
 
-def pack_mixer(mixer: Mixer) -> Layer:
+def pack_mixer(mixer: Mixer, probes: Sequence[str] = ()) -> Layer:
     """Return a mixer's weights as a layer whose manifest names what they belong to."""
     numbers = array("f", mixer.numbers())
-    return Layer({"experts": EXPERTS, "order": mixer.order}, float_bytes(numbers))
+    return Layer({"experts": EXPERTS, "order": mixer.order, "probes": list(probes)},
+                 float_bytes(numbers))
 
 
 def load_mixer(config: Config, layers: Dict[str, Layer]) -> Mixer:
     """Return the mixer that was fitted, or a fresh one where none fits these settings."""
     mixer = Mixer(config.ngram_order)
-    if "mixer" in layers:
+    if "mixer" in layers and layers["mixer"].manifest["order"] == mixer.order:
         mixer.load(floats_of(layers["mixer"].data))
     return mixer
 
@@ -8343,8 +8704,11 @@ def read_through(model: GPT, ids: Sequence[int], still: Mixture, live: Mixture,
     The one that learns, live, moves its weights and copies from what was read. With fit the other,
     still, moves its weights as well; they may share a mixer.
     """
+    def heard(place: int) -> None:
+        still.place = live.place = place
     softmax, vocab = model.engine.softmax, model.vocab_size
-    for at, logits in enumerate(predicted_rows(model, ids, model.shape.block_size // 2), 1):
+    rows = predicted_rows(model, ids, model.shape.block_size // 2, heard)
+    for at, logits in enumerate(rows, 1):
         history, token = tuple(ids[max(0, at - SAID_ORDER):at]), ids[at]
         alone = softmax(logits[:], vocab) - logits[token]
         still.mix(logits, history)
@@ -8360,11 +8724,38 @@ def read_through(model: GPT, ids: Sequence[int], still: Mixture, live: Mixture,
 
 def voice_nats(model: GPT, ids: Sequence[int], mixture: Mixture) -> float:
     """Return the nats of ids[1:] by the whole voice, which learns nothing."""
+    def heard(place: int) -> None:
+        mixture.place = place
     total = 0.0
-    for at, logits in enumerate(predicted_rows(model, ids, model.shape.block_size // 2), 1):
+    rows = predicted_rows(model, ids, model.shape.block_size // 2, heard)
+    for at, logits in enumerate(rows, 1):
         mixture.mix(logits, tuple(ids[max(0, at - SAID_ORDER):at]))
         total += mixture.nats(ids[at])
     return total
+
+
+def probe_texts(held: Iterable[Entry], epochs: Dict[int, int]) -> Dict[str, str]:
+    """Return what is held out, by the step of its life at which that began."""
+    texts: DefaultDict[str, List[str]] = defaultdict(list)
+    for entry in held:
+        first = entry.text.split("\n", 1)[0]
+        texts[str(epochs.get(line_key(first.casefold()), 0))].append(entry.text)
+    return {name: "\n".join(parts) for name, parts in texts.items()}
+
+
+def note_probes(memory: Memory, step: int, losses: Dict[str, float]) -> None:
+    """Note the loss of each probe set at a step; a long life is thinned, its ends stay."""
+    curves = memory.setting("probes", {})
+    for name, bpc in losses.items():
+        curve = curves.setdefault(name, [])
+        if not curve or curve[-1] != [step, bpc]:
+            curve.append([step, bpc])
+        if len(curve) > PROBE_POINTS:
+            curves[name] = curve[:1] + curve[2:-1:2] + curve[-1:]
+    memory.set_setting("probes", curves)
+
+
+PROBE_POINTS = 200  # of each probe set's life that are kept
 
 
 class EntryCounts:
@@ -8447,6 +8838,15 @@ KEPT_COUNT_CHARS = 100_000    # characters whose counts are worth storing: a ten
 INTERPRETED_MIX_CHARS = 2000  # held-out characters that fit the voice where kernels are slow
 COPIED_ENTRIES = 6            # entries that a reply may copy from
 COPIED_IDS = 150              # ids of each, from its beginning
+PROBE_CHARS = 600      # of one probe set at least are read
+FRESH_IDS = 400        # of what is new tell whether it is still being learned
+SHIFT_IDS = 400        # of what is new tell whether it is of another kind
+PARENTS = 3            # deltas that a new one may begin as a copy of, by likeness of text
+SHIFT_LEAST_IDS = 48   # and fewer tell nothing
+SHIFT_SHARE = 20       # part of its full size from which a delta may be sealed by a shift
+FOLD_SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
+OWN_REPLAY = 0.5       # share of replayed windows that the active delta itself speaks for
+OWN_TRIES = 6
 WARM_SHADOWS = 0.85    # share of a warm-up's batches in the merges that ripen through it
 SAMPLED_WINDOWS = 8    # windows of which new rows learn what all text has in common
 SHORTEST_WARMUP = 100  # steps; a page of text is read more often than warmup_epochs says
@@ -8468,7 +8868,15 @@ class Student:
         self.optimizer, self.rng = AdamW.of(config), random.Random(f"{config.seed}:{growth.step}")
         self.tokenizer, self.model = build_model(config, layers, engine)
         self.delta_names = delta_names(layers)
+        self.router = self.model.router = self.model.router or Router(
+            self.tokenizer, [{} for _ in range(1 + len(self.delta_names))])
         self.sprout = Sprout.stored(layers, self.tokenizer, self.model)
+        if self.sprout is not None:  # ids only append: it knows all that the other knows
+            self.router.tokenizer = self.sprout.tokenizer
+        self.folds = {name: layer for name, layer in layers.items() if name.startswith("fold")}
+        self.probes: Dict[str, Tuple[List[int], int]] = {}
+        self.replay = Replay((), config.block_size)
+        self.notes: List[Dict[str, Any]] = []  # what the life log is to tell
         self.best = layers.get("best")
         self.guard = threading.RLock()
         self.pool = TextPool(config.block_size)
@@ -8480,35 +8888,48 @@ class Student:
         self.dirty: Set[str] = set()
         self.rejected: List[Tuple[str, str]] = []
         self._held_whole = self._held_text = self._mix_text = ""
+        self._probe_texts: Dict[str, str] = {}
+        self._sources: Dict[int, str] = {}
         self.mixer = layers.get("mixer")
+        self.mixed = set(self.mixer.manifest.get("probes", ())) if self.mixer else set()
         self.mix_due = self.mixer is None
         if "optimizer" in layers:
             load_moments(self._all_params(), layers["optimizer"])
+        while self.delta_names and "router" not in layers:  # of a time when all of them spoke
+            self._fold_oldest(1.0)
 
     def _all_params(self) -> List[MatrixParam]:
         sprouts = [] if self.model.sprout is None else [self.model.sprout]
         return [*self.model.params.values(), *self.model.delta_params(), *sprouts]
 
-    def take_text(self, documents: List[List[Any]], held_out: str) -> None:
+    def take_text(self, documents: List[List[Any]], held_out: str,
+                  probes: Optional[Dict[str, str]] = None) -> None:
         """Replace what may be trained on: [key, text, closed, fresh] each; and the held-out text.
 
-        Once grown up, fresh is what the caller says; before, what was not there a moment ago.
+        Once grown up, fresh is what the caller says; before, what was not there a moment ago. A
+        fifth part may name a document's source. probes are parts of the held-out text by name.
         """
         known = self._ids.keys()
         self.rng = random.Random(f"{self.config.seed}:{self.growth.step}")  # as after a restart
         if self.growth.phase != "grown":
-            documents = [[key, text, closed, bool(known) and key not in known]
-                         for key, text, closed, _ in documents]
+            documents = [[key, text, closed, bool(known) and key not in known, *rest]
+                         for key, text, closed, _, *rest in documents]
+        self._sources = {key: rest[0] for key, _, _, _, *rest in documents if rest}
+        documents = [document[:4] for document in documents]
         self._documents, self._held_text = documents, held_out[:self.config.eval_chars]
         slow = self.engine.name == "python"
         self._mix_text = held_out[:INTERPRETED_MIX_CHARS if slow else self.config.held_out_chars]
         self._held_whole = held_out
+        self._probe_texts = {name: text for name, text in (probes or {}).items() if text}
+        self.mix_due |= bool(self.mixed) and not self.mixed >= self._probe_texts.keys()
         self.fresh_chars = sum(len(text) for _, text, _, fresh in documents if fresh)
         self.fresh_steps = self.config.micro_steps if self.fresh_chars else 0
         newborn = self.growth.phase == "newborn"
         begins = self._begins_warmup(sum(len(text) for _, text, _, _ in documents))
         if begins:
             self._begin_warmup()
+        if self.growth.phase == "grown" and not any(self.router.counts):
+            self.router.learn(0, (text for _, text, _, fresh in documents if not fresh))
         self._encode()
         if begins and self.growth.enlarged:  # it ends no worse than it begins
             self.note_warmup()
@@ -8523,8 +8944,9 @@ class Student:
 
     def _begin_warmup(self) -> None:
         """Unfreeze the base, deltas folded into it; a newborn learns its merges first."""
-        while self.delta_names:
-            self._fold_oldest()
+        while self.delta_names:  # all text is learned again: an average is where that begins
+            self._fold_oldest(1.0 / len(self.delta_names))
+        self.folds.clear()
         texts = [text for _, text, _, _ in self._documents]
         if self.growth.phase == "newborn":
             self._learn_merges(texts)
@@ -8544,7 +8966,7 @@ class Student:
             return
         tokenizer.learn_merges(texts, room, self.config.min_pair_count)
         with self.guard:  # a snapshot has the vocabulary and the rows for it, or neither
-            self.tokenizer = tokenizer
+            self.tokenizer = self.router.tokenizer = tokenizer
             self.model.grow_vocabulary(tokenizer.merges[known:])
             self.model.draw_embedding(self.rng)  # rows without a past need no inheritance
             self.dirty.add("base")
@@ -8566,11 +8988,23 @@ class Student:
     def _encode(self) -> None:
         """Lay out the streams; documents that were here before are not encoded again."""
         self._ids, self.pool = self._laid_out(self.tokenizer, self._ids)
+        self.replay = self._replay_of(self._ids)
         if self.sprout is not None:
             self.sprout.ids, self.sprout.pool = self._laid_out(self.sprout.tokenizer,
                                                                self.sprout.ids)
+            self.sprout.replay = self._replay_of(self.sprout.ids)
+        slow = self.engine.name == "python"
+        room = INTERPRETED_MIX_CHARS if slow else self.config.eval_chars
+        chars = max(PROBE_CHARS, room // max(1, len(self._probe_texts)))
+        self.probes = {name: (text_ids(self.tokenizer, text[:chars]), len(text[:chars]))
+                       for name, text in self._probe_texts.items()}
         self.held_out_chars = len(self._held_text)
         self.held_out = text_ids(self.tokenizer, self._held_text) if self._held_text else []
+
+    def _replay_of(self, ids: Dict[int, List[int]]) -> Replay:
+        return Replay(((self._sources.get(key, ""), ids[key])
+                       for key, _, _, fresh in self._documents if not fresh),
+                      self.config.block_size)
 
     def _laid_out(self, tokenizer: EvolvingTokenizer,
                   known: Dict[int, List[int]]) -> Tuple[Dict[int, List[int]], TextPool]:
@@ -8618,21 +9052,22 @@ class Student:
                 sample = self.pool.stream[:SAMPLED_WINDOWS * self.config.block_size]
                 self.model.grow_sprout(tokenizer.merges[known:], sample)
                 self.sprout = Sprout(tokenizer, self.config.block_size)
+                self.router.tokenizer = tokenizer
                 self.growth.ripening, self.growth.ripeness = tokenizer.version - known, None
                 self.dirty.add("sprout")
             self._encode()
 
     @contextlib.contextmanager
-    def _encoding(self) -> Iterator[TextPool]:
+    def _encoding(self) -> Iterator[Tuple[TextPool, Replay]]:
         """Choose how the next batch is encoded: as all that is said, or as a shadow copy."""
         sprout, share = self.sprout, self.config.shadow_share
         if self.growth.phase == "warmup":  # the base learns as well, and mostly for what is to come
             share = max(share, WARM_SHADOWS)
         if sprout is None or self.rng.random() >= share:
-            yield self.pool
+            yield self.pool, self.replay
         else:
             with self.model.sprouted():
-                yield sprout.pool
+                yield sprout.pool, sprout.replay
 
     def ripen(self) -> None:
         """Bring the new merges into use, if they are ripe."""
@@ -8692,6 +9127,10 @@ class Student:
         """Return the keys of the documents at hand, or of the fresh ones among them."""
         return [key for key, _, _, fresh in self._documents if fresh or not fresh_only]
 
+    def known_chars(self) -> int:
+        """Return the size of the text that is not new."""
+        return sum(len(text) for _, text, _, fresh in self._documents if not fresh)
+
     def batch(self) -> int:
         """Return how many windows a step takes at this age."""
         full = self.config.batch_size
@@ -8707,38 +9146,160 @@ class Student:
 
     def begin_burst(self) -> None:
         """Make sure that an unsealed delta is there to learn what is new."""
-        config, growth, model = self.config, self.growth, self.model
         self._sprout_if_due()
-        if not self.delta_names or delta_is_full(growth, config):
-            if len(self.delta_names) >= config.max_delta_modules:
-                self._fold_oldest()
-            model.append_delta(config.delta_rank, self.rng)
-            self.dirty.update(self.delta_names[-1:])
-            self.delta_names.append(f"delta{growth.delta_serial}")
-            growth.delta_serial, growth.delta_chars = growth.delta_serial + 1, 0
+        if not self.delta_names or self.fresh_chars and (
+                delta_is_full(self.growth, self.config) or self._sealed_by_shift()):
+            self.begin_delta()
         else:
-            model.freeze()
-            for matrix in _matrices(model.deltas[-1]):
+            self.model.freeze()
+            for matrix in _matrices(self.model.deltas[-1]):
                 matrix.freeze(False)
 
-    def _fold_oldest(self) -> None:
+    def _sealed_by_shift(self) -> bool:
+        """Return whether what is new is none of the active delta's business.
+
+        The loss shows it: another layer, the base or whom the text itself calls for, reads the
+        new text better. A delta that has hardly learned anything takes whatever comes.
+        """
+        sample = self.pool.fresh[1:1 + SHIFT_IDS]
+        least = self.config.delta_seal_chars / SHIFT_SHARE
+        if len(sample) < SHIFT_LEAST_IDS or self.growth.delta_chars < least:
+            return False
+        active, called = len(self.delta_names) - 1, self.router(sample)
+        others = min(self._nats(place, sample) for place in {None, called} - {active})
+        return others * (1.0 + self.config.delta_shift) < self._nats(active, sample)
+
+    def _nats(self, place: Optional[int], ids: Sequence[int]) -> float:
+        """Return the loss of ids when one delta, or the base alone, reads them."""
+        return sum(scored_nats(self.model.with_delta(place), ids, self.config.block_size))
+
+    def begin_delta(self) -> None:
+        """Seal the active delta and append the next, folding the oldest where that is one more.
+
+        It begins as a copy of the layer that reads the new text best, or at no effect.
+        """
+        if len(self.delta_names) >= self.config.max_delta_modules:
+            self._fold_oldest()
+        parent = self._parent()
         with self.guard:
-            self.model.fold_oldest_delta()
+            self.model.append_delta(self.config.delta_rank, self.rng)
+            if parent is not None:
+                load_params(_matrices(self.model.deltas[-1]),
+                            pack_params(_matrices(self.model.deltas[parent])))
+            self.router.append()
+            self.dirty.update((*self.delta_names[-1:], "router"))
+            self.delta_names.append(f"delta{self.growth.delta_serial}")
+            self.growth.delta_serial, self.growth.delta_chars = self.growth.delta_serial + 1, 0
+
+    def _parent(self) -> Optional[int]:
+        """Return the delta to begin with, of those that the new text resembles, or None."""
+        sample, model = self.pool.fresh[1:1 + SHIFT_IDS], self.model
+        if len(sample) < SHIFT_LEAST_IDS:
+            return None
+        newest = b"".join(map(self.tokenizer.token_bytes, sample))
+        likely = heapq.nlargest(PARENTS, enumerate(self.router.scores(newest)[1:]),
+                                key=itemgetter(1))
+        heirs = [place for place, _ in likely if not model.lacks[place] and
+                 model.deltas[place]["embedding"].a.rows == self.config.delta_rank]
+        return min([None, *heirs], key=lambda place: self._nats(place, sample))
+
+    def _fold_oldest(self, share: Optional[float] = None) -> None:
+        """Fold the oldest delta into the base, which speaks for its text as far as it got a share.
+
+        All other deltas speak as before, for what they never knew is kept and taken off again.
+        How much is folded is measured on the probes: what serves the base's text and the delta's.
+        """
+        name, delta = self.delta_names[0], self.model.deltas[0]
+        chosen, harm = self._fold_share() if share is None else (share, None)
+        with self.guard:
+            self.model.fold_oldest_delta(chosen)
+            self.router.fold_oldest(chosen)
+            if self.mixer is not None:
+                mixer = load_mixer(self.config, {"mixer": self.mixer})
+                mixer.fold_oldest()
+                self.mixer = pack_mixer(mixer, sorted(self.mixed))
             self.delta_names.pop(0)
-            self.dirty.add("base")
+            kept = pack_params(_matrices(delta))
+            told = {"at": self.growth.delta_serial, "share": chosen, "matrices": kept.manifest}
+            self.folds[name.replace("delta", "fold")] = Layer(told, kept.data, sealed=True)
+            oldest = min((int(n[5:]) for n in self.delta_names), default=self.growth.delta_serial)
+            self.folds = {n: fold for n, fold in self.folds.items() if fold.manifest["at"] > oldest}
+            self.dirty.update(("base", "router", *self.folds))
+        self.notes.append({"kind": "folded", "layer": name, "share": chosen, "harm": harm})
+
+    def _fold_share(self) -> Tuple[float, float]:
+        """Return the share of the oldest delta that harms the probes least, and by how much then.
+
+        Harm is the mean rise of the probes' losses over the best of their lives, as a share; so
+        the base is not worn away by one fold after the other. Without probes all is folded.
+        """
+        best = self.growth.best_probes
+
+        def harm(share: float) -> float:
+            model, router = self.model.copied(), self.router.copied()
+            model.fold_oldest_delta(share)
+            router.fold_oldest(share)
+            model.router = router
+            rises = [bpc / best.get(name, bpc) - 1.0
+                     for name, bpc in self.probe_losses(model).items()]
+            return sum(rises) / max(1, len(rises))
+        costs = {share: harm(share) for share in (FOLD_SHARES if self.probes else FOLD_SHARES[:1])}
+        chosen = min(costs, key=costs.__getitem__)
+        return chosen, costs[chosen]
+
+    def probe_losses(self, model: Optional[GPT] = None) -> Dict[str, float]:
+        """Return the bits per character of every probe set."""
+        return {name: bits_per_character(model or self.model, ids, chars, self.config.block_size)
+                for name, (ids, chars) in self.probes.items()}
+
+    def fresh_nats(self) -> float:
+        """Return the loss, in nats an id, of a part of what is new, read by who learns it."""
+        ids = self.pool.fresh[:FRESH_IDS]
+        whole = sum(scored_nats(self.model.learner(), ids, self.config.block_size))
+        return whole / max(1, len(ids) - 1)
+
+    def replayed(self, replay: Replay) -> List[int]:
+        """Return a window of what is known; every second one of what the active delta speaks for.
+
+        The former keep it harmless where it is called by mistake, the latter rehearse it.
+        """
+        active = len(self.delta_names) - 1
+        window = replay.window(self.rng)
+        if self.rng.random() < OWN_REPLAY:
+            for _ in range(OWN_TRIES):
+                if self.router(window) == active:
+                    break
+                window = replay.window(self.rng)
+        return window
+
+    def settle_route(self) -> None:
+        """Let the router know what the active delta has learned."""
+        texts = [text for _, text, _, fresh in self._documents if fresh]
+        self.dirty.add("router")
+        if texts:
+            self.router.learn(len(self.delta_names), texts)
+        elif not self.router.counts[-1]:  # nothing was new: it learned more of what the base knows
+            self.router.refine(len(self.delta_names))
 
     def step(self, rate: float, fresh_count: int) -> StepReport:
         """Train on one batch and count it."""
-        with self._encoding() as pool:
-            windows = pool.windows(self.batch(), fresh_count, self.rng)
-            windows = [window for window in windows if len(window) > 1]
-            report = train_step(self.model, self.optimizer, windows, rate, self.config.dropout,
-                                self.rng, self.guard, self._unwanted())
+        grown, count = self.growth.phase == "grown", self.batch()
+        with self._encoding() as (pool, replay):
+            if grown:
+                fresh_count *= len(pool.fresh) > 1
+                windows = pool.windows(fresh_count, fresh_count, self.rng)
+                windows += [self.replayed(replay) for _ in range(count - fresh_count)]
+            else:
+                windows = pool.windows(count, fresh_count, self.rng)
+            windows = [window for window in windows if len(window) > 1] or pool.windows(
+                1, 1, self.rng)
+            report = train_step(self.model.learner(), self.optimizer, windows, rate,
+                                self.config.dropout, self.rng, self.guard, self._unwanted())
         if self.sprout is not None:
             self.dirty.add("sprout")
         self.growth.step += 1
         self.growth.tokens += report.tokens
-        self.dirty.add(self.delta_names[-1] if self.growth.phase == "grown" else "base")
+        self.dirty.add(self.delta_names[-1] if grown else "base")
         return report
 
     def evaluate(self) -> Optional[float]:
@@ -8780,30 +9341,51 @@ class Student:
             growth.bpc = growth.best_bpc
         growth.phase, self.best, growth.train_bpc = "grown", None, self.train_bpc()
         growth.enlarged = False
-        self.dirty.add("base")
+        self.mix_due = True
+        self.mixed.clear()
+        with self.guard:
+            self.router.restore(Router(self.tokenizer))
+            self.router.learn(0, (text for _, text, _, _ in self._documents))
+        growth.probes = self.probe_losses()
+        growth.best_probes = dict(growth.probes)
+        self.dirty.update(("base", "router"))
         self.model.freeze()
 
     def fit_voice(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Fit the weights of the voice's experts on held-out text; return whether that was done.
 
         It is read twice side by side: with nothing to copy from, and copying from what was read.
-        Broken off, or without such text, it changes nothing.
+        Once fitted, only the newest delta's own weights move, on probe sets which are new; the
+        voice of all other text stays. Broken off, or without such text, it changes nothing.
         """
-        config, ids = self.config, text_ids(self.tokenizer, self._mix_text)
-        if not self._mix_text or not config.mix_passes:
+        config, again, text = self.config, bool(self.mixed), self._text_to_mix()
+        if not text or not config.mix_passes:
             return False
+        ids = text_ids(self.tokenizer, text)
         counts = NgramMemory(config.ngram_order, config.ngram_counts)
         count_documents(counts, self._ids.values())
-        mixer = Mixer(config.ngram_order)
+        known = {"mixer": self.mixer} if again and self.mixer is not None else {}
+        mixer = load_mixer(config, known)
         for _ in range(config.mix_passes):
             still, live = (Mixture(self.engine, counts, mixer) for _ in range(2))
+            if again:
+                still.own_place = live.own_place = len(self.delta_names)
             for _ in read_through(self.model, ids, still, live, fit=True):
                 if should_stop():
                     return False
         with self.guard:
-            self.mixer, self.mix_due = pack_mixer(mixer), False
+            self.mixed.update(self._probe_texts)
+            self.mixer, self.mix_due = pack_mixer(mixer, sorted(self.mixed)), False
             self.dirty.add("mixer")
         return True
+
+    def _text_to_mix(self) -> str:
+        """Return held-out text for the voice's weights: of probe sets that they do not know yet."""
+        slow = self.engine.name == "python"
+        room = INTERPRETED_MIX_CHARS if slow else self.config.held_out_chars
+        texts = [text for name, text in self._probe_texts.items() if name not in self.mixed]
+        share = room // max(1, len(texts))
+        return "\n".join(text[:share] for text in texts) if self._probe_texts else self._mix_text
 
     def snapshot(self) -> Tuple[Growth, Dict[str, Layer]]:
         """Return all that changed since the last snapshot and must be committed."""
@@ -8822,14 +9404,78 @@ class Student:
                 if name in self.dirty:
                     sealed = name != self.delta_names[-1]
                     layers[name] = pack_params(_matrices(delta))._replace(sealed=sealed)
+            layers.update((name, fold) for name, fold in self.folds.items() if name in self.dirty)
+            if "router" in self.dirty:
+                layers["router"] = pack_router(self.router)
             self.dirty.clear()
             return dataclasses.replace(self.growth, merges=self.tokenizer.version), layers
 
     def layer_names(self) -> List[str]:
         """Return the names of the layers that are part of it now."""
-        return ["tokenizer", "base", "optimizer", *self.delta_names] + [
-            name for name, layer in (("sprout", self.sprout), ("best", self.best),
-                                     ("mixer", self.mixer)) if layer]
+        kept = {"sprout": self.sprout, "best": self.best, "mixer": self.mixer,
+                "router": self.growth.phase == "grown"}
+        return ["tokenizer", "base", "optimizer", *self.delta_names, *self.folds] + [
+            name for name, layer in kept.items() if layer]
+
+
+class Gate:
+    """Stands before a commit: no probe set may come out of a burst worse than its bound.
+
+    It keeps the state from before the burst, and brings it back.
+    """
+
+    def __init__(self, student: Student) -> None:
+        self.student, self.tries, self.settled = student, 0, False
+        self.keep()
+
+    def keep(self) -> None:
+        """Take the present state as the one to come back to."""
+        student = self.student
+        self.before = student.probe_losses()
+        self.matrices = _matrices(student.model.deltas[-1])
+        self.weights, self.moments = pack_params(self.matrices), pack_moments(self.matrices)
+        self.routes = student.router.copied()
+
+    def worse(self) -> Dict[str, Tuple[float, float]]:
+        """Return the probe sets beyond their bounds, with their loss before and now.
+
+        The bound is a share above the best of its life, or what it was before, if that is more.
+        """
+        student = self.student
+        now, best = student.probe_losses(), student.growth.best_probes
+        bound = 1.0 + student.config.gate_bound
+        return {name: (self.before[name], bpc) for name, bpc in now.items()
+                if bpc > max(self.before[name], best.get(name, self.before[name]) * bound)}
+
+    def harm(self) -> Dict[str, Tuple[float, float]]:
+        """Return what is worse even when the active delta is called less readily."""
+        student = self.student
+        worse = self.worse()
+        for margin in SHY_MARGINS if worse else ():
+            student.router.margins[-1] = margin
+            shy = self.worse()
+            if not shy:
+                student.notes.append({"kind": "gate", "then": "called less readily",
+                                      "probes": sorted(worse), "margin": margin})
+                return {}
+        return worse
+
+    def commit(self) -> None:
+        """Take the state as good; the best loss of each probe set is remembered."""
+        growth, best = self.student.growth, self.student.growth.best_probes
+        self.settled = True
+        self.keep()
+        growth.probes = self.before
+        growth.best_probes = {name: min(bpc, best.get(name, bpc))
+                              for name, bpc in self.before.items()}
+
+    def restore(self) -> None:
+        """Bring back the state from before."""
+        student = self.student
+        with student.guard:
+            load_params(self.matrices, self.weights)
+            load_moments(self.matrices, self.moments)
+            student.router.restore(self.routes)
 
 
 class Job:
@@ -8840,28 +9486,41 @@ class Job:
         self.student, self.seconds, self.clock, self.began = student, seconds, clock, clock()
         self.explicit, self.done_steps = bool(steps or seconds), 0
         self.warming = student.growth.phase == "warmup"
-        if not self.warming:
-            student.begin_burst()
         whole, growth = student.warmup_steps(), student.growth
         left = max(1, whole - growth.warmup_step)
+        self.replay, self.calm = student.config.replay_share, 1.0
+        self.lap_steps, self.lap_nats = 1, math.inf
+        self.gate: Optional[Gate] = None
+        if not self.warming:
+            student.begin_burst()
+            self.gate = Gate(student)
+            # a delta that knows nothing yet has nothing to forget, and no text is its own
+            known, fresh = growth.delta_chars, student.fresh_chars
+            self.replay *= known / (known + fresh) if known + fresh else 1.0
         due = left if self.warming else self._burst_steps()
         self.steps = steps or (10 ** 9 if seconds else due)
         done = growth.warmup_step / whole
         self.behind = done if self.warming and done < 1.0 else 0.0
 
     def _burst_steps(self) -> int:
-        """Return enough steps to read what is new three times, and at least micro_steps."""
+        """Return enough steps to read what is new burst_passes times, and at least micro_steps."""
         student, config = self.student, self.student.config
-        per_step = self.fresh_count() * config.block_size
-        passes = math.ceil(3 * len(student.pool.fresh) / per_step)
+        per_step = student.batch() * (1.0 - self.replay) or 1.0
+        self.lap_steps = max(config.micro_steps // 4, 1, math.ceil(
+            len(student.pool.fresh) / (per_step * config.block_size)))
+        most = BURST_STEPS * config.micro_steps
         least = config.micro_steps * (RIPENING if student.sprout is not None else 1)
-        return max(least, min(passes, 32 * config.micro_steps))
+        return max(least, min(round(config.burst_passes * self.lap_steps), most))
 
     def fresh_count(self) -> int:
         """Return how many windows of a batch are of new text; in a warm-up only for a while."""
-        if self.warming and self.student.fresh_steps <= 0:
+        student = self.student
+        if self.warming and student.fresh_steps <= 0:
             return 0
-        return max(1, round(self.student.batch() * (1.0 - self.student.config.replay_share)))
+        exact = student.batch() * (1.0 - self.replay)
+        if self.warming:
+            return max(1, round(exact))
+        return int(exact) + (student.rng.random() < exact % 1.0)
 
     def spent(self) -> float:
         """Return how much of this job is behind, 0 to 1."""
@@ -8875,7 +9534,7 @@ class Job:
     def rate(self) -> float:
         """Return the learning rate of the next step."""
         config = self.student.config
-        peak = config.learning_rate if self.warming else config.delta_rate
+        peak = config.learning_rate if self.warming else config.delta_rate * self.calm
         return scheduled_rate(peak, self.share(), config.rate_warmup, config.schedule)
 
     def advance(self) -> StepReport:
@@ -8887,17 +9546,77 @@ class Job:
         return report
 
     def finished(self) -> bool:
-        """Return whether the job is through; the held-out loss may end a warm-up early."""
-        due = self.done_steps % self.student.config.eval_steps == 0
-        tired = self.warming and due and self.student.note_warmup() and not self.explicit
-        return tired or self.spent() >= 1.0
+        """Return whether the job is through; the loss may end it before its schedule does.
+
+        In a warm-up that is the held-out loss; in a burst the new text's own.
+        """
+        if self.spent() >= 1.0 or self.given_up():
+            return True
+        if self.explicit:
+            if self.warming and self.done_steps % self.student.config.eval_steps == 0:
+                self.student.note_warmup()
+            return False
+        if self.warming:
+            due = self.done_steps % self.student.config.eval_steps == 0
+            return due and self.student.note_warmup()
+        due = self.done_steps % self.lap_steps == 0
+        return due and self._stopped_falling() and (
+            self.done_steps >= self.student.config.micro_steps)
+
+    def _stopped_falling(self) -> bool:
+        """Return whether another reading of what is new has not lowered its loss."""
+        nats, before = self.student.fresh_nats(), self.lap_nats
+        self.lap_nats = nats
+        return nats > before * (1.0 - LAP_GAIN)
+
+    def passes(self) -> bool:
+        """Return whether what was learned may be committed; if not, it is as it was before.
+
+        A burst that fails is to be tried again more gently, or, if that failed too, is given up.
+        """
+        if self.gate is None:
+            return True
+        if not self.gate.settled:
+            self.student.settle_route()
+        worse = self.gate.harm()
+        if not worse:
+            self.gate.commit()
+            return True
+        self.gate.restore()
+        self._be_gentler(worse)
+        return False
+
+    def _be_gentler(self, worse: Dict[str, Tuple[float, float]]) -> None:
+        """Choose what is tried next: a layer of its own, then more replay at a lower rate."""
+        student, gate = self.student, self.gate
+        assert gate is not None
+        if student.growth.delta_chars and not gate.settled:
+            student.begin_delta()
+            gate.keep()
+            self.replay, then = 0.0, "a layer of its own"
+        else:
+            gate.tries += 1
+            self.replay, self.calm = (1.0 + self.replay) / 2.0, self.calm / 2.0
+            then = "rolled back" if self.given_up() else "more replay at a lower rate"
+        name, (before, now) = max(worse.items(), key=lambda item: item[1][1] / item[1][0])
+        student.notes.append({"kind": "gate", "probe": name, "before": before, "now": now,
+                              "then": then})
+
+    def given_up(self) -> bool:
+        """Return whether the burst was tried often enough."""
+        return self.gate is not None and self.gate.tries > self.student.config.gate_tries
+
+    def again(self) -> None:
+        """Begin the burst anew, as it is now tuned."""
+        self.done_steps, self.began, self.lap_nats = 0, self.clock(), math.inf
 
     def close(self) -> List[int]:
         """Settle what was learned; return the keys of the documents that count as learned."""
         student, growth = self.student, self.student.growth
         if not self.warming:
             student.evaluate()
-            growth.delta_chars += student.fresh_chars
+            if not self.given_up():  # without new text it learned what all else is about
+                growth.delta_chars += student.fresh_chars or student.known_chars()
             student.ripen()
             return student.keys(fresh_only=True)
         tired = student.note_warmup()
@@ -8907,6 +9626,10 @@ class Job:
             growth.native = student.tokenizer.version
             return student.keys(fresh_only=False)
         return []
+
+
+LAP_GAIN = 0.003    # by which a reading must lower the loss of what is new
+BURST_STEPS = 32    # times micro_steps, the longest burst
 
 
 class TrainerChild:
@@ -8950,6 +9673,8 @@ class TrainerChild:
         if self.student is not None:
             with self.student.guard:
                 if self.student.dirty:
+                    if self.job is not None and self.job.gate is not None:
+                        self.job.gate.restore()  # unproven
                     self._snapshot([])
         os._exit(0)
 
@@ -8965,11 +9690,15 @@ class TrainerChild:
                  for name, (manifest, sealed) in layers.items()}
         self.student = Student(Config(**config), Growth(**growth), given, self.engine)
 
-    def on_text(self, documents: List[List[Any]], held_out: str, blobs: Dict[str, bytes]) -> None:
+    def on_text(self, documents: List[List[Any]], held_out: str, blobs: Dict[str, bytes],
+                probes: Optional[Dict[str, str]] = None) -> None:
         """Take the text as it is now."""
         assert self.student is not None
-        self.student.take_text(documents, held_out)
-        fresh = [key for key, _, _, is_fresh in documents if is_fresh]
+        if self.job is not None and self.job.gate is not None:  # it is not known to do no harm
+            self.job.gate.restore()
+            self.job = None
+        self.student.take_text(documents, held_out, probes)
+        fresh = [document for document in documents if document[3]]
         self._send("reading", documents=len(documents), fresh=len(fresh),
                    phase=self.student.growth.phase, vocab=self.student.tokenizer.vocab_size)
 
@@ -8995,18 +9724,30 @@ class TrainerChild:
         if not report.applied:
             self._send("trouble", step=job.student.growth.step, loss=str(report.loss))
         if job.finished():
+            passed = job.passes()
+            self._tell_notes()
+            if not passed and not job.given_up():
+                job.again()
+                return
             self.job = None
             learned = job.close()
             self._report(job, report)
             self._snapshot(learned)
-            job.student.mix_due |= job.warming
             if job.student.mix_due and job.student.fit_voice(lambda: not self.inbox.empty()):
                 self._snapshot([])
             self._send("done")
         elif self.clock() - self.saved_at > job.student.config.commit_seconds:
-            self._snapshot([])
+            self.saved_at = self.clock()
+            if job.passes():
+                self._snapshot([])
+            self._tell_notes()
         if self.clock() - self.told_at > 0.2:
             self._report(job, report)
+
+    def _tell_notes(self) -> None:
+        assert self.student is not None
+        while self.student.notes:
+            self._send("note", note=self.student.notes.pop(0))
 
     def _report(self, job: Job, report: StepReport) -> None:
         growth = job.student.growth
@@ -9115,7 +9856,7 @@ class Organism:
         self.read_once = threading.Event()
         self._reading = threading.RLock()  # held while the corpus is taken in
         self._order = dict(NO_ORDER)
-        self.only_orders = False
+        self.only_orders, self._rested_at = False, memory.clock()
         self._voice: Optional[Tuple[EvolvingTokenizer, GPT]] = None
         self._voice_old = True
         self._stamp: Optional[FileStamp] = None
@@ -9616,6 +10357,7 @@ class Organism:
             if name in deltas:
                 rebuilt = deltas[deltas.index(name):]
                 memory.remove_layers({"optimizer", "sprout", *rebuilt})
+                self._forget_routes(len(deltas) - len(rebuilt))
                 growth.delta_chars = self.config.delta_seal_chars  # those before are sealed
                 growth.delta_serial += 1  # and whoever speaks elsewhere notices
             else:
@@ -9630,6 +10372,13 @@ class Organism:
             memory.log("unlearning", **done)
         self._refresh()
         self._end_unlearning()
+
+    def _forget_routes(self, deltas: int) -> None:
+        """Let the router know the first deltas alone, and nothing of the text of those after."""
+        routes = self.memory.layers().get("router")
+        if routes is not None:
+            kept = load_router(EvolvingTokenizer(), routes, deltas)
+            self.memory.save_layers({"router": pack_router(kept)})
 
     def _set_aside(self, names: Iterable[str], growth: Growth) -> None:
         """Keep the layers as the old ones that speak, if there is text for others to learn."""
@@ -9777,14 +10526,22 @@ class Organism:
         soon = order["force"] or self.memory.setting("unlearning")
         if corpus or said >= self.config.min_new_chars_to_train or (said and soon):
             return job
-        return None
+        return self._dream()
+
+    def _dream(self) -> Optional[Dict[str, Any]]:
+        """Return a short job of replay when nothing has happened for long enough, or None."""
+        idle, now = self.config.dream_seconds, self.memory.clock()
+        if not idle or self.only_orders or self.at_work or now - self._rested_at < idle:
+            return None
+        return {"steps": self.config.micro_steps, "seconds": None} if on_mains() else None
 
     async def background_trainer(self) -> None:
         """Start the trainer when there is something to learn; restart it when it dies."""
         failures = 0
         while not self.stopping:
             await self._rest(LISTEN_SECONDS if self.barred else
-                             None if self.read_once.is_set() else 0.05)
+                             (self.config.dream_seconds or None) if self.read_once.is_set()
+                             else 0.05)
             if not self.read_once.is_set():  # an order given before the first reading stands
                 continue
             step = self.growth.step
@@ -9870,7 +10627,8 @@ class Organism:
             while not (self.stopping or self._operation_due()):
                 self._instruct(child)
                 bell = asyncio.ensure_future(self._bell.wait())
-                await asyncio.wait({bell, listener}, timeout=LEASE_SECONDS / 2,
+                pause = min(LEASE_SECONDS / 2, self.config.dream_seconds or math.inf)
+                await asyncio.wait({bell, listener}, timeout=pause,
                                    return_when=asyncio.FIRST_COMPLETED)
                 bell.cancel()
                 self._bell.clear()
@@ -9893,14 +10651,16 @@ class Organism:
         elif self._child_text_version != self._text_version or (ordered and not self.at_work):
             self._child_text_version = self._text_version
             entries = self.memory.entries("1")
-            documents = [[e.key, e.text, e.closed, not e.learned]
+            documents = [[e.key, e.text, e.closed, not e.learned, e.source]
                          for e in entries if not e.held_out]
-            held_out = "\n".join(e.text for e in entries if e.held_out)
+            held = [e for e in entries if e.held_out]
             rejected = self.memory.rejected_exchanges(MOST_REJECTED)
             if rejected:
                 self._send(child, {"do": "rejected", "exchanges": rejected}, {})
             self.memory.mark_trained(self._layer_number())
-            self._send(child, {"do": "text", "documents": documents, "held_out": held_out}, {})
+            self._send(child, {"do": "text", "documents": documents,
+                               "held_out": "\n".join(e.text for e in held),
+                               "probes": probe_texts(held, self.memory.probe_epochs())}, {})
             self._send(child, {"do": "learn", **job}, {})
             self.at_work = True
 
@@ -9949,6 +10709,7 @@ class Organism:
             memory.set_setting("shape", dataclasses.asdict(Shape.of(self.config)))
             deltas = delta_names(names)
             memory.mark_learned(learned, int(deltas[-1][5:]) + 1 if deltas else 0)
+            note_probes(memory, growth["step"], growth["probes"])
             memory.add_progress(growth["step"], growth["tokens"], self.progress.get("loss"),
                                 growth["bpc"])
             if growth["phase"] != self.growth.phase:
@@ -9972,11 +10733,15 @@ class Organism:
             return others
         return {name for name in others if not name.startswith(OLD)}
 
+    def _on_note(self, blobs: Dict[str, bytes], note: Dict[str, Any]) -> None:
+        self.memory.log(note.pop("kind"), **note)
+
     def _on_done(self, blobs: Dict[str, bytes]) -> None:
         self.memory.log("learned", step=self.growth.step, bpc=self.growth.bpc)
         self._end_unlearning()
         if self._order["steps"] or self._order["seconds"]:
             self._order = dict(NO_ORDER)
+        self._rested_at = self.memory.clock()
         with self.changed:
             self.at_work = False
             self.changed.notify_all()
@@ -10006,6 +10771,16 @@ def what_grew(old: Shape, new: Shape) -> Dict[str, Tuple[float, float]]:
     """Return what differs between two shapes, as it was and as it is."""
     was, now = dataclasses.asdict(old), dataclasses.asdict(new)
     return {name: (was[name], now[name]) for name in was if was[name] != now[name]}
+
+
+def on_mains(folder: str = "/sys/class/power_supply") -> bool:
+    """Return whether the machine is on mains power, as far as it says: True if it has no plug."""
+    plugs = []
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            with contextlib.suppress(OSError), open(os.path.join(folder, name, "online")) as file:
+                plugs.append(file.read().strip() == "1")
+    return any(plugs) or not plugs
 
 
 def holder_alive(owner: str) -> bool:
@@ -10679,7 +11454,8 @@ def stats_facts(app: App) -> Dict[str, Any]:
         **dataclasses.asdict(growth), "memory": memory.counts(),
         "file_bytes": memory.file_bytes(),
         "waiting_chars": dict(zip(("corpus", "said"), memory.unlearned_chars())),
-        "progress": memory.progress(), "life": memory.life(20)}
+        "progress": memory.progress(), "probe_curves": memory.setting("probes", {}),
+        "life": memory.life(20)}
 
 
 def stats_lines(facts: Dict[str, Any]) -> List[str]:
@@ -10703,6 +11479,9 @@ def stats_lines(facts: Dict[str, Any]) -> List[str]:
     curve = [p["held_out_bpc"] for p in facts["progress"] if p["held_out_bpc"] is not None]
     if len(curve) > 1:
         lines.append(f"held-out   {sparkline(curve)}  {curve[0]:.2f} → {curve[-1]:.2f}")
+    for name, points in facts["probe_curves"].items():
+        losses = [bpc for _, bpc in points]
+        lines.append(f"probe {name:>6}  {sparkline(losses)}  {losses[0]:.2f} → {losses[-1]:.2f}")
     return lines
 
 
@@ -10816,6 +11595,8 @@ def _store_checks(app: App) -> Iterator[Tuple[str, bool, str]]:
 
 def command_bench(app: App, words: List[str]) -> int:
     """Measure this machine: training, generation, start-up, first reply, memory search."""
+    if app.options.forgetting:
+        return bench_forgetting(app, words)
     if words:
         raise UsageError(f"bench takes no words, found {words[0]!r}; sizes are set with --set")
     config, best = app.config, choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True,
@@ -10966,6 +11747,239 @@ def bench_lines(facts: Dict[str, Any]) -> List[str]:
     return lines
 
 
+# Forgetting in public: texts that every Python carries, learned one after the other.
+
+SOURCES = (argparse, ast, heapq, inspect, statistics, tempfile)
+DOCUMENTED = (asyncio.base_events, codecs, collections, contextlib, dataclasses, functools, json,
+              random, shutil, socket, subprocess, threading, traceback)
+STYLES: Tuple[Tuple[str, Callable[[str], str]], ...] = (
+    ("", lambda text: text), ("upper", str.upper),
+    ("rot13", lambda text: codecs.encode(text, "rot13")),
+    ("backwards", lambda text: "\n".join(" ".join(line.split(" ")[::-1])
+                                         for line in text.split("\n"))),
+    ("no vowels", lambda text: re.sub("[aeiou]", "", text)),
+    ("spelled", lambda text: "-".join(text)))
+METHODS = ("full", "shared", "ours")  # full fine-tuning, one delta for all, and as we live
+
+
+class Lesson(NamedTuple):
+    """A text of a stream: what is learned, what guards it, and what it is examined on."""
+
+    name: str
+    text: str
+    probe: str
+    test: str
+
+
+def stock_texts(corpus: str) -> Dict[str, str]:
+    """Return unlike texts that any installation of Python has, and the corpus, by name."""
+    names = [unicodedata.name(chr(i), "").title() for i in range(0x2FFF)]
+    random.Random(0).shuffle(names)
+    found = {"names": "\n".join(filter(None, names)),
+             "source": "\n".join(map(inspect.getsource, SOURCES)), "license": _license_text()}
+    if os.path.exists(corpus):
+        found["corpus"] = read_text(corpus)
+    found["docstrings"] = "\n\n".join(filter(None, (
+        inspect.getdoc(thing) for module in DOCUMENTED for _, thing in inspect.getmembers(module)
+        if getattr(thing, "__module__", module.__name__) == module.__name__)))
+    return found
+
+
+def _license_text() -> str:
+    """Return the licenses that lie about: of Python, of this program; or what a Zen master says."""
+    folder = os.path.dirname(os.__file__)
+    paths = [os.path.join(where, name) for where in (folder, os.path.dirname(folder))
+             for name in ("LICENSE.txt", "LICENSE")]
+    paths.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "LICENSE"))
+    return "\n".join(read_text(path) for path in paths if os.path.exists(path)) or repr(copyright)
+
+
+def lesson(name: str, text: str, test_chars: int) -> Lesson:
+    """Return a text as a lesson: its end is for the exam, what stands before that is the probe."""
+    test = min(test_chars, len(text) // 5)
+    probe = max(1, test // 2)
+    return Lesson(name, text[:-test - probe], text[-test - probe:-test], text[-test:])
+
+
+def shifts_of(texts: Dict[str, str], count: int, chars: int) -> Dict[str, str]:
+    """Return slices of the texts in turn, each round in another style."""
+    found: Dict[str, str] = {}
+    for i in range(count):
+        name, turn = list(texts)[i % len(texts)], i // len(texts)
+        style, change = STYLES[turn % len(STYLES)]
+        text = texts[name]
+        at = (turn + 5) * chars % max(1, len(text) - chars + 1)
+        found[f"{name} {turn} {style}".strip()] = change(text[at:at + chars])[:chars]
+    return found
+
+
+def bench_forgetting(app: App, words: List[str]) -> int:
+    """Learn two streams of texts by each method and say what is left of the early ones."""
+    config, terminal = app.config, app.terminal
+    engine = choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True, terminal.note)
+    texts = {os.path.basename(path): read_text(path) for path in words}
+    for name, text in stock_texts(config.corpus_path).items():
+        if len(texts) < max(len(words), UNLIKE_TEXTS):
+            texts.setdefault(name, text)
+    short = [name for name, text in texts.items() if len(text) < SHORTEST_LESSON]
+    if short:
+        raise CorpusError(f"{short[0]} has {len(texts[short[0]])} characters; a text to be learned "
+                          f"needs {SHORTEST_LESSON}")
+    whole = {name: text[:config.bench_chars] for name, text in texts.items()}
+    shifts = {**dict(list(whole.items())[:1]),
+              **shifts_of(texts, config.bench_shifts, config.bench_shift_chars)}
+    streams = {f"{len(whole)} unlike texts": (whole, config.bench_tokens),
+               f"{len(shifts) - 1} shifts": (shifts, config.bench_shift_tokens)}
+    facts = {name: forgetting(config, engine, stream, tokens, terminal.status)
+             for name, (stream, tokens) in streams.items() if len(stream) > 1}
+    terminal.end_status()
+    app.report({"config": dataclasses.asdict(config), "engine": engine.name, "streams": facts},
+               [line for name, stream in facts.items() for line in forgetting_lines(name, stream)])
+    return 0
+
+
+def forgetting_lines(name: str, stream: Dict[str, Any]) -> List[str]:
+    """Return what was measured on a stream as a table."""
+    lines = [f"{name}: bits per character right after learning → in the end",
+             "  ".join(f"{cell:>15}" for cell in ("", *(f"{method} {who}" for method in METHODS
+                                                       for who in ("alone", "voice"))))]
+    for text in stream[METHODS[0]]["texts"]:
+        cells = []
+        for method in METHODS:
+            told = stream[method]["texts"][text]
+            cells += [f"{a:.3f} → {b:.3f}" for a, b in zip(told["after"], told["end"])]
+        lines.append("  ".join(f"{cell:>15}" for cell in (text[:15], *cells)))
+    for fact, said in (("forgetting", "forgotten, mean"), ("worst", "forgotten, most"),
+                       ("learned", "new, over full")):
+        cells = [f"{share:+.1%}" for method in METHODS for share in stream[method][fact]]
+        lines.append("  ".join(f"{cell:>15}" for cell in (said, *cells)))
+    return lines
+
+
+UNLIKE_TEXTS = 5
+SHORTEST_LESSON = 1000  # characters
+
+
+class Pupil:
+    """One way to learn a stream of lessons, from the same warmed-up base as the others."""
+
+    def __init__(self, method: str, config: Config, growth: Growth, layers: Dict[str, Layer],
+                 engine: Engine) -> None:
+        self.method, self.config, self.engine = method, config, engine
+        # the base is not to grow up a second time, however much text there comes to be
+        growth = dataclasses.replace(growth, warmup_chars=10 ** 12)
+        self.student = Student(config, growth, layers, engine)
+        self.counts = NgramMemory(config.ngram_order, config.ngram_counts)
+        self.lessons: List[Lesson] = []
+        if method == "shared":
+            self.student.model.append_delta(config.delta_rank, random.Random(config.seed))
+        if method != "ours":
+            self.student.model.router = None
+
+    def learn(self, new: Lesson, tokens: int) -> None:
+        """Learn a lesson on about so many tokens; the counts and the voice's weights learn too."""
+        student, config = self.student, self.config
+        known = bool(self.lessons)
+        self.lessons.append(new)
+        documents = [[(i, j), part + "\n", True, one is new and known, one.name]
+                     for i, one in enumerate(self.lessons)
+                     for j, part in enumerate(one.text.split("\n\n"))]
+        student.take_text(documents, new.probe, {one.name: one.probe for one in self.lessons})
+        count_documents(self.counts, (student._ids[document[0]] for document in documents
+                                      if document[4] == new.name))
+        if known:
+            batch = student.batch() if self.method == "ours" else config.batch_size
+            steps = max(1, tokens // (batch * config.block_size))
+            (self._burst if self.method == "ours" else self._tune)(steps)
+        if self.method != "ours":  # one voice for all texts is fitted on all of them
+            student.mixed.clear()
+        student.fit_voice()
+
+    def _burst(self, steps: int) -> None:
+        """Learn as the trainer does, gate and all."""
+        job = Job(self.student, steps, None, time.monotonic)
+        while True:
+            job.advance()
+            if job.finished():
+                if job.passes() or job.given_up():
+                    job.close()
+                    return
+                job.again()
+
+    def _tune(self, steps: int) -> None:
+        """Train what may be trained on the new text alone."""
+        student, config = self.student, self.config
+        student.model.freeze(self.method == "shared")
+        for matrix in student.model.delta_params():
+            matrix.freeze(False)
+        peak = config.delta_rate if self.method == "shared" else config.learning_rate
+        batch = config.batch_size
+        for i in range(steps):
+            windows = [w for w in student.pool.windows(batch, batch, student.rng) if len(w) > 1]
+            train_step(student.model, student.optimizer, windows,
+                       scheduled_rate(peak, i / steps, config.rate_warmup, config.schedule),
+                       config.dropout, student.rng)
+
+    def examined(self, one: Lesson) -> Tuple[float, float]:
+        """Return the bits per character on a lesson's exam, of the model alone and of the voice."""
+        model, ids = self.student.model, text_ids(self.student.tokenizer, one.test)
+        layers = {} if self.student.mixer is None else {"mixer": self.student.mixer}
+        voice = Mixture(self.engine, self.counts, load_mixer(self.config, layers))
+        alone = mixed = 0.0
+        rows = predicted_rows(model, ids, model.shape.block_size // 2,
+                              lambda place: setattr(voice, "place", place))
+        for at, logits in enumerate(rows, 1):
+            alone += self.engine.softmax(logits[:], len(logits)) - logits[ids[at]]
+            voice.mix(logits, tuple(ids[max(0, at - SAID_ORDER):at]))
+            mixed += voice.nats(ids[at])
+        bits = math.log(2.0) * len(one.test)
+        return alone / bits, mixed / bits
+
+
+def forgetting(config: Config, engine: Engine, texts: Dict[str, str], tokens: int,
+               tell: Callable[[str], None]) -> Dict[str, Any]:
+    """Return what each method knows of each text right after learning it and in the end.
+
+    The first text warms up the base, on bench_tokens; each other one is learned on `tokens`.
+    """
+    lessons = [lesson(name, text, config.bench_test_chars) for name, text in texts.items()]
+    first = Pupil("warm-up", config, Growth(), {}, engine)
+    first.student.take_text([[0, lessons[0].text, True, False]], lessons[0].probe,
+                            {lessons[0].name: lessons[0].probe})
+    job = Job(first.student, None, None, time.monotonic)
+    job.steps = max(1, config.bench_tokens // (first.student.batch() * config.block_size))
+    job.advance()
+    while not job.finished():
+        job.advance()
+    job.close()
+    growth, layers = first.student.snapshot()
+    facts = {}
+    for method in METHODS:
+        pupil = Pupil(method, config, growth, layers, engine)
+        after = {}
+        for one in lessons:
+            tell(f"{method}: {one.name}")
+            pupil.learn(one, tokens)
+            after[one.name] = pupil.examined(one)
+        end = {one.name: pupil.examined(one) for one in lessons}
+        facts[method] = {"texts": {name: {"after": after[name], "end": end[name]} for name in end},
+                         "deltas": len(pupil.student.model.deltas), "notes": pupil.student.notes}
+        facts[method].update(_forgotten(after, end))
+    for method in METHODS:
+        facts[method]["learned"] = [
+            statistics.mean(facts[method]["texts"][name]["after"][i]
+                            / facts["full"]["texts"][name]["after"][i]
+                            for name in list(texts)[1:]) - 1.0 for i in range(2)]
+    return facts
+
+
+def _forgotten(after: Dict[str, Tuple[float, float]],
+               end: Dict[str, Tuple[float, float]]) -> Dict[str, List[float]]:
+    """Return mean and largest rise over the earlier texts, of the model alone and of the voice."""
+    rises = [[end[name][i] / after[name][i] - 1.0 for name in list(end)[:-1]] for i in range(2)]
+    return {"forgetting": [statistics.mean(r) for r in rises], "worst": [max(r) for r in rises]}
+
+
 def command_later(app: App, words: List[str]) -> int:
     """Say that a command is not there yet."""
     raise MacroGPTError(f"{app.options.command} is not there yet; see the README for what is")
@@ -10981,7 +11995,8 @@ COMMANDS: Dict[str, Tuple[Callable[[App, List[str]], int], FrozenSet[str], str]]
     "sessions": (command_sessions, frozenset(), "list the sessions"),
     "stats": (command_stats, frozenset(), "how large, how old, how good it is"),
     "eval": (command_eval, frozenset(), "FILE: bits per character on a text"),
-    "bench": (command_bench, frozenset(), "the speed of this machine"),
+    "bench": (command_bench, frozenset({"forgetting"}),
+              "the speed of this machine; --forgetting [FILE...]: what learning costs the old"),
     "doctor": (command_doctor, frozenset(), "what is well and what is not"),
     "export": (command_later, frozenset({"format"}), "DIR --format FORMAT: not there yet"),
     "import": (command_later, frozenset(), "DIR: not there yet")}
@@ -11020,6 +12035,8 @@ def option_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, metavar="N", help="train: so many steps")
     add("--seconds", type=float, metavar="S", help="train: so many seconds")
     add("--tokens", type=int, metavar="N", help="generate: so many tokens")
+    add("--forgetting", action="store_const", const=True,
+        help="bench: what is forgotten while other texts are learned, texts of your own first")
     add("--format", metavar="FORMAT", help="export: the format to write")
     add("--version", action="version", version=f"macrogpt {__version__}")
     return parser
@@ -11032,7 +12049,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError(f"there is no command {options.command!r}; "
                          f"{_nearest_hint(options.command, list(COMMANDS))}")
     taken = COMMANDS[options.command][1]
-    for name in ("steps", "seconds", "tokens", "format"):
+    for name in ("steps", "seconds", "tokens", "format", "forgetting"):
         value = getattr(options, name)
         if value is not None and name not in taken:
             raise UsageError(f"{options.command} takes no --{name}; see --help")

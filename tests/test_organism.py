@@ -160,7 +160,7 @@ class StudentTest(unittest.TestCase):
         student.take_text(self.text(3), "")
         self.finish(student)
         layers = student.snapshot()[1]
-        self.assertEqual(set(layers), {"delta0", "optimizer"})
+        self.assertEqual(set(layers), {"delta0", "optimizer", "router"})
         self.assertEqual(set(student.snapshot()[1]), {"optimizer"})
 
     def test_a_student_made_from_a_snapshot_goes_on_to_the_same_bits(self):
@@ -192,7 +192,7 @@ class StudentTest(unittest.TestCase):
         self.assertEqual(names[0], [("delta0", False)])
         self.assertEqual(names[1], [("delta0", True), ("delta1", False)])
         self.assertEqual(names[3], [("delta2", True), ("delta3", False)])
-        self.assertEqual(student.layer_names()[3:], ["delta2", "delta3"])
+        self.assertEqual(student.layer_names()[3:], ["delta2", "delta3", "fold1", "router"])
         self.assertIn("base", layers)
 
     def test_folding_leaves_what_it_says_unchanged(self):
@@ -368,7 +368,7 @@ class TheVocabularyGrowsWithoutAJump(unittest.TestCase):
         self.assertEqual(student.tokenizer.merges, merges)
         self.assertEqual(student.model.params["embedding"].data, rows)
         growth, layers = student.snapshot()
-        self.assertEqual(set(layers), {"delta0", "optimizer", "sprout"})
+        self.assertEqual(set(layers), {"delta0", "optimizer", "router", "sprout"})
         self.assertEqual((growth.merges, growth.ripening), (len(merges), 6))
         self.assertIn("sprout", student.layer_names())
 
@@ -721,7 +721,7 @@ class Life(Home):
         sent = []
         being._send = lambda child, message, blobs: sent.append(message)
         being._instruct(None)
-        trained = {text for _, text, _, _ in sent[0]["documents"]}
+        trained = {text for _, text, *_ in sent[0]["documents"]}
         self.assertEqual(len(trained), 200 - len(held))
         self.assertFalse(trained & {e.text for e in held})
         self.append("\nOne more line.\n")
@@ -846,8 +846,11 @@ class Unlearning(Home):
         return being
 
     def nats(self, being):
+        """Return the loss of the secret by whichever layer knows it best."""
         tokenizer, model = being.voice()
-        return sum(m.scored_nats(model, [m.END_OF_TEXT] + tokenizer.encode(self.SECRET), 24))
+        ids = [m.END_OF_TEXT] + tokenizer.encode(self.SECRET)
+        return min(sum(m.scored_nats(model.with_delta(place), ids, 24))
+                   for place in (None, *range(len(model.deltas))))
 
     def events(self, being):
         return [e["event"] for e in being.memory.life() if "learn" in e["event"]]

@@ -280,6 +280,9 @@ class ScriptedModel:
         self.script, self.vocab_size, self.fed, self.caches = list(ids), vocab_size, [], []
         self.engine = None
 
+    def speaker(self, ids):
+        return self
+
     def new_cache(self):
         self.caches.append([])
         return self.caches[-1]
