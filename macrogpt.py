@@ -8296,7 +8296,7 @@ class Student:
         self._ids, self.best = {}, None
         self.growth = dataclasses.replace(
             self.growth, phase="warmup", warmup_step=0, warmup_chars=sum(map(len, texts)),
-            best_bpc=None, stale=0)
+            best_bpc=None, stale=0, delta_chars=0)
 
     def _learn_merges(self, texts: List[str], newborn: bool) -> None:
         """Let the tokenizer learn from the texts, when they are enough to tell words."""
@@ -8354,8 +8354,8 @@ class Student:
 
     def begin_burst(self) -> None:
         """Make sure that an unsealed delta is there to learn what is new."""
-        sealed = self.fresh_chars and (self._sealed_by_size() or self._sealed_by_shift())
-        if not self.delta_names or sealed:
+        if not self.delta_names or self.fresh_chars and (
+                self._sealed_by_size() or self._sealed_by_shift()):
             self.begin_delta()
         else:
             self.model.freeze()
