@@ -8956,7 +8956,7 @@ class Student:
         self._ids, self.best = {}, None
         self.growth = dataclasses.replace(
             self.growth, phase="warmup", warmup_step=0, warmup_chars=sum(map(len, texts)),
-            best_bpc=None, stale=0, unmerged_chars=0)
+            best_bpc=None, stale=0, unmerged_chars=0, delta_chars=0)
 
     def _learn_merges(self, texts: List[str]) -> None:
         """Let a newborn's tokenizer learn from the texts, when they are enough to tell words."""

@@ -284,6 +284,21 @@ class Bursts(Pupils):
         self.assertEqual(student.probe_losses(), before)
         self.assertLess(student.fresh_nats(), fresh)
 
+    def test_after_a_second_warm_up_the_first_delta_is_begun_anew(self):
+        student, probes = self.grown("min_merge_chars=100", "max_merges=0")
+        told = [("sea", False), ("sums", True)]
+        student.take_text(self.documents(*told), "", probes)
+        self.run_job(student, steps=4)
+        student.growth.delta_chars = 5000  # enough for a shift to seal it
+        many = self.documents(*[("sea", False)] * 20)
+        student.take_text(many, "", probes)
+        self.assertEqual((student.growth.phase, student.delta_names), ("warmup", []))
+        self.run_job(student)
+        student.take_text(many + self.documents(*[("sea", False)] * 20, ("shout", True))[-1:], "",
+                          probes)
+        self.run_job(student, steps=4)
+        self.assertEqual(student.delta_names, ["delta1"])
+
     def test_a_new_delta_begins_as_the_layer_that_reads_the_new_text_best(self):
         student, probes = self.grown("delta_seal_chars=1")
         student.take_text(self.documents(("sea", False), ("sums", True)), "", probes)
