@@ -6106,6 +6106,7 @@ FACT_SHARE = 0.95       # of recall_score is enough for a fact
 STORY_SHARE = 1.2       # of it is wanted of a line in a passage, which may be a mere story
 NEAR_SCORE = 0.035      # facts that fit equally well up to this are told apart by their time
 NEWS_SCORE = 0.35       # that is enough where a statement says that something has changed
+FEWEST_ENTRIES = 2000.0  # as if: in a small memory a word is rare by chance
 MOST_HELD = 100         # entries that one word brings, newest first
 TOLD_PRIOR = 1.5        # what the owner said is looked at before what was read
 MOST_ENTRIES = 30       # of those with most of the words, so many are read
@@ -6903,7 +6904,7 @@ def gathered(memory: Memory, asked: Asked) -> Tuple[Asked, List[Entry]]:
     """
     if not asked.terms:
         return asked, _of_common_words(memory, asked)
-    total, terms = memory.about_count() + 1.0, []
+    total, terms = max(FEWEST_ENTRIES, memory.about_count() + 1.0), []
     mass: DefaultDict[int, float] = defaultdict(float)
     forms = [_forms(term.token) for term in asked.terms]
     told: Set[int] = set()

@@ -207,14 +207,14 @@ class StudentTest(unittest.TestCase):
         self.assertLess(max(abs(a - b) for a, b in zip(before, after)), 1e-4)
 
     def test_an_enlarged_model_ends_its_warm_up_no_worse_than_it_began(self):
-        student = self.student("learning_rate=0.3", "patience=1", "warmup_steps=40")
+        student = self.student("learning_rate=0.3", "patience=1", "warmup_steps=12")
         held_out = "sea and tree and bird\n" * 3
         student.take_text(self.text(30), held_out)
         self.finish(student)
         growth, layers = student.snapshot()
         wanted = m.Shape.of(m.Config().replace([*TINY, "n_layer=3"]))
         _, grown = m.enlarged_layers(student.config, wanted, layers, m.interpreted_engine())
-        again = self.student("learning_rate=0.3", "patience=1", "warmup_steps=40", "n_layer=3",
+        again = self.student("learning_rate=0.3", "patience=1", "warmup_steps=12", "n_layer=3",
                              growth=m.to_warm_up(growth), layers={**layers, **grown})
         again.take_text(self.text(30), held_out)
         self.assertEqual(again.growth.phase, "warmup")
@@ -222,7 +222,7 @@ class StudentTest(unittest.TestCase):
         self.finish(again)
         self.assertLessEqual(again.growth.bpc, student.growth.bpc + 1e-4)
         self.assertFalse(again.growth.enlarged)
-        self.assertEqual(again.growth.warmup_step, 40)
+        self.assertEqual(again.growth.warmup_step, 12)
 
     def test_a_delta_finds_its_moments_again_when_older_ones_were_folded(self):
         student = self.student("delta_seal_chars=1", "max_delta_modules=1")

@@ -441,7 +441,7 @@ class Processes(Folder, unittest.TestCase):
         session = memory.session_id("main")
         being._answer = lambda *_: iter(["Oh."])
         being._after_turn = lambda session: None
-        for i in range(40):
+        for i in range(16):
             "".join(being.reply(f"The heron number {i} hid a ruby."))
         memory.add_message(session, "owner", "The crane left in a crash.")
         advance = memory.advance_messages
@@ -467,12 +467,12 @@ class Processes(Folder, unittest.TestCase):
         self.addCleanup(memory.close)
         self.assertEqual(memory.integrity(), "ok")
         stages = [row[0] for row in memory._rows("SELECT stage FROM messages ORDER BY id")]
-        self.assertEqual(len(stages), 81)
+        self.assertEqual(len(stages), 33)
         return stages, len(entries_with(memory, ["crane"]))
 
     @unittest.skipUnless(SIGKILL, "there is no SIGKILL here")
     def test_after_a_kill_in_the_middle_the_session_is_as_before_or_compacted_never_half(self):
-        before = [m.KEPT] * 78 + [m.HEARD] * 3
+        before = [m.KEPT] * 30 + [m.HEARD] * 3
         for stage in (m.KEPT, m.SUMMED, m.ARCHIVED):
             stages, found = self.killed_at(stage)
             self.assertEqual((stages, found), (before, 0), stage)
