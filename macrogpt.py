@@ -6755,6 +6755,9 @@ def analyzed(text: str) -> Asked:
     rest = rest or text
     tokens = tokens_of(rest)
     words = {t.word for t in tokens}
+    if words & ENDING:  # it is open until it closes
+        tokens = [t._replace(senses=t.senses | _senses("close")) if t.base == "open" else t
+                  for t in tokens]
     slot, slot_at = _slot(tokens)
     closed = not words & ASKING_WORDS and not framed and bool(tokens) and (
         tokens[0].word in AUXILIARIES)
@@ -6827,6 +6830,7 @@ def _aside(tokens: Sequence[Token], at: int) -> str:
     return before[-1] if before and not tokens[at].text[:1].isupper() else ""
 
 
+ENDING = frozenset("until till long late not".split())
 ADJUNCTS = frozenset("in on at for as during".split())
 BE = frozenset("is are was were".split())
 
