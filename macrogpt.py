@@ -9741,7 +9741,9 @@ class TrainerChild:
             if job.student.mix_due and job.student.fit_voice(lambda: not self.inbox.empty()):
                 self._snapshot([])
             self._send("done")
-        elif self.clock() - self.saved_at > job.student.config.commit_seconds:
+        elif (job.gate is None or job.explicit) and (
+                self.clock() - self.saved_at > job.student.config.commit_seconds):
+            # a burst is committed whole: a trial at the gate by the clock would be chance
             self.saved_at = self.clock()
             if job.passes():
                 self._snapshot([])
