@@ -84,6 +84,11 @@ def compiled_engine():
         raise unittest.SkipTest(str(error)) from None
 
 
+def engine_in_use():
+    """Return the engine that MACROGPT_ENGINE asks for, or the fastest there is."""
+    return macrogpt.choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True, lambda notice: None)
+
+
 def entries_with(memory, stems, limit=200):
     """Return the entries of a memory that hold a word beginning with any of the stems."""
     return memory.entries_of(memory.ids_holding([[stem + "*" for stem in stems]], limit))

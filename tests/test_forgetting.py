@@ -1,7 +1,6 @@
 """Learning that does not forget: the choice of layers, folding, replay, the gate, the benchmark."""
 import itertools
 import json
-import os
 import random
 import tempfile
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import macrogpt as m
-from support import Folder, run_macrogpt
+from support import Folder, engine_in_use, run_macrogpt
 
 SMALL = ("n_layer=1", "n_embd=8", "n_head=1", "block_size=24", "warmup_steps=6", "micro_steps=4",
          "eval_steps=3", "eval_chars=300", "batch_size=2", "delta_rank=2", "mix_passes=1",
@@ -26,11 +25,6 @@ def text_of(kind, count=10, seed=0):
     words = KINDS[kind].split(" ")
     rng = random.Random(f"{kind} {seed}")
     return "".join(" ".join(rng.choices(words, k=9)) + "\n" for _ in range(count))
-
-
-def engine():
-    """Return the engine that MACROGPT_ENGINE asks for, or the fastest there is."""
-    return m.choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True, lambda notice: None)
 
 
 class Choosing(unittest.TestCase):
@@ -102,7 +96,7 @@ class Voices(unittest.TestCase):
     def setUp(self):
         config = m.Config().replace(SMALL)
         self.rng = random.Random(1)
-        self.model = m.GPT(m.Shape.of(config), 48, engine(), self.rng)
+        self.model = m.GPT(m.Shape.of(config), 48, engine_in_use(), self.rng)
         for _ in range(3):
             self.model.append_delta(2, self.rng)
             for param in m._matrices(self.model.deltas[-1]):
@@ -188,7 +182,7 @@ class Reading(unittest.TestCase):
 
     def test_nobody_is_chosen_by_what_is_still_to_be_read(self):
         config = m.Config().replace(SMALL)
-        model = m.GPT(m.Shape.of(config), 300, engine(), random.Random(1))
+        model = m.GPT(m.Shape.of(config), 300, engine_in_use(), random.Random(1))
         model.append_delta(2, random.Random(2))
         ids, seen = list(range(200)), []
         model.router = lambda before: seen.append(max(before)) or None
@@ -215,7 +209,7 @@ class Replaying(unittest.TestCase):
 class Pupils(unittest.TestCase):
     def student(self, *more, growth=None, layers=None):
         config = m.Config().replace([*SMALL, *more])
-        return m.Student(config, growth or m.Growth(), layers or {}, engine())
+        return m.Student(config, growth or m.Growth(), layers or {}, engine_in_use())
 
     @staticmethod
     def documents(*told):
@@ -447,7 +441,7 @@ class LifeOfProbes(Folder, unittest.TestCase):
             memory = m.Memory(":memory:", lambda: now[0])
             self.addCleanup(memory.close)
             now[0] = 0.0
-            being = m.Organism(config, memory, engine())
+            being = m.Organism(config, memory, engine_in_use())
             being.take_in_corpus()
             being.growth.phase = "grown"
             memory.mark_learned(memory.entry_keys("corpus"))

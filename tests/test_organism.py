@@ -21,7 +21,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import macrogpt as m  # noqa: E402
-from support import compiled_engine  # noqa: E402
+from support import engine_in_use  # noqa: E402
 
 TINY = ("n_embd=16", "n_head=2", "block_size=24", "warmup_steps=12", "eval_steps=4", "micro_steps=3",
         "eval_chars=300", "min_merge_chars=1000000", "tick_seconds=0.05", "commit_seconds=0.3")
@@ -100,7 +100,7 @@ class Frames(unittest.TestCase):
 class StudentTest(unittest.TestCase):
     def student(self, *more, growth=None, layers=None):
         config = m.Config().replace([*TINY, *more])
-        return m.Student(config, growth or m.Growth(), layers or {}, m.interpreted_engine())
+        return m.Student(config, growth or m.Growth(), layers or {}, engine_in_use())
 
     @staticmethod
     def text(count, word="sea", fresh=True):
@@ -213,7 +213,7 @@ class StudentTest(unittest.TestCase):
         self.finish(student)
         growth, layers = student.snapshot()
         wanted = m.Shape.of(m.Config().replace([*TINY, "n_layer=3"]))
-        _, grown = m.enlarged_layers(student.config, wanted, layers, m.interpreted_engine())
+        _, grown = m.enlarged_layers(student.config, wanted, layers, engine_in_use())
         again = self.student("learning_rate=0.3", "patience=1", "warmup_steps=12", "n_layer=3",
                              growth=m.to_warm_up(growth), layers={**layers, **grown})
         again.take_text(self.text(30), held_out)
@@ -276,7 +276,7 @@ class StudentTest(unittest.TestCase):
                 for i, (_, t, _, _) in enumerate(self.text(80, "lamp"))], "")
         self.assertGreater(len(taken), 20)
         for growth, layers in taken:
-            tokenizer, model = m.build_model(student.config, layers, m.interpreted_engine())
+            tokenizer, model = m.build_model(student.config, layers, engine_in_use())
             self.assertEqual(tokenizer.vocab_size, model.vocab_size)
 
     def test_the_best_weights_of_a_warm_up_are_the_ones_kept(self):
@@ -307,17 +307,13 @@ class TheVocabularyGrowsWithoutAJump(unittest.TestCase):
     GROWING = ("min_merge_chars=1", "max_merges=12", "growth_merges=6", "growth_chars=150",
                "growth_need=9.0", "held_out_chars=600", "delta_rank=2", "mix_passes=1")
     SMALLER = ("n_layer=1", "n_embd=8", "block_size=16", "warmup_steps=6", "micro_steps=2",
-               "batch_size=2", "mix=0")
-    GROWTHS = 2  # kernels in Python take twenty times as long
+               "batch_size=2", "mix=0")  # kernels in Python take twenty times as long
 
     def setUp(self):
         small = mock.patch.object(m, "INTERPRETED_MIX_CHARS", 600)
         small.start()
         self.addCleanup(small.stop)
-
-    @staticmethod
-    def engine():
-        return m.interpreted_engine()
+        self.compiled = engine_in_use().name == "native"
 
     @staticmethod
     def sentences(word, count, first=0, fresh=True):
@@ -329,8 +325,9 @@ class TheVocabularyGrowsWithoutAJump(unittest.TestCase):
 
     def grown(self, *more, held="the old tree and a green bird\n" * 3):
         """Return a student after its warm-up, and what it knows."""
-        config = m.Config().replace([*TINY, *self.GROWING, *self.SMALLER, *more])
-        student, known = m.Student(config, m.Growth(), {}, self.engine()), []
+        smaller = () if self.compiled else self.SMALLER
+        config = m.Config().replace([*TINY, *self.GROWING, *smaller, *more])
+        student, known = m.Student(config, m.Growth(), {}, engine_in_use()), []
         self.learn(student, known, self.sentences("sea", 20), held)
         student.snapshot()
         return student, known
@@ -389,7 +386,7 @@ class TheVocabularyGrowsWithoutAJump(unittest.TestCase):
         layers = {name: None for name in one.layer_names()}
         one.dirty |= {"base", "sprout", "delta0"}
         growth, layers = one.snapshot()
-        two = m.Student(one.config, growth, layers, self.engine())
+        two = m.Student(one.config, growth, layers, engine_in_use())
         self.assertEqual(two.sprout.tokenizer.merges, one.sprout.tokenizer.merges)
         self.assertEqual(two.tokenizer.merges, one.tokenizer.merges)
         self.assertEqual(two.model.sprout.data, one.model.sprout.data)
@@ -440,7 +437,7 @@ class TheVocabularyGrowsWithoutAJump(unittest.TestCase):
         self.assertGreater(student.tokenizer.version, 12)
         self.assertLess(stored["delta0"].manifest[1][1], student.tokenizer.vocab_size)
         kept = {n: l for n, l in stored.items() if n in student.layer_names()}
-        tokenizer, model = m.build_model(student.config, kept, self.engine())
+        tokenizer, model = m.build_model(student.config, kept, engine_in_use())
         self.assertEqual(tokenizer.merges, student.tokenizer.merges)
         ids = tokenizer.encode("quartz and amber and copper and the sea\n")
         found, expected = model.logits(ids).data, student.model.logits(ids).data
@@ -467,7 +464,7 @@ class TheVocabularyGrowsWithoutAJump(unittest.TestCase):
                  "walnut", "juniper", "thistle", "bramble", "heather", "lichen"]
         texts = {word: "".join(t for _, t, _, _ in self.sentences(word, 4, first=99))
                  for word in ["sea", *words]}
-        grew, adopt = [], m.Student._adopt
+        grew, adopt, growths = [], m.Student._adopt, 10 if self.compiled else 2
 
         def watched(student, sprout):
             old, version = student.tokenizer, student.tokenizer.version
@@ -482,18 +479,10 @@ class TheVocabularyGrowsWithoutAJump(unittest.TestCase):
         with mock.patch.object(m.Student, "_adopt", watched):
             for word in words * 3:
                 self.learn(student, known, self.sentences(word, 8, first=len(known)))
-                if len(grew) == self.GROWTHS:
+                if len(grew) == growths:
                     break
-        self.assertEqual(len(grew), self.GROWTHS)
+        self.assertEqual(len(grew), growths)
         self.assertLessEqual(max(grew), 1.01)
-
-
-class TheVocabularyGrowsWithoutAJumpCompiled(TheVocabularyGrowsWithoutAJump):
-    SMALLER, GROWTHS = (), 10
-
-    @staticmethod
-    def engine():
-        return compiled_engine()
 
 
 class AGrownVocabularyReachesTheVoice(Home):
@@ -513,7 +502,7 @@ class AGrownVocabularyReachesTheVoice(Home):
         being = self.organism(*sizes)
         being.take_in_corpus()
         documents = [[e.key, e.text, e.closed, True] for e in being.memory.entries()]
-        student = m.Student(being.config, m.Growth(), {}, m.interpreted_engine())
+        student = m.Student(being.config, m.Growth(), {}, engine_in_use())
         student.take_text(documents, "")
         student.growth.phase, student.growth.bpc = "grown", 3.0
         student.growth.native = student.tokenizer.version
@@ -1032,7 +1021,7 @@ class Processes(Home):
         self.run_macrogpt("train", *growing)
         self.assertEqual(self.stats()["merges"], 5)
         self.append("\n" + "The quartz lamp of quartz stands beside the quartz window.\n" * 3)
-        self.run_macrogpt("train", *growing, "--set", "micro_steps=5000",
+        self.run_macrogpt("train", "--seconds", "60", *growing, "--set", "commit_seconds=0.1",
                           kill_after=lambda: "sprout" in self.stored_layers())
         facts = self.stats()
         self.assertEqual((facts["merges"], facts["ripening"]), (5, 5))
