@@ -163,10 +163,12 @@ class Config:
     shadow_share: float = _setting(0.5, "share of batches in new merges while they ripen", 0.0, 1.0)
     life_merges: int = _setting(8192, "merges that the tokenizer may learn in its life", 0, 100_000)
     # training
-    warmup_steps: int = _setting(1200, "most steps of the first training of the base", 1)
-    # 80,000 tokens of our corpus measured better than 40,000 or 160,000
-    warmup_epochs: float = _setting(5.0, "most times the first training reads its text", 0.1,
+    # two bounds far out: it is the held-out loss that ends a warm-up, where any text is held out
+    warmup_steps: int = _setting(20_000, "most steps of the first training of the base", 1)
+    warmup_epochs: float = _setting(40.0, "most times the first training reads its text", 0.1,
                                     1e6)
+    cooling: float = _setting(1.0, "steps in which a warm-up's rate falls, as a share of those "
+                                   "before", 0.01, 10.0)
     micro_steps: int = _setting(32, "steps of the smallest burst after that", 1)
     batch_size: int = _setting(4, "windows in a full batch B", 1, 4096)
     small_batch_tokens: int = _setting(100_000, "tokens trained with half batches first", 0)
@@ -181,7 +183,7 @@ class Config:
     rate_warmup: float = _setting(0.05, "share of a schedule spent rising", 0.0, 1.0)
     schedule: str = _setting("linear", "how the rate falls after that: linear or cosine")
     replay_share: float = _setting(0.5, "share of a burst's windows that repeat old text", 0.0, 1.0)
-    patience: int = _setting(4, "evaluations without a gain before a warm-up ends", 1)
+    patience: int = _setting(4, "evaluations without a gain before a warm-up's rate falls", 1)
     eval_steps: int = _setting(50, "steps between held-out evaluations", 1)
     eval_chars: int = _setting(6000, "held-out characters in one evaluation", 100)
     # a line added to the corpus is always learned at once; this is for what is said in the chat
@@ -8122,7 +8124,9 @@ class Growth:
     delta_chars: int = 0              # new characters the active delta has taken
     bpc: Optional[float] = None       # held-out bits per character, last seen
     best_bpc: Optional[float] = None  # and the best of this warm-up
-    stale: int = 0                    # evaluations since the best
+    lowest_bpc: Optional[float] = None  # and the lowest at the full rate
+    stale: int = 0                    # evaluations since that
+    cooling_step: int = 0             # step of the warm-up from which its rate falls; 0: not yet
     merges: int = 0                   # merges in use, which is the tokenizer's version
     native: int = -1                  # merges that the base was trained in; −1 is not known
     ripening: int = 0                 # merges that are not in use yet
@@ -8293,7 +8297,8 @@ def to_warm_up(growth: Growth) -> Growth:
     """Return how far it has come with a model that was just enlarged: a warm-up is due."""
     if growth.phase == "grown":
         return dataclasses.replace(growth, enlarged=True)
-    return dataclasses.replace(growth, warmup_step=0, best_bpc=None, stale=0)
+    return dataclasses.replace(growth, warmup_step=0, best_bpc=None, lowest_bpc=None, stale=0,
+                               cooling_step=0)
 
 
 def has_outgrown(growth: Growth, n_params: int) -> bool:
@@ -8308,6 +8313,8 @@ def has_outgrown(growth: Growth, n_params: int) -> bool:
             and growth.train_bpc > HARD_SHARE * growth.bpc)
 
 
+LEAST_GAIN = 0.002  # bits per character; evaluations vary by more from step to step
+RISING_OF = 1000    # steps of which rate_warmup is the share in which a warm-up's rate rises
 BITS_A_WEIGHT = 2.0
 HARD_SHARE = 0.9  # of the held-out text's bits per character
 
@@ -8449,7 +8456,7 @@ COPIED_ENTRIES = 6            # entries that a reply may copy from
 COPIED_IDS = 150              # ids of each, from its beginning
 WARM_SHADOWS = 0.85    # share of a warm-up's batches in the merges that ripen through it
 SAMPLED_WINDOWS = 8    # windows of which new rows learn what all text has in common
-SHORTEST_WARMUP = 100  # steps; a page of text is read more often than warmup_epochs says
+SHORTEST_WARMUP = 100  # steps; of a page of text more than warmup_epochs says
 RIPENING = 4           # a burst with merges to ripen has at least so many times micro_steps
 TRIED_TEXTS = 16       # texts on which merges are tried before they come into use
 TRIED_CHARS = 12_000   # characters of them in all
@@ -8534,7 +8541,7 @@ class Student:
         self._ids, self.best = {}, None
         self.growth = dataclasses.replace(
             self.growth, phase="warmup", warmup_step=0, warmup_chars=sum(map(len, texts)),
-            best_bpc=None, stale=0, unmerged_chars=0)
+            best_bpc=None, lowest_bpc=None, stale=0, cooling_step=0, unmerged_chars=0)
 
     def _learn_merges(self, texts: List[str]) -> None:
         """Let a newborn's tokenizer learn from the texts, when they are enough to tell words."""
@@ -8757,18 +8764,40 @@ class Student:
                                  self.config.block_size)
         return None if math.isnan(bpc) else bpc
 
-    def note_warmup(self) -> bool:
-        """Evaluate; remember the best weights; return whether the warm-up has stopped paying."""
+    def note_warmup(self) -> None:
+        """Evaluate; remember the best weights; see whether the full rate has stopped paying."""
         growth, bpc = self.growth, self.evaluate()
         if bpc is None:
-            return False
-        if growth.best_bpc is None or bpc < growth.best_bpc - 0.002:
-            growth.best_bpc, growth.stale = bpc, 0
+            return
+        if growth.best_bpc is None or bpc < growth.best_bpc:
+            growth.best_bpc = bpc
             self.best = pack_params(list(self.model.params.values()))
+        if not growth.warmup_step or growth.cooling_step:
+            return
+        if growth.lowest_bpc is None or bpc < growth.lowest_bpc - LEAST_GAIN:
+            growth.lowest_bpc, growth.stale = bpc, 0
         else:
             growth.stale += 1
-        # what an enlarged model knew suffers from high rates, and only the last ones mend that
-        return growth.stale >= self.config.patience and not growth.enlarged
+            if growth.stale >= self.config.patience:
+                self._begin_cooling()
+
+    def _begin_cooling(self) -> None:
+        """Let the rate fall from now on, from the best weights seen.
+
+        What an enlarged model knew suffers from high rates, and only the last ones mend that: it
+        goes on from where it is.
+        """
+        growth = self.growth
+        growth.cooling_step = growth.warmup_step
+        if self.best is not None and not growth.enlarged:
+            with self.guard:
+                load_params(list(self.model.params.values()), self.best)
+            growth.bpc = growth.best_bpc
+
+    def cooling_steps(self) -> int:
+        """Return how many steps the rate takes to fall, once the held-out loss has told it to."""
+        before = self.growth.cooling_step - self.growth.stale * self.config.eval_steps
+        return max(1, round(self.config.cooling * before))
 
     def end_warmup(self) -> None:
         """Settle on the best weights seen, and freeze the base."""
@@ -8848,6 +8877,7 @@ class Job:
         self.steps = steps or (10 ** 9 if seconds else due)
         done = growth.warmup_step / whole
         self.behind = done if self.warming and done < 1.0 else 0.0
+        self.rising = max(1.0, student.config.rate_warmup * min(whole, RISING_OF))
 
     def _burst_steps(self) -> int:
         """Return enough steps to read what is new three times, and at least micro_steps."""
@@ -8869,14 +8899,30 @@ class Job:
         return min(1.0, max(self.done_steps / self.steps, by_clock))
 
     def share(self) -> float:
-        """Return how much of the whole schedule is behind, 0 to 1."""
+        """Return how much of what it may last is behind, 0 to 1."""
         return self.behind + (1.0 - self.behind) * self.spent()
 
     def rate(self) -> float:
-        """Return the learning rate of the next step."""
-        config = self.student.config
-        peak = config.learning_rate if self.warming else config.delta_rate
-        return scheduled_rate(peak, self.share(), config.rate_warmup, config.schedule)
+        """Return the learning rate of the next step.
+
+        That of a warm-up rises, stays for as long as the held-out loss falls, and then falls to 0,
+        as it does at the end of what it may last.  Source: warm-up, stable, decay; Hu et al.,
+        MiniCPM, arXiv:2404.06395.
+        """
+        config, growth = self.student.config, self.student.growth
+        if not self.warming:
+            return scheduled_rate(config.delta_rate, self.share(), config.rate_warmup,
+                                  config.schedule)
+        left = min(1.0, (1.0 - self.share()) * (1.0 + 1.0 / config.cooling), 1.0 - self.cooled())
+        rate = scheduled_rate(config.learning_rate, 1.0 - left, 0.0, config.schedule)
+        return rate * min(1.0, (growth.warmup_step + 1) / self.rising)
+
+    def cooled(self) -> float:
+        """Return how much of a fall of the rate that the held-out loss began is behind, 0 to 1."""
+        growth = self.student.growth
+        if not (self.warming and growth.cooling_step):
+            return 0.0
+        return min(1.0, (growth.warmup_step - growth.cooling_step) / self.student.cooling_steps())
 
     def advance(self) -> StepReport:
         """Do one step."""
@@ -8887,10 +8933,10 @@ class Job:
         return report
 
     def finished(self) -> bool:
-        """Return whether the job is through; the held-out loss may end a warm-up early."""
-        due = self.done_steps % self.student.config.eval_steps == 0
-        tired = self.warming and due and self.student.note_warmup() and not self.explicit
-        return tired or self.spent() >= 1.0
+        """Return whether the job is through; it is the held-out loss that ends a warm-up."""
+        if self.warming and self.done_steps % self.student.config.eval_steps == 0:
+            self.student.note_warmup()
+        return self.cooled() >= 1.0 or self.spent() >= 1.0
 
     def close(self) -> List[int]:
         """Settle what was learned; return the keys of the documents that count as learned."""
@@ -8900,8 +8946,9 @@ class Job:
             growth.delta_chars += student.fresh_chars
             student.ripen()
             return student.keys(fresh_only=True)
-        tired = student.note_warmup()
-        if not self.explicit or tired or growth.warmup_step >= student.warmup_steps():
+        student.note_warmup()
+        if (not self.explicit or self.cooled() >= 1.0
+                or growth.warmup_step >= student.warmup_steps()):
             student.end_warmup()
             student.ripen()
             growth.native = student.tokenizer.version
