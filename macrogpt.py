@@ -4940,7 +4940,8 @@ FULL_TEXT = """
 
 MAX_LIKE_FORMS = 900  # SQLite takes expressions of up to 1,000 levels
 MAX_QUERY_STEMS = 64  # a longer text is searched for by its first words
-WORDS = re.compile(r"\w+")
+UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # each a word
+WORDS = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 HYPHENED = re.compile(r"\b\w{1,2}-\w+")  # Wi-Fi is found as wifi too
 TOLD = ("chat", "taught")
 TOLD_MARK = "_told_"  # a word of every statement of the owner, found fast among millions of others
@@ -5833,7 +5834,8 @@ MOST_TO_SCAN = 100_000  # entries, up to which words in a row are looked for (in
 MOST_UNITS = 40         # sentences that are looked at closely
 MAX_ASKED_CHARS = 500   # a longer text is understood by its beginning
 MAX_QUERY_TERMS = 8     # a longer question is searched for by its rarest words
-WORD_OR_SIGN = re.compile(r"\b\w{1,2}-\w+|\w+-in-law(?:['’]s)?|\w+(?:['’]\w+)*['’]?|[.!?…;,:]")
+WORD_OR_SIGN = re.compile(rf"[{UNSPACED}]|"
+                          r"\b\w{1,2}-\w+|\w+-in-law(?:['’]s)?|\w+(?:['’]\w+)*['’]?|[.!?…;,:]")
 
 # Facts about English: its closed classes, and everyday relations that have several names. Words of
 # other languages are told apart by how common they are in the memory, and by nothing else.
@@ -7273,6 +7275,8 @@ def turned(text: str) -> str:
         opens = not said or bool(re.search(r"[.!?…:]\s*$", pieces[at - 1]))
         before = [p.casefold() for p in pieces[max(0, at - 6):at] if p[0].isalnum()]
         new = _TURNS.get(word, piece)
+        if word in ("im", "ive") and not opens and before and before[-1] not in CLAUSES:
+            new = piece  # German for in the, not a slip for I'm
         if word == "mine" and before and before[-1] not in OF_WHOM:
             new = piece  # a salt mine
         if word == "you":
@@ -7285,6 +7289,7 @@ def turned(text: str) -> str:
     return "".join(said)
 
 
+CLAUSES = frozenset("and but or so because since that when while if as though think guess".split())
 OF_WHOM = frozenset("is are was were not of than like with to and be as from".split())
 
 
