@@ -6655,7 +6655,8 @@ def gathered(memory: Memory, asked: Asked) -> Tuple[Asked, List[Entry]]:
 
 
 def said_so(memory: Memory, text: str) -> List[Entry]:
-    """Return exchanges in which somebody says just these words, or some that hold them in a row.
+    """Return exchanges in which somebody says just these words, or holds them in a row, or says
+    just the first or last of them, as many as possible ("I have to go" for "I have to go now").
 
     Common words have so many entries that the newest of them need not be those.
     """
@@ -6666,6 +6667,9 @@ def said_so(memory: Memory, text: str) -> List[Entry]:
     ids = memory.ids_holding([[f"h {said} a"]], MOST_ENTRIES)
     if not ids and memory.about_count() < MOST_TO_SCAN:
         ids = memory.ids_holding([["h " + said], [said + " a"]], MOST_ENTRIES)
+        for size in range(len(words) - 1, 1, -1):
+            ends = {" ".join(words[:size]), " ".join(words[-size:])}
+            ids = ids or memory.ids_holding([[f"h {end} a" for end in sorted(ends)]], MOST_ENTRIES)
     return memory.entries_of(ids)
 
 
