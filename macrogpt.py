@@ -167,7 +167,7 @@ class Config:
     warmup_steps: int = _setting(20_000, "most steps of the first training of the base", 1)
     warmup_epochs: float = _setting(40.0, "most times the first training reads its text", 0.1,
                                     1e6)
-    rate_epochs: float = _setting(5.0, "epochs after which a warm-up's rate is half of its peak", 0.1)
+    rate_epochs: float = _setting(5.0, "epochs after which a warm-up's rate is at a half", 0.1)
     cooling: float = _setting(0.4, "steps in which a warm-up's rate falls, as a share of those "
                                    "before", 0.01, 10.0)
     micro_steps: int = _setting(32, "steps of the smallest burst after that", 1)
@@ -9617,7 +9617,7 @@ class Organism:
         """Return the function that tells what a reply to the text is worth; below 0 is nothing."""
         memory, bare = self.memory, [END_OF_TEXT, *tokenizer.encode("A:")]
         topic = topic_of(memory, text, search(memory, text))
-        borrowed, may_lack = borrowed_stems(text, self._near or ()), self._may_lack(tokenizer)
+        borrowed, may_lack = borrowed_stems(text, self._near or ()), self._may_lack(text, tokenizer)
         asked, said = set(folded_words(text)), {words for _, words in turns}
         compiled = model.engine.name == "native"  # else there is no time to read it all again
         seen: Dict[str, bool] = {}
@@ -9635,9 +9635,9 @@ class Organism:
                     - form_of(reply, known) - SAID_AGAIN * (reply in said))
         return worth
 
-    def _may_lack(self, tokenizer: EvolvingTokenizer) -> float:
+    def _may_lack(self, said: str, tokenizer: EvolvingTokenizer) -> float:
         """Return what a draft may lack and still be said, in nats a token, as boldness has it."""
-        texts = [entry.text for entry in self._near or ()]
+        texts = [entry.text for entry in self._near or ()] or [said]
         bpc, ids = self._speaking_growth().bpc, sum(len(tokenizer.encode(text)) for text in texts)
         if not ids or bpc is None or not self.config.mix:
             return math.inf
