@@ -648,7 +648,7 @@ class TheWholeProgram(Folder, unittest.TestCase):
     def test_why_is_one_line_in_a_pipe(self):
         self.grown()
         done = self.run_here("--no-train", "--set", "trust_bpc=99", "--set", "recall_score=1",
-                             stdin=b"well it rains on and on\n/why\n")
+                             "--set", "boldness=99", stdin=b"well it rains on and on\n/why\n")
         lines = done.stdout.decode().splitlines()
         self.assertEqual(len(lines), 2)
         self.assertIn("the voice said it", lines[1])

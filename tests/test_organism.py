@@ -222,7 +222,36 @@ class StudentTest(unittest.TestCase):
         self.finish(again)
         self.assertLessEqual(again.growth.bpc, student.growth.bpc + 1e-4)
         self.assertFalse(again.growth.enlarged)
-        self.assertEqual(again.growth.warmup_step, 12)
+
+    def test_the_rate_of_a_warm_up_falls_when_the_held_out_loss_no_longer_does(self):
+        student = self.student("patience=2", "eval_steps=4", "warmup_steps=900", "cooling=0.5",
+                               "rate_warmup=0.0", "warmup_epochs=1000", "rate_epochs=1000000000")
+        student.take_text(self.text(30), "sea and tree and bird\n" * 3)
+        said = iter([3.0, 2.0, 2.5, 2.0] + [1.0] * 9)  # the best after 8 steps, told after 16
+        student.evaluate = lambda: setattr(student.growth, "bpc", next(said)) or student.growth.bpc
+        job, rates, done = m.Job(student, None, None, lambda: 0.0), [], False
+        while not done:
+            rates.append(job.rate())
+            job.advance()
+            done = job.finished()
+        job.close()
+        for rate in rates[:16]:
+            self.assertAlmostEqual(rate, student.config.learning_rate, places=6)
+        self.assertEqual((student.growth.cooling_step, len(rates)), (16, 16 + 4))
+        self.assertTrue(all(a > b for a, b in zip(rates[16:], rates[17:])))
+        self.assertEqual((student.growth.phase, student.growth.bpc), ("grown", 1.0))
+
+    def test_the_rate_of_a_warm_up_falls_from_the_best_weights_seen(self):
+        student = self.student("patience=1", "warmup_epochs=1000")
+        student.take_text(self.text(30), "sea and tree and bird\n" * 3)
+        best = student.model.params["embedding"].data[:]
+        student.growth.warmup_step = 4
+        student.note_warmup()
+        student.step(0.5, 0)
+        student.evaluate = lambda: 99.0
+        student.note_warmup()
+        self.assertEqual(student.growth.cooling_step, 4)
+        self.assertEqual(student.model.params["embedding"].data, best)
 
     def test_a_delta_finds_its_moments_again_when_older_ones_were_folded(self):
         student = self.student("delta_seal_chars=1", "max_delta_modules=1")

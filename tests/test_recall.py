@@ -336,6 +336,23 @@ def figures(unrelated=0):
         memory.close()
 
 
+class OtherLanguages(unittest.TestCase):
+    """What is not English is neither turned nor run together."""
+
+    def test_german_im_is_no_slip_for_i_am(self):
+        self.assertEqual(m.turned("Die Katze sitzt im Garten."), "Die Katze sitzt im Garten.")
+        self.assertEqual(m.turned("im tired and im sad"), "You are tired and you are sad")
+
+    def test_a_script_without_spaces_is_taken_sign_by_sign(self):
+        self.assertEqual(m.folded_words("我累了 ok"), ["我", "累", "了", "ok"])
+        memory = m.Memory(":memory:", Clock())
+        self.addCleanup(memory.close)
+        for text in ("H: 我累了。\nA: 那就休息一下吧。\n", "H: 下雨了。\nA: 你带伞了吗？\n"):
+            memory.add_entry("corpus", m.Document(tuple(text.splitlines()), True))
+        best = m.recall(memory, "我今天很累", random.Random(0))[0]
+        self.assertEqual(best.answer, "那就休息一下吧。")
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["figures"]:
         figures(*map(int, sys.argv[2:]))

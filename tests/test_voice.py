@@ -37,7 +37,7 @@ class Stems(unittest.TestCase):
             self.assertEqual(m.stems_of(one), m.stems_of(other))
 
     def test_other_scripts_and_digits_make_words_and_signs_do_not(self):
-        self.assertEqual(m.stems_of("你好，世界！"), ["你好", "世界"])
+        self.assertEqual(m.stems_of("你好，世界！"), ["你", "好", "世", "界"])
         self.assertEqual(m.stems_of("Москва-река"), ["москв", "река"])
         self.assertEqual(m.stems_of("room 1234567"), ["room", "12345"])
         for empty in ("", " \t\n", "?!…—()\"'", "\N{GRINNING FACE}"):
@@ -240,7 +240,8 @@ class Settings(unittest.TestCase):
         changed = {}
         for f in dataclasses.fields(m.SamplerSettings):
             if f.name != "samplers" and hasattr(m.Config, f.name):
-                changed[f.name] = getattr(m.Config, f.name) + (1 if type(f.default) is int else 0.01)
+                step = 1 if type(f.default) is int else -0.01 if f.name == "typical_p" else 0.01
+                changed[f.name] = getattr(m.Config, f.name) + step
         self.assertGreater(len(changed), 12)
         made = m.sampler_settings(dataclasses.replace(m.Config(), **changed))
         self.assertEqual({name: getattr(made, name) for name in changed}, changed)
@@ -364,6 +365,33 @@ class Speaking(unittest.TestCase):
             return list(m.spoken(model, self.tokenizer, [0, 5], config, random.Random(seed)))
         self.assertEqual(said(3), said(3))
         self.assertGreater(len({"".join(said(seed)) for seed in range(4)}), 1)
+
+
+class Drafts(unittest.TestCase):
+    """Replies are drafted, judged, and cut where they are still good."""
+
+    def entry(self, text):
+        return m.Entry(0, "corpus", 0, text, 0.0, True, True, False, True)
+
+    def test_a_reply_may_be_cut_after_each_of_its_sentences(self):
+        self.assertEqual(m.beginnings("I am 3.5 years old. Are you? yes"),
+                         ["I am 3.5 years old.", "I am 3.5 years old. Are you?"])
+        self.assertEqual(m.beginnings("你好。再见！"), ["你好。", "你好。再见！"])
+        self.assertEqual(m.beginnings("no end"), ["no end"])
+
+    def test_what_goes_round_in_circles_or_has_no_end_or_strange_words_is_worth_less(self):
+        known = set("i am sorry that you are tired".split()).__contains__
+        good = m.form_of("I am sorry that you are tired.", known)
+        self.assertEqual(good, 0.0)
+        for worse in ("I am sorry that you are", "I am sorry that I am sorry that you are.",
+                      "I am sorried that you are tired."):
+            self.assertGreater(m.form_of(worse, known), good, worse)
+
+    def test_words_of_an_exchange_that_the_owner_did_not_say_are_borrowed(self):
+        entries = [self.entry("H: My father is ill.\nA: I hope your father gets well.\n")]
+        borrowed = m.borrowed_stems("My mother is ill.", entries)
+        self.assertIn("fathe", borrowed)
+        self.assertFalse({"ill", "mothe", "well"} & borrowed)
 
 
 if __name__ == "__main__":
