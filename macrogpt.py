@@ -10363,7 +10363,8 @@ class Organism:
         """Return the function that tells what a reply to the text is worth; below 0 is nothing."""
         memory, bare = self.memory, [END_OF_TEXT, *tokenizer.encode("A:")]
         topic = topic_of(memory, text, search(memory, text))
-        borrowed, may_lack = borrowed_stems(text, self._near or ()), self._may_lack(text, tokenizer)
+        borrowed = borrowed_stems(text, self._near or ())
+        may_lack = self._may_lack(text, tokenizer)
         asked, said = set(folded_words(text)), {words for _, words in turns}
         compiled = model.engine.name == "native"  # else there is no time to read it all again
         seen: Dict[str, bool] = {}

@@ -855,7 +855,8 @@ class Unlearning(Home):
     SECRET = "Quartz wolves hum zigzag jokes."
     EAGER = ("held_out_share=0.0", "unlearn_seconds=0.0", "delta_seal_chars=20", "delta_rank=4")
     STRONG = ("n_layer=1", "dropout=0.0", "micro_steps=30", "delta_rate=0.03",
-              "learning_rate=0.02", "warmup_steps=100", "batch_size=2")
+              "learning_rate=0.02", "warmup_steps=100", "batch_size=2", "patience=1000",
+              "rate_epochs=1000000", "cooling=10")
 
     def being(self, *more):
         being = self.organism(*self.EAGER, *more)
@@ -883,7 +884,8 @@ class Unlearning(Home):
         self.taught(being, "The ferry leaves at seven.")
         before = self.nats(being)
         self.taught(being, self.SECRET)
-        self.assertLess(self.nats(being), 0.75 * before)
+        learned = self.nats(being)
+        self.assertLess(learned, 0.75 * before)
         self.taught(being, "Copper turns green in rain.")
         kept = being.memory.layers()
         self.assertEqual(m.delta_names(kept), ["delta0", "delta1", "delta2"])
@@ -892,7 +894,8 @@ class Unlearning(Home):
         layers = being.memory.layers()
         self.assertEqual(m.delta_names(layers), ["delta0", "delta4"])
         self.assertEqual((layers["base"], layers["delta0"]), (kept["base"], kept["delta0"]))
-        self.assertGreater(self.nats(being), 0.9 * before)
+        # what another sentence taught of all sentences stays
+        self.assertGreater(self.nats(being), (learned + before) / 2.0)
         self.assertFalse(being.memory.entries("NOT learned"))
         self.assertEqual(self.events(being)[-4:], ["unlearning", "learning", "learned", "unlearned"])
 
@@ -1079,7 +1082,8 @@ class Processes(Home):
         grown = ("--set", "trust_bpc=100", "--no-train")
         self.run_macrogpt(*grown, text="My lamp is called Quartz.\n")
         asked = self.run_macrogpt(*grown, text="What is my boat called?\nWhat is my river?\n")
-        self.assertEqual(asked.stdout, (m.UNKNOWN_REPLY + "\n") * 2)
+        said = asked.stdout.splitlines()  # in other words the second time
+        self.assertEqual((len(said), len({*said} & {*m.UNKNOWN_REPLIES})), (2, 2))
 
     def test_a_smaller_shape_is_refused_with_the_way_out(self):
         self.run_macrogpt("train", "--steps", "1")
