@@ -6949,7 +6949,7 @@ def gathered(memory: Memory, asked: Asked) -> Tuple[Asked, List[Entry]]:
 
 def said_so(memory: Memory, text: str) -> List[Entry]:
     """Return exchanges in which somebody says just these words, or holds them in a row, or says
-    just the first or last of them, as many as possible ("I have to go" for "I have to go now").
+    just the first or last of them ("I have to go" for "I have to go now").
 
     Common words have so many entries that the newest of them need not be those.
     """
@@ -6960,9 +6960,10 @@ def said_so(memory: Memory, text: str) -> List[Entry]:
     ids = memory.ids_holding([[f"h {said} a"]], MOST_ENTRIES)
     if not ids and memory.about_count() < MOST_TO_SCAN:
         ids = memory.ids_holding([["h " + said], [said + " a"]], MOST_ENTRIES)
-        for size in range(len(words) - 1, 1, -1):
-            ends = {" ".join(words[:size]), " ".join(words[-size:])}
-            ids = ids or memory.ids_holding([[f"h {end} a" for end in sorted(ends)]], MOST_ENTRIES)
+        ends = {" ".join(part) for size in range(2, len(words))
+                for part in (words[:size], words[-size:])}
+        if ends and not ids and not asks(text):  # a question is understood in other ways
+            ids = memory.ids_holding([[f"h {end} a" for end in sorted(ends)]], MOST_ENTRIES)
     return memory.entries_of(ids)
 
 
