@@ -4144,14 +4144,11 @@ class GPT:
 
     def narrowed(self, rows: int) -> "GPT":
         """Return a model of the same weights for which later ids than the first do not exist."""
-        less = GPT.__new__(GPT)
-        vars(less).update(vars(self), sprout=None, sprouting=False, _folded=(None, {}),
-                          _speakers={})
-
         def fewer(delta: Delta) -> Delta:
             return {**delta, "embedding": delta["embedding"].narrowed(rows)}
-        less.params = {**self.params, "embedding": self.params["embedding"].narrowed(rows)}
-        less.deltas = list(map(fewer, self.deltas))
+        table = self.params["embedding"].narrowed(rows)
+        less = self._like({**self.params, "embedding": table}, list(map(fewer, self.deltas)))
+        less.router, less.sprout, less.sprouting = self.router, None, False
         less.lacks = [[(share, fewer(delta)) for share, delta in lacking]
                       for lacking in self.lacks]
         return less
@@ -6947,7 +6944,7 @@ def gathered(memory: Memory, asked: Asked) -> Tuple[Asked, List[Entry]]:
     return asked._replace(terms=terms), memory.entries_of(best[:-MOST_ENTRIES - 1:-1])
 
 
-def said_so(memory: Memory, text: str) -> List[Entry]:
+def said_so(memory: Memory, text: str, asking: bool) -> List[Entry]:
     """Return exchanges in which somebody says just these words, or holds them in a row, or says
     just the first or last of them ("I have to go" for "I have to go now").
 
@@ -6962,7 +6959,7 @@ def said_so(memory: Memory, text: str) -> List[Entry]:
         ids = memory.ids_holding([["h " + said], [said + " a"]], MOST_ENTRIES)
         ends = {" ".join(part) for size in range(2, len(words))
                 for part in (words[:size], words[-size:])}
-        if ends and not ids and not asks(text):  # a question is understood in other ways
+        if ends and not ids and not asking:  # a question is understood in other ways
             ids = memory.ids_holding([[f"h {end} a" for end in sorted(ends)]], MOST_ENTRIES)
     return memory.entries_of(ids)
 
@@ -7754,7 +7751,7 @@ def recall(memory: Memory, text: str, rng: random.Random) -> List[Recall]:
     if not asked.tokens:
         return []
     asked, found = gathered(memory, asked)
-    alike = list({entry.id: entry for entry in (*said_so(memory, text), *found)}.values())
+    alike = list({entry.id: entry for entry in (*said_so(memory, text, asking), *found)}.values())
     fits = list(_exchange_fits(asked, text, asking, not asking and states_a_fact(text), alike))
     told = list(_told_fits(asked, found)) if asking and not about_nothing else []
     fits.sort(key=lambda fit: (-round(fit.score, 2), rng.random()))
@@ -8373,13 +8370,19 @@ def _common_end(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _reply_nats(model: GPT, ids: Sequence[int], count: int) -> float:
     """Return −ln p, by the model alone, of the last count of ids."""
+    return sum(reply_nats(model, ids[:-count], ids[-count:]))
+
+
+def reply_nats(model: GPT, before: Sequence[int], said: Sequence[int]) -> List[float]:
+    """Return −ln p, by the model alone, of each id said after others, as many as the window has."""
+    ids = [*before, *said][-model.shape.block_size:]
     with model.engine.no_grad():
         logits = model.logits(ids[:-1])
-    total, vocab = 0.0, model.vocab_size
-    for row in range(max(0, len(ids) - 1 - count), len(ids) - 1):
+    nats = []
+    for row in range(max(0, len(ids) - 1 - len(said)), len(ids) - 1):
         scores = logits.row(row)
-        total += model.engine.softmax(scores[:], vocab) - scores[ids[row + 1]]
-    return total
+        nats.append(model.engine.softmax(scores[:], model.vocab_size) - scores[ids[row + 1]])
+    return nats
 
 
 def next_logits_of(model: GPT,
@@ -8461,18 +8464,6 @@ def beginnings(text: str) -> List[str]:
 
 
 _REPLY_END = re.compile(r"[.!?…][\"')»”’]*(?=\s|$)|[。！？]")
-
-
-def reply_nats(model: GPT, before: Sequence[int], said: Sequence[int]) -> List[float]:
-    """Return −ln p, by the model alone, of each id said after others, as many as the window has."""
-    ids = [*before, *said][-model.shape.block_size:]
-    with model.engine.no_grad():
-        logits = model.logits(ids[:-1])
-    nats = []
-    for row in range(max(0, len(ids) - 1 - len(said)), len(ids) - 1):
-        scores = logits.row(row)
-        nats.append(model.engine.softmax(scores[:], model.vocab_size) - scores[ids[row + 1]])
-    return nats
 
 
 def flow_of(model: GPT, prompt: Sequence[int], bare: Sequence[int], said: Sequence[int]) -> float:
@@ -9593,8 +9584,11 @@ class Gate:
 
     def keep(self) -> None:
         """Take the present state as the one to come back to."""
-        student = self.student
-        self.before = student.probe_losses()
+        self.now = self.student.probe_losses()
+        self._keep()
+
+    def _keep(self) -> None:
+        student, self.before = self.student, self.now
         self.matrices = _matrices(student.model.deltas[-1])
         self.weights, self.moments = pack_params(self.matrices), pack_moments(self.matrices)
         self.routes = student.router.copied()
@@ -9604,10 +9598,9 @@ class Gate:
 
         The bound is a share above the best of its life, or what it was before, if that is more.
         """
-        student = self.student
-        now, best = student.probe_losses(), student.growth.best_probes
-        bound = 1.0 + student.config.gate_bound
-        return {name: (self.before[name], bpc) for name, bpc in now.items()
+        student, best = self.student, self.student.growth.best_probes
+        self.now, bound = student.probe_losses(), 1.0 + student.config.gate_bound
+        return {name: (self.before[name], bpc) for name, bpc in self.now.items()
                 if bpc > max(self.before[name], best.get(name, self.before[name]) * bound)}
 
     def harm(self) -> Dict[str, Tuple[float, float]]:
@@ -9624,10 +9617,10 @@ class Gate:
         return worse
 
     def commit(self) -> None:
-        """Take the state as good; the best loss of each probe set is remembered."""
+        """Take the state that was tried last as good, and remember each probe set's best loss."""
         growth, best = self.student.growth, self.student.growth.best_probes
         self.settled = True
-        self.keep()
+        self._keep()
         growth.probes = self.before
         growth.best_probes = {name: min(bpc, best.get(name, bpc))
                               for name, bpc in self.before.items()}
