@@ -9450,21 +9450,25 @@ class Student:
                                  self.config.block_size)
         return None if math.isnan(bpc) else bpc
 
-    def note_warmup(self) -> None:
-        """Evaluate; remember the best weights; see whether the loss has stopped falling."""
+    def note_warmup(self, may_cool: bool = True) -> None:
+        """Evaluate; remember the best weights; see whether the loss has stopped falling.
+
+        It has when neither so many evaluations nor a whole reading of the text brought a gain.
+        """
         growth, bpc = self.growth, self.evaluate()
         if bpc is None:
             return
         if growth.best_bpc is None or bpc < growth.best_bpc:
             growth.best_bpc = bpc
             self.best = pack_params(list(self.model.params.values()))
-        if not growth.warmup_step or growth.cooling_step:
+        if not (may_cool and growth.warmup_step) or growth.cooling_step:
             return
         if growth.lowest_bpc is None or bpc < growth.lowest_bpc - LEAST_GAIN:
             growth.lowest_bpc, growth.stale = bpc, 0
         else:
             growth.stale += 1
-            if growth.stale >= self.config.patience:
+            if growth.stale >= max(self.config.patience,
+                                   self.steps_of(1.0) / self.config.eval_steps):
                 self._begin_cooling()
 
     def _begin_cooling(self) -> None:
@@ -9640,7 +9644,7 @@ class Job:
     def __init__(self, student: Student, steps: Optional[int], seconds: Optional[float],
                  clock: Callable[[], float]) -> None:
         self.student, self.seconds, self.clock, self.began = student, seconds, clock, clock()
-        self.explicit, self.done_steps = bool(steps or seconds), 0
+        self.explicit, self.counted, self.done_steps = bool(steps or seconds), bool(steps), 0
         self.warming = student.growth.phase == "warmup"
         whole, growth = student.warmup_steps(), student.growth
         left = max(1, whole - growth.warmup_step)
@@ -9655,6 +9659,8 @@ class Job:
             self.replay *= known / (known + fresh) if known + fresh else 1.0
         due = left if self.warming else self._burst_steps()
         self.steps = steps or (10 ** 9 if seconds else due)
+        if self.warming and self.counted:  # so many steps, whatever the held-out loss says
+            growth.cooling_step = 0
         done = growth.warmup_step / whole
         self.behind = done if self.warming and done < 1.0 else 0.0
         self.rising = max(1.0, student.config.rate_warmup * min(whole, RISING_OF))
@@ -9729,7 +9735,7 @@ class Job:
         In a warm-up that is the held-out loss; in a burst the new text's own.
         """
         if self.warming and self.done_steps % self.student.config.eval_steps == 0:
-            self.student.note_warmup()
+            self.student.note_warmup(may_cool=not self.counted)
         if self.spent() >= 1.0 or self.given_up() or self.cooled() >= 1.0:
             return True
         if self.warming or self.explicit:
@@ -9794,7 +9800,7 @@ class Job:
                 growth.delta_chars += student.fresh_chars or student.known_chars()
             student.ripen()
             return student.keys(fresh_only=True)
-        student.note_warmup()
+        student.note_warmup(may_cool=not self.counted)
         if (not self.explicit or self.cooled() >= 1.0
                 or growth.warmup_step >= student.warmup_steps()):
             student.end_warmup()

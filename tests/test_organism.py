@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -226,7 +227,7 @@ class StudentTest(unittest.TestCase):
     def test_the_rate_of_a_warm_up_falls_when_the_held_out_loss_no_longer_does(self):
         student = self.student("patience=2", "eval_steps=4", "warmup_steps=900", "cooling=0.5",
                                "rate_warmup=0.0", "warmup_epochs=1000", "rate_epochs=1000000000")
-        student.take_text(self.text(30), "sea and tree and bird\n" * 3)
+        student.take_text(self.text(3), "sea and tree and bird\n" * 3)
         said = iter([3.0, 2.0, 2.5, 2.0] + [1.0] * 9)  # the best after 8 steps, told after 16
         student.evaluate = lambda: setattr(student.growth, "bpc", next(said)) or student.growth.bpc
         job, rates, done = m.Job(student, None, None, lambda: 0.0), [], False
@@ -241,8 +242,35 @@ class StudentTest(unittest.TestCase):
         self.assertTrue(all(a > b for a, b in zip(rates[16:], rates[17:])))
         self.assertEqual((student.growth.phase, student.growth.bpc), ("grown", 1.0))
 
+    def test_a_number_of_steps_asked_for_is_done_whatever_the_held_out_loss_says(self):
+        student = self.student("patience=1", "eval_steps=4", "warmup_steps=900",
+                               "warmup_epochs=1000")
+        student.take_text(self.text(30), "sea and tree and bird\n" * 3)
+        student.growth.cooling_step, student.evaluate = 1, lambda: 9.0
+        job = m.Job(student, 40, None, lambda: 0.0)
+        rates = [job.rate()]
+        job.advance()
+        while not job.finished():
+            rates.append(job.rate())
+            job.advance()
+        job.close()
+        self.assertEqual((len(rates), student.growth.cooling_step), (40, 0))
+        self.assertEqual(student.growth.phase, "warmup")
+
+    def test_a_warm_up_goes_on_until_a_whole_reading_has_brought_no_gain(self):
+        student = self.student("patience=1", "eval_steps=1", "warmup_epochs=1000")
+        student.take_text(self.text(300), "sea and tree and bird\n" * 3)
+        said = iter([2.0] + [3.0] * 10_000)
+        student.evaluate = lambda: next(said)
+        job = m.Job(student, None, None, lambda: 0.0)
+        while not student.growth.cooling_step:
+            job.advance()
+            job.finished()
+        self.assertEqual(student.growth.cooling_step, 1 + math.ceil(student.steps_of(1.0)))
+        self.assertGreater(student.growth.cooling_step, 4)
+
     def test_the_rate_of_a_warm_up_falls_from_the_best_weights_seen(self):
-        student = self.student("patience=1", "warmup_epochs=1000")
+        student = self.student("patience=1", "eval_steps=1000", "warmup_epochs=1000")
         student.take_text(self.text(30), "sea and tree and bird\n" * 3)
         best = student.model.params["embedding"].data[:]
         student.growth.warmup_step = 4
