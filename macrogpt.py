@@ -6136,11 +6136,12 @@ FUNCTION_WORDS = frozenset("""
     too just only very really quite rather please now still ever never always already yet
     maybe perhaps actually exactly right ok okay yes well hey hi hello oh anything
     everything anybody somebody anyone someone ago wrong matter thing things more most much
-    many lot lots kind sort type currently today moment bit best better company firm""".split())
+    many lot lots kind sort type currently today moment bit best better""".split())
 IDLE_VERBS = frozenset("be have do get got go went put keep find come came happen".split())
 LIGHT_WORDS = frozenset("""be have get got go put keep find use take make give come happen mean
     tell say know remember remind forget need long way try look able usual usually originally
-    another big high little dear own new good whole nice lovely part""".split())
+    another big high little dear own new good whole nice lovely part ask man person guy
+    folk""".split())
 PLAIN_WORDS = FUNCTION_WORDS | LIGHT_WORDS
 OWNERS_WORDS = frozenset("i me my mine myself we us our ours ourselves".split())
 OWN_SELF_WORDS = frozenset("you your yours yourself".split())
@@ -6157,63 +6158,59 @@ ABBREVIATED = re.compile(r"(?:\b(?:mr|mrs|ms|dr|st|prof|no|vs|approx|e\.g|i\.e|a
 # The words of one relation say the same of the same thing. Behind = they say it so well that the
 # newer of two such statements takes the place of the older.
 RELATIONS = """
-= name call nickname | = live home house reside address flat apartment dwell lodge move |
-= born birth birthday birthdate birthplace | = old age year turn |
-= job work profession occupation employ employer career workplace office | job become |
-like love favourite enjoy prefer fond adore fan | hate dislike loathe detest stand |
-marry marriage wed anniversary | mother mum mummy mama | father dad daddy papa |
-grandmother grandma granny nan | grandfather grandpa grandad granddad | child kid |
-boss manager supervisor chief superior | doctor physician gp | couch sofa settee |
-bike bicycle cycle | car drive automobile vehicle auto |
-phone telephone mobile number call ring cell tel | fridge refrigerator | movie film cinema |
-trash garbage rubbish bin | floor storey level | parcel package packet | recycle recycling |
-buy purchase shop get from | leave depart departure go start set |
-leave park put place store hide keep lay lie stay | arrive arrival come land |
-come visit arrive pick collect appear | begin start opening | end finish close over stop |
-close shut | code password pin combination passcode passphrase | open unlock |
-study learn student university college school | study subject degree major |
-learn lesson class course | member belong membership | teach teacher | eat food meal dish diet |
-cook make dish bake recipe | drink beverage take | allergy allergic | ill sick disease illness |
-fear afraid scare frighten terrify | hobby enjoy pastime | cost price pay expensive charge |
-earn salary income wage | weigh weight heavy kilo | tall height high centimetre centimeter |
-long length last duration | far distance kilometre mile away | big size large |
-meet appointment see | appointment go see visit | travel trip holiday vacation journey go |
-flight plane fly | speak language | wear size | lose missing | write author writer book novelist |
-play instrument | sing song choir | give present gift | grow plant tree flower | sleep bed |
-wake alarm | dream want wish | plan intend want | topic theme subject about | team club |
-blood group type |
-pill medicine medication drug | company firm business | friend mate buddy pal |
-neighbour neighbor | mail post | mail email | horoscope zodiac star | turn birthday |
-origin from born come native nationality | origin buy | city town place |
-nationality country from citizen origin | borrow lend loan owe debt |
-repair fix mend service maintain | collect empty | collect collection gather |
-celebrate birthday | hurt break injure injury | fly travel trip | own belong | home country |
-treat eat food like | bus coach | cellar basement | garden yard | university uni college campus |
-surgery operation operate surgeon | smoke cigarette tobacco | fee charge cost price membership |
-pill tablet medicine medication | vegetarian veggie | raise keep | caretaker janitor |
-digit figure number code combination | rehearse rehearsal practise practice |
-due deadline submit expire | expire valid run out | hire rent rental lease | landlord landlady |
-hurt ache pain sore | shirt jersey kit | laundry washing wash | guest visitor | exam test |
-lecture lecturer professor | student pupil | pupil classmate schoolmate | retire pension |
-resign quit stop | lad boy | lady woman | guy man | grow raise childhood upbringing |
-wedding marry married | honeymoon wed | spare extra | shade colour | mad angry |
-fragrance smell scent | scar injury wound | glasses spectacle optician | lens contact |
-power electricity electric | light lamp bulb | tap faucet | sweet candy | biscuit cookie |
-soup broth | rug carpet | curtain blind | cupboard closet wardrobe cabinet | drawer chest |
-shelf bookcase | box crate carton | bag purse handbag backpack rucksack | wallet purse |
-lorry truck | lift elevator | pavement sidewalk | shop store | bakery baker bread | butcher meat |
-chemist pharmacy drugstore | plumber plumbing | choir sing singer |
-band music musician | game match | coach trainer | gym workout | race marathon | jog run |
-swim pool swimmer | climb climber | ski skiing skier | hen chicken | rabbit bunny | dog puppy |
-cat kitten | horse pony | novel book story | song tune melody |
-picture photo painting portrait image | film movie picture | joke funny | language tongue |
-quarrel argue argument fight | promise swear | win victory | prize award | owner belong possess |
-repeat again | rash allergic allergy | dizzy sick | dusk sunset | kit equipment | rule law |
-salary pay | save saving | heir will | buyer sell buy purchase | handle care charge |
-run charge manage lead head | lead leader head chair | founder found establish open |
-guard watch | theft steal thief rob | burn fire | flood overflow | leak drip | jam stuck block |
-crack break | tear rip | cut trim | build construct builder | design designer architect |
-invent inventor | name title | mum parent
+= name call nickname | = live home house reside address flat apartment dwell lodge move | = born
+birth birthday birthdate birthplace | = old age year turn | = tyre tire | = job work profession
+occupation employ employer career workplace office | job become | like love favourite enjoy prefer
+fond adore fan | hate dislike loathe detest stand | marry marriage wed anniversary | mother mum
+mummy mama | father dad daddy papa | grandmother grandma granny nan | grandfather grandpa grandad
+granddad | child kid | boss manager supervisor chief superior | doctor physician gp | couch sofa
+settee | bike bicycle cycle | car drive automobile vehicle auto | phone telephone mobile number
+call ring cell tel | fridge refrigerator | movie film cinema | trash garbage rubbish bin | floor
+storey level | parcel package packet | recycle recycling | buy purchase shop get from | leave
+depart departure go start set | leave park put place store hide keep lay lie stay | arrive arrival
+come land | come visit arrive pick collect appear | begin start opening | end finish close over
+stop | close shut | code password pin combination passcode passphrase | open unlock | study learn
+student university college school | study subject degree major | learn lesson class course | member
+belong membership | teach teacher | eat food meal dish diet | cook make dish bake recipe | drink
+beverage take | allergy allergic | ill sick disease illness | fear afraid scare frighten terrify
+phobia | hobby enjoy pastime | cost price pay expensive charge | earn salary income wage | weigh
+weight heavy kilo | tall height high centimetre centimeter | long length last duration | far
+distance kilometre mile away | big size large | meet appointment see | appointment go see visit |
+travel trip holiday vacation journey go | trip outing excursion | flight plane fly | speak language
+| wear size | lose missing | write author writer book novelist | play instrument | sing song choir
+| give present gift | grow plant | sleep bed | wake alarm | dream want wish | plan intend want |
+topic theme subject about | team club | blood group type | pill medicine medication drug | company
+firm business | friend mate buddy pal | neighbour neighbor | mail post | mail email | horoscope
+zodiac star | turn birthday | origin from born come native nationality | origin buy | city town
+place | nationality country from citizen origin | borrow lend loan owe debt | repair fix mend
+service maintain | collect empty | collect collection gather | celebrate birthday | hurt break
+injure injury | fly travel trip | own belong | home country | treat eat food like | bus coach |
+cellar basement | garden yard | university uni college campus | surgery operation operate surgeon |
+smoke cigarette tobacco | fee charge cost price pay membership | pill tablet medicine medication |
+vegetarian veggie | raise keep | caretaker janitor | digit figure number code combination |
+rehearse rehearsal practise practice | due deadline submit expire | expire valid run out | hire
+rent rental lease | landlord landlady | hurt ache pain sore | shirt jersey kit | laundry washing
+wash | guest visitor | exam test | lecture lecturer professor | student pupil | pupil classmate
+schoolmate | retire pension | resign quit stop | lad boy | lady woman | guy man | grow raise
+childhood upbringing | wedding marry married | honeymoon wed | spare extra | shade colour | mad
+angry | fragrance smell scent | scar injury wound | glasses spectacle optician | lens contact |
+power electricity electric | light lamp bulb | tap faucet | sweet candy | biscuit cookie | soup
+broth | rug carpet | curtain blind | cupboard closet wardrobe cabinet | drawer chest | shelf
+bookcase | box crate carton | bag purse handbag backpack rucksack | wallet purse | lorry truck |
+lift elevator | pavement sidewalk | shop store | bakery baker bread | butcher meat | chemist
+pharmacy drugstore | plumber plumbing | choir sing singer | band music musician | game match |
+coach trainer | gym workout | race marathon | jog run | swim swimmer | climb climber | ski skiing
+skier | hen chicken | rabbit bunny | dog puppy | cat kitten | horse pony | novel book story | song
+tune melody | picture photo painting portrait image | film movie picture | joke funny | language
+tongue | quarrel argue argument fight | promise swear | win victory | prize award | owner belong
+possess | repeat again | rash allergic allergy | dizzy sick | dusk sunset | kit equipment | rule
+law | salary pay | save saving | heir will | buyer sell buy purchase | handle care charge | run
+charge manage lead head | lead leader head chair | founder found establish open | guard watch |
+theft steal thief rob | burn fire | flood overflow | leak drip | jam stuck block | crack break |
+tear rip | cut trim | build construct builder | design designer architect | invent inventor | name
+title | depth deep | width wide breadth broad | length long | death die | strength strong | warmth
+warm | choice choose | growth grow | loss lose | sale sell | belief believe | arrival arrive |
+departure leave | flight fly | thought think | proof prove | speech speak | trade job | mum parent
 """.split("|")
 
 # Kinds of things that questions ask for by name, and what is of that kind.
@@ -6251,6 +6248,7 @@ language: english german french italian spanish portuguese dutch danish swedish 
     estonian russian polish czech greek turkish arabic hebrew chinese japanese korean hindi latin
     hungarian romanian ukrainian
 vehicle: car bike bicycle bus train tram van truck lorry motorbike scooter motorcycle
+limb: arm leg hand foot knee elbow shoulder hip ankle wrist finger toe eye ear tooth
 season: spring summer autumn winter fall
 flower: rose tulip daisy lily sunflower orchid daffodil violet
 tree: oak apple birch pine cherry fir maple willow
@@ -6258,24 +6256,29 @@ tree: oak apple birch pine cherry fir maple willow
 
 # Forms that no ending explains, and what is written in short.
 IRREGULAR = dict(pair.split("=") for pair in """
-    children=child men=man women=woman feet=foot teeth=tooth mice=mouse
-    people=person wives=wife knives=knife lives=live leaves=leave went=go gone=go
-    got=get gotten=get gave=give given=give took=take taken=take came=come saw=see
-    seen=see met=meet taught=teach wrote=write written=write ate=eat eaten=eat
-    drank=drink drunk=drink drove=drive driven=drive flew=fly flown=fly spoke=speak
-    spoken=speak kept=keep broke=break broken=break lost=lose sold=sell paid=pay
-    grew=grow grown=grow slept=sleep sang=sing sung=sing swam=swim ran=run won=win
-    found=find built=build chose=choose chosen=choose wore=wear worn=wear rode=ride
-    ridden=ride hid=hide hidden=hide hung=hang knew=know known=know sent=send
-    thought=think stole=steal stolen=steal woke=wake fell=fall fallen=fall held=hold
-    told=tell said=say became=become began=begin begun=begin brought=bring
-    caught=catch drew=draw drawn=draw felt=feel fought=fight lent=lend laid=lay
-    rang=ring rung=ring spent=spend stood=stand swept=sweep threw=throw thrown=throw
-    bought=buy left=leave made=make did=do done=do had=have has=have learnt=learn
-    burnt=burn dreamt=dream bitten=bite forgot=forget forgotten=forget tv=television
-    fav=favourite fave=favourite bday=birthday xmas=christmas tyre=tire
-    appt=appointment christmas=christmas favorite=favourite color=colour mom=mum
-    mommy=mum owns=possess owned=possess""".split())
+    children=child men=man women=woman feet=foot teeth=tooth mice=mouse people=person wives=wife
+    knives=knife lives=live leaves=leave went=go gone=go got=get gotten=get gave=give given=give
+    took=take taken=take came=come saw=see seen=see met=meet taught=teach wrote=write
+    written=write ate=eat eaten=eat drank=drink drunk=drink drove=drive driven=drive flew=fly
+    flown=fly spoke=speak spoken=speak kept=keep broke=break broken=break lost=lose sold=sell
+    paid=pay grew=grow grown=grow slept=sleep sang=sing sung=sing swam=swim ran=run won=win
+    found=find built=build chose=choose chosen=choose wore=wear worn=wear rode=ride ridden=ride
+    hid=hide hidden=hide hung=hang knew=know known=know sent=send thought=think stole=steal
+    stolen=steal woke=wake fell=fall fallen=fall held=hold told=tell said=say became=become
+    began=begin begun=begin brought=bring caught=catch drew=draw drawn=draw felt=feel fought=fight
+    lent=lend laid=lay rang=ring rung=ring spent=spend stood=stand swept=sweep threw=throw
+    thrown=throw bought=buy left=leave made=make did=do done=do had=have has=have learnt=learn
+    burnt=burn dreamt=dream led=lead fed=feed died=die dies=die lied=lie tied=tie dealt=deal
+    meant=mean dug=dig froze=freeze frozen=freeze lit=light shot=shoot rose=rise risen=rise
+    shook=shake shaken=shake struck=strike swore=swear sworn=swear tore=tear torn=tear bent=bend
+    spilt=spill stuck=stick knelt=kneel crept=creep sank=sink sunk=sink shone=shine fled=flee
+    wound=wind proven=prove bound=bind bred=breed spoilt=spoil bore=bear blew=blow blown=blow
+    shown=show sewn=sew mown=mow swollen=swell forgave=forgive forgiven=forgive lying=lie
+    dying=die evening=evening morning=morning ceiling=ceiling training=practice building=building
+    oldest=old eldest=old elder=old older=old bitten=bite forgot=forget forgotten=forget
+    tv=television fav=favourite fave=favourite bday=birthday xmas=christmas appt=appointment
+    christmas=christmas favorite=favourite color=colour mom=mum mommy=mum owns=possess
+    owned=possess""".split())
 
 # Words that ask for nothing more where a place or a time is asked for already.
 IDLE_WORDS = {"place": "leave left park put place store hide hidden lay lie lies located kept keep "
@@ -6286,14 +6289,15 @@ IDLE_WORDS = {"place": "leave left park put place store hide hidden lay lie lies
 SLOT_WORDS = {
     "name": "name nickname called call",
     "time": "time day date year month hour weekday",
-    "place": "place location spot whereabouts address street road",
+    "place": "place location spot whereabouts address street road destination",
     "region": "city town country village",
-    "number": "number amount count sum quantity",
+    "amount": "number amount count sum quantity",
     "colour": "colour color", "age": "age", "person": "person man woman guy whom",
 }
 SLOT_IMPLIED = {"birthday": "time", "birthdate": "time", "anniversary": "time",
                 "birthplace": "place", "hometown": "place", "workplace": "place",
-                "height": "amount", "weight": "amount", "salary": "amount"}
+                "height": "amount", "weight": "amount", "salary": "amount", "price": "amount",
+                "fee": "amount", "fare": "amount"}
 LEADING = PREPOSITIONS | {"many", "much", "for", "of", "about"}
 ADJECTIVES = frozenset("""best own old new big small little first last next favourite favorite
     former current only good other whole full exact""".split())
@@ -6396,9 +6400,13 @@ def base_of(word: str) -> str:
             if len(stump) > 2 and stump[-1] == stump[-2] and stump[-1] not in "lsz":
                 return stump[:-1]
             short = re.fullmatch("[^aeiou]*[aeiouy][^aeiouwxy]", stump)
-            mute = stump.endswith(("v", "c", "dg", "iz", "ur", "s")) and stump[-2:] != "ss"
+            mute = bool(_MUTE_E.search(stump))
             return stump + "e" if short or mute else stump
     return word
+
+
+# manag(e)d, decid(e)d, donat(e)d, and not paint|ed, avoid|ed, treat|ed
+_MUTE_E = re.compile("(?:[vc]|dg|iz|ur|[^s]s|[^aeiou](?:at|ut|id|in|ir|ar)|..ang|.ag)$")
 
 
 def _relations(lines: Iterable[str]) -> Dict[str, FrozenSet[str]]:
@@ -6428,7 +6436,8 @@ def _slots(table: Dict[str, str]) -> Dict[str, str]:
 SENSES = _relations(RELATIONS)
 KINDS = _kinds(KINDS_TEXT)
 SLOT_OF = _slots(SLOT_WORDS)
-NAME_SENSE = min(SENSES["name"])
+COST_SENSE = SENSES["cost"]
+NAME_SENSE = max(SENSES["name"])
 
 
 @functools.lru_cache(maxsize=1 << 15)
@@ -6589,7 +6598,9 @@ _WORK = re.compile(r"^(what (?:do|does|did) .*?)\bdo(?: for (?:a living|work|mon
                    r"(?:job|work))?\W*$", re.I)
 _FROM = re.compile(r"^((?:where|(?:from )?(?:what|which) (?:country|city|town|place))\b.*?)"
                    r"(?: come)? from\W*$", re.I)
-_LIVING = re.compile(r"\b(?:do|does|did) (?:for (?:a living|work)|as (?:a )?(?:job|work))\b", re.I)
+_LIVING = re.compile(r"\b(?:do|does|did) (?:for (?:a living|work)|as (?:a )?(?:job|work))\b|"
+                     r"\bearn (?:a|my|his|her|their|the) living\b", re.I)
+_INTO_LIFE = re.compile(r"\bc[oa]me into (?:the|this) world\b", re.I)
 _CLEFT = re.compile(r"^(what|who|where|when|(?:what|which) \w+) (?:is|was) it,? "
                     r"(?!like\b|about\b|called\b)(?:that |which |who )?(?=\S+ \S)", re.I)
 _PLACE_NAME = re.compile(r"^(?:(?:what|which) (?:is|was) )?the names? of the \w+ "
@@ -6620,7 +6631,7 @@ def unframed(text: str) -> Tuple[str, bool]:
             framed = framed or bool(match)
         if not match or match.end() == 0:
             text = _WORK.sub(r"\1 have as job", text)  # What does she do?
-            text = _LIVING.sub("has as job", text)
+            text = _INTO_LIFE.sub("born", _LIVING.sub("has as job", text))
             text = _FROM.sub(r"\1 origin", text)
             text = _CLEFT.sub(r"\1 ", _PLACE_NAME.sub(r"\1", _INSERTED.sub(r" \1", text)))
             return _WHO_AM_I.sub("what is my name", text), framed
@@ -6644,9 +6655,10 @@ def asks(text: str) -> bool:
         return True
     rest, framed = unframed(text)
     if framed:
-        statement = re.match(r"(?:i )?(?:just )?(?:forgot|forget|remember)\b", text, re.I)
+        statement = re.match(r"(?:please )?(?:i )?(?:just )?(?:forgot|forget|remember)\b", text,
+                             re.I)
         return not statement or bool(re.match(r"(?:wh|how|if)", rest, re.I)) or bool(
-            re.search(r"\b(?:what|where|who|when)(?: \w+)* (?:it|is|was|again)\W*$", rest, re.I))
+            re.search(r"\b(?:what|where|who|when)(?: \w+)* (?:it|is|was|again)\W*$", text, re.I))
     if _ASKS.match(rest):
         return not _is_clause(rest)
     if _ASKS_LATER.search(rest):
@@ -6710,11 +6722,16 @@ def _slot(tokens: Sequence[Token]) -> Tuple[str, int]:
     """Return what is to fill the gap of a question, and the place of the word that asks for it."""
     words = [t.word for t in tokens]
     heads = [t.base in SLOT_OF and not (i + 1 < len(tokens) and tokens[i + 1].base in SLOT_OF)
+             and not (i and t.base == "address" and words[i - 1] in OWNERS_WORDS - {"my", "our"})
              for i, t in enumerate(tokens)]  # of a street number the number is asked for
     for i, token in enumerate(tokens[1:], 1):
-        if words[i - 1] in ("what", "which") and heads[i]:
-            return SLOT_OF[token.base], i
-    named = [i for i, t in enumerate(tokens) if SLOT_OF.get(t.base) == "name"]
+        if words[i - 1] in ("what", "which"):
+            if heads[i]:
+                return SLOT_OF[token.base], i
+            if token.base in SITES or token.base in PEOPLE - {"child", "parents"}:
+                return "place" if token.base in SITES else "person", -1
+    named = [i for i, t in enumerate(tokens) if SLOT_OF.get(t.base) == "name"
+             and not {"when", "where", "why"} & set(words[:i])]
     if named:
         return "name", named[0]
     for i, word in enumerate(words):
@@ -6724,7 +6741,7 @@ def _slot(tokens: Sequence[Token]) -> Tuple[str, int]:
         if word == "when" and not ASKING_WORDS & set(words[:i]):
             return "time", i
         if word == "how" and (after in ("often", "late", "early") or after == "long"
-                              and (LASTING | {"open"}) & set(words)):
+                              and (LASTING | {"open", "ago"}) & set(words)):
             return "time", i + 1
         if word in ("who", "whom", "whose"):
             return "person", i
@@ -6734,10 +6751,12 @@ def _slot(tokens: Sequence[Token]) -> Tuple[str, int]:
             return "age", i + 1
         if word == "how" and after == "long":
             return "span", i + 1
+        if word == "how" and after == "many" and "old" in words:
+            return "age", words.index("old")
         if word == "how" and after in ("many", "much", "far"):
             return ("number" if after == "many" else "amount"), i + 1
-        if word == "how" and after in ("tall", "heavy", "high", "big"):
-            return "number", i
+        if word == "how" and after in MEASURED:
+            return "amount", i + 1
     for i, token in enumerate(tokens):
         if heads[i] and SLOT_OF[token.base] != "name" and (
                 not i or words[i - 1] not in ("favourite", "these", "those", "one", "some", "old")):
@@ -6746,6 +6765,9 @@ def _slot(tokens: Sequence[Token]) -> Tuple[str, int]:
                  and not {"for", "on", "at"} & set(words[max(0, i - 2):i])), ""), -1
 
 
+MEASURED = frozenset("tall heavy high big wide deep thick hot cold warm fast strong".split())
+SITES = frozenset("""room shop store hospital building hall school hotel restaurant island office
+    station drawer cupboard shelf floor street island harbour""".split())
 LASTING = frozenset("valid will can may still keep".split())  # How long is it open? Till six
 
 
@@ -6823,10 +6845,11 @@ def _term(tokens: Sequence[Token], at: int) -> Term:
     vital = token.base not in SPANS_OF_TIME and (bool(owner) or after == "'s" or led or (
         token.text[:1].isupper() and at > 0) or (
         # Where is the spare battery? Behind "is" all that follows "the" names the thing
-        len(tokens) > 1 and at > 2 and (tokens[1].word in BE or at + 2 == len(tokens)
-                                        and tokens[-1].word in BE)
+        len(tokens) > 1 and at > 2 and (BE & {t.word for t in tokens[1:3]}
+                                        or at + 2 == len(tokens) and tokens[-1].word in BE)
         and bool(owner_at(tokens, at)) and token.word not in IRREGULAR
         and not token.word.endswith(("ing", "ed"))))
+    vital = vital or token.word in PARTICLES or token.word.isdigit() or before in HAVING
     sought = before in ("what", "which") or (before == "of" and at > 2)
     return Term(token, 1.5 if vital else 1.0, vital, owner, True, sought and not owner,
                 _aside(tokens, at) if vital and owner not in ("my", "your") else "")
@@ -6838,6 +6861,8 @@ def _aside(tokens: Sequence[Token], at: int) -> str:
     return before[-1] if before and not tokens[at].text[:1].isupper() else ""
 
 
+HAVING = frozenset("have has had".split())
+PARTICLES = frozenset("up off out down".split())
 ENDING = frozenset("until till long late not".split())
 ADJUNCTS = frozenset("in on at for as during".split())
 BE = frozenset("is are was were".split())
@@ -7110,7 +7135,10 @@ def unit_score(asked: Asked, unit: Unit) -> float:
                        for term, (grade, at) in zip(asked.terms, best)):
         return 0.0  # it says of another what that is
     asked = _without_asides(asked, tokens, best)
-    score = _covered(asked, best) * (0.4 if _opposed(asked, tokens) else 1.0)
+    if _of_another(asked, tokens) or _only_name(tokens) and asked.slot not in (
+            "name", "person") and not all(grade for grade, _ in best):
+        return 0.0  # how she is called is not what she likes to eat
+    score = _covered(asked, tokens, best) * (0.4 if _opposed(asked, tokens) else 1.0)
     score *= _person_factor(asked, unit, best)
     for term, (grade, at) in zip(asked.terms, best):
         if grade:
@@ -7122,6 +7150,18 @@ def unit_score(asked: Asked, unit: Unit) -> float:
     if not asked.slot and _is_story(unit.entry) and sum(1 for grade, _ in best if grade) < 2:
         score *= 0.6  # one word in common is small talk
     return score if asked.closed else score * _slot_factor(asked, tokens, best)
+
+
+def _of_another(asked: Asked, tokens: Sequence[Token]) -> bool:
+    """Return whether the question is about another one than the statement."""
+    others = {"other", "another", "second"}
+    return "other" in {t.word for t in asked.tokens} and not others & {t.word for t in tokens}
+
+
+def _only_name(tokens: Sequence[Token]) -> bool:
+    """Return whether a statement says of something how it is called, and nothing else."""
+    return any(NAME_SENSE in t.senses for t in tokens) and not any(
+        t.word in PREPOSITIONS for t in tokens) and len(tokens) < 8
 
 
 def _is_story(entry: Entry) -> bool:
@@ -7160,7 +7200,7 @@ def _defines(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, 
 
 OPPOSITES = dict(pair.split("=") for pair in """open=close begin=end start=end begin=finish
     start=finish arrive=leave next=last home=away morning=evening morning=night
-    left=right before=after first=last north=south east=west""".split())
+    new=old left=right before=after first=last north=south east=west""".split())
 
 
 def _opposed(asked: Asked, tokens: Sequence[Token]) -> bool:
@@ -7168,6 +7208,9 @@ def _opposed(asked: Asked, tokens: Sequence[Token]) -> bool:
     mine, theirs = {t.base for t in asked.tokens}, {t.base for t in tokens}
     if asked.closed or mine & LASTING or {"until", "long"} & mine or mine & NEGATIONS:
         return False
+    if any(t.base == "favourite" and not any(agreement(mine, its) for mine in asked.tokens)
+           for t, its in zip(tokens, tokens[1:])):
+        return True  # of films, and not of colours
     pairs = [*OPPOSITES.items(), *((b, a) for a, b in OPPOSITES.items())]
     return any(a in mine and b in theirs and not (b in mine or a in theirs) for a, b in pairs)
 
@@ -7186,39 +7229,58 @@ def _without_asides(asked: Asked, tokens: Sequence[Token],
         else term for term, (grade, _) in zip(asked.terms, best)])
 
 
-def _covered(asked: Asked, best: Sequence[Tuple[float, int]]) -> float:
+def _covered(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> float:
     """Return the share of what is telling in the question that the statement holds."""
+    graded = _without_titles(asked, best)
+    held = [term for term, grade in graded if grade]
+    missing = [term for term, grade in graded if not grade]
+    loose = _is_loose(asked, held, missing)
+    thing = any(t.vital and not t.token.text[:1].isupper() and t.token.base not in PEOPLE
+                for t in held)
+    whole = sum(t.weight for t in held) + sum(t.weight * (
+        0.2 if thing and not t.vital and t.token.base in OPEN_VERBS else
+        _gap(t, asked, tokens, held, loose)) for t in missing)
+    score = sum(term.weight * grade for term, grade in graded) / whole
+    missing = [t for t in missing if t.vital or not (thing and t.token.base in OPEN_VERBS)]
+    if any(t.vital for t in missing):  # when did the builders redo the kitchen?
+        anchored = sum(t.weight for t in held if t.vital) >= sum(
+            t.weight for t in missing if t.vital)
+        return (0.8 if anchored and asked.slot in SURE_SLOTS - {"person"} else 0.5) * score
+    if any(sense.startswith("=") for t in missing if not t.aside for sense in t.token.senses):
+        score *= 0.7  # who is not said to be born has no birthplace
+    if missing and all(t.vital for t in held):  # the thing is there, what is asked of it is not
+        return (0.9 if loose else 0.75 if thing else 0.65) * score
+    return score
+
+
+def _without_titles(asked: Asked, best: Sequence[Tuple[float, int]]) -> List[Tuple[Term, float]]:
+    """Return the terms with their grades; our neighbour Mrs Gray is Mrs Gray."""
     names = {t.token for t, (grade, _) in zip(asked.terms, best)
              if grade and t.token.text[:1].isupper()}
     led = {a for a, b in zip(asked.tokens, asked.tokens[1:]) if b in names}
-    terms = [(t, pair) for t, pair in zip(asked.terms, best) if pair[0] or not (
-        t.token in led and t.token.base in PEOPLE)]  # our neighbour Mrs Gray is Mrs Gray
-    best = [pair for _, pair in terms]
-    asked = asked._replace(terms=[t for t, _ in terms])
-    missing = [term for term, (grade, _) in terms if not grade]
-    # a verb of no known relation may be another word for what fills a slot of its own
-    places = {term.token: asked.tokens.index(term.token) for term in asked.terms}
-    held_at = {places[t.token] for t, (grade, _) in zip(asked.terms, best) if grade}
-    loose = asked.slot in SURE_SLOTS and not any(
+    return [(t, grade) for t, (grade, _) in zip(asked.terms, best)
+            if grade or not (t.token in led and t.token.base in PEOPLE)]
+
+
+def _is_loose(asked: Asked, held: Sequence[Term], missing: Sequence[Term]) -> bool:
+    """Return whether what is missing may be another word for what fills a slot of its own."""
+    held_at = {asked.tokens.index(term.token) for term in held}
+    return asked.slot in SURE_SLOTS and not any(
         term.vital or term.token.base in KINDS or not term.token.senses.isdisjoint(TELLING)
-        or places[term.token] + 1 in held_at for term in missing)
-    thing = any(g and t.vital and not t.token.text[:1].isupper() and t.token.base not in PEOPLE
-                for t, (g, _) in zip(asked.terms, best))
-    firm = sum(1 for grade, _ in best if grade) > 1
-    whole = sum(term.weight * (
-        1.0 if term not in missing or term.vital else
-        0.2 if thing and term.token.base in OPEN_VERBS else
-        0.5 if loose or firm and not _is_relative(term.token) else 1.0) for term in asked.terms)
-    missing = [t for t in missing if t.vital or not (thing and t.token.base in OPEN_VERBS)]
-    held = sum(term.weight * grade for term, (grade, _) in zip(asked.terms, best))
-    score = held / whole
-    if any(term.vital for term in missing):
-        return 0.5 * score
-    if any(sense.startswith("=") for term in missing for sense in term.token.senses):
-        score *= 0.7  # who is not said to be born has no birthplace
-    if missing and not any(g and not t.vital for t, (g, _) in zip(asked.terms, best)):
-        return (0.9 if loose else 0.75) * score  # the thing is there, what is asked of it is not
-    return score
+        or asked.tokens.index(term.token) + 1 in held_at for term in missing)
+
+
+def _gap(term: Term, asked: Asked, tokens: Sequence[Token], held: Sequence[Term],
+         loose: bool) -> float:
+    """Return how much a word that is missing counts, as a share of its weight."""
+    if term.vital:
+        return 1.0
+    if term.sought and (len(held) > 1 or any(t.vital for t in held)):
+        others = {t.base for t in tokens} - {t.base for t in asked.tokens}
+        if not any(term.token.base in kin and kin & others
+                   for kin in (frozenset(KINDS), *KINDS.values())):
+            return 0.25  # which herb it is need not be said to be one; an arm is no leg
+    return 0.5 if loose or len(held) > 1 and not _is_relative(term.token) else 1.0
 
 
 SURE_SLOTS = frozenset("place time number amount span person colour".split())
@@ -7249,7 +7311,7 @@ def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) 
         return 0.3  # Shall we go? asks for no fact
     if asked.person == "self":
         if not words & OWN_SELF_WORDS:
-            return 0.3
+            return 0.8 if _means_anyone(asked, unit, best) else 0.3
         read = 0.7 if asked.tokens[0].word in ASKING_WORDS else 0.3
         return 1.0 if unit.entry.source in TOLD else read
     advice = {t.word for t in asked.tokens} & (ADVICE if asked.person else OPINION)
@@ -7263,6 +7325,14 @@ def _person_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) 
             t for t in asked.terms if t.token != asked.tokens[asked.slot_at]]:
         return 1.0 if _names_the_owner(unit.tokens) else 0.3
     return _bare_factor(asked, unit, best) if asked.bare else 1.0
+
+
+def _means_anyone(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) -> bool:
+    """Return whether "you" is whoever it may be: How long are you on the ferry?"""
+    things = [grade for t, (grade, _) in zip(asked.terms, best)
+              if t.vital and t.owner not in ("your", "a", "an")]
+    return bool(things) and all(things) and not (
+        asked.closed or _is_story(unit.entry) or {t.base for t in asked.tokens} & MINDED)
 
 
 def _bare_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) -> float:
@@ -7281,7 +7351,8 @@ def _bare_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) ->
     things = [t for t in asked.terms if not _is_relative(t.token)]
     if not subjects and things and all(grade for grade, _ in best) and (
             asked.slot == "place" or asked.slot and all(
-                _noun_owner(tokens, at) in ("the", "this") for _, at in best)):
+                _noun_owner(tokens, at) in ("the", "this") for _, at in best)
+            or not _is_story(unit.entry)):
         return 0.75  # where do I find a thing, where is it
     if not subjects or _says_third(asked, tokens, best):
         return 0.3
@@ -7291,6 +7362,7 @@ def _bare_factor(asked: Asked, unit: Unit, best: Sequence[Tuple[float, int]]) ->
     return 0.95 if others else 1.0  # my wife and I met
 
 
+MINDED = frozenset("like love think feel know want remember see dream hear believe".split())
 ADVICE = frozenset("should shall could would might".split())
 PRONOUNS = frozenset("it this that he she they".split())
 OPINION = ADVICE | {"best", "better", "worst"}
@@ -7358,6 +7430,8 @@ def _owner_factor(term: Term, unit: Unit, at: int, asked: Asked) -> float:
         return 1.0
     if owner in ("my", "your"):
         return 0.3
+    if owner == "the" and tokens[at].base != term.token.base:
+        return 0.5  # the number 14 bus is no number of mine
     if owner and owner not in DETERMINERS:
         return 1.0 if owner in asked_bases else 0.3
     if owner in ("his", "her", "their", "its"):
@@ -7373,8 +7447,10 @@ def _owner_factor(term: Term, unit: Unit, at: int, asked: Asked) -> float:
         return 1.0  # my uncle Henry is uncle Henry
     if sum(max(agreement(t.token, told) for told in tokens) > 0.0 for t in asked.terms) > 1:
         return 0.75
-    if owner == "the" and asked.slot in SELDOM and _fills(asked, tokens, {at}):
-        return 0.75
+    ours = "our" in {t.word for t in asked.tokens}
+    if owner == "the" and not _is_story(unit.entry) and (
+            ours or asked.slot in SELDOM and _fills(asked, tokens, {at})):
+        return 0.9 if ours else 0.75
     own = not owner and tokens[0].word in ("i", "we") and tokens[at].base not in KINDS
     return 0.95 if own or words & {"i", "we"} and "have" in {t.base for t in tokens} else 0.3
 
@@ -7384,8 +7460,10 @@ SELDOM = frozenset("time number amount name age colour region".split())  # in me
 
 def _fills(asked: Asked, tokens: Sequence[Token], used: Set[int]) -> bool:
     """Return whether a statement holds, beside what is used, something of the kind asked for."""
+    costs = asked.slot == "amount" and any(COST_SENSE & t.senses for t in asked.tokens)
     return any(SLOT_FILLERS[asked.slot](tokens, i, used) for i in range(len(tokens))
-               if i not in used or tokens[i].word in PREPOSITIONS)
+               if (i not in used or tokens[i].word in PREPOSITIONS) and not (
+                   costs and {t.base for t in tokens[i + 1:i + 2]} & UNITS))
 
 
 def _counts(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> bool:
@@ -7395,23 +7473,26 @@ def _counts(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, i
     counted = asked.tokens[asked.slot_at + 1:asked.slot_at + 3]
     at = next((at for term, (grade, at) in zip(asked.terms, best)
                if grade and term.token in counted), -1)
-    near = range(max(0, at - 3), at) if at >= 0 else range(len(tokens))
-    return any(_is_number(tokens, i, {at}) and tokens[i - 1].word not in ("at", "as") for i in near)
+    things = {i for i, t in enumerate(tokens) if any(agreement(c, t) for c in counted)} | {at}
+    near = [i for end in things for i in range(max(0, end - 3), end)] or range(len(tokens))
+    measured = {t.base for t in counted} & UNITS
+    return any(_is_number(tokens, i, things) and (
+        i + 1 in things or tokens[i - 1].word not in ("at", "as")) and (
+            measured or not {t.base for t in tokens[i + 1:i + 2]} & UNITS) for i in near)
 
 
 def _slot_factor(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> float:
     """Return 1 when the statement holds something new of the kind that is asked for."""
-    if not asked.slot:
+    if not asked.slot or any(t.sought and grade for t, (grade, _) in zip(asked.terms, best)):
         return 1.0
     used = {at for grade, at in best if grade}
     new = [i for i, t in enumerate(tokens) if i not in used]
     if _fills(asked, tokens, used):
         return 1.0 if _counts(asked, tokens, best) else 0.4
-    literal = asked.tokens[asked.slot_at] if asked.slot_at >= 0 else tokens[0]
-    if literal.word not in ASKING_WORDS and literal.word not in ("old", "many", "much", "called") \
-            and asked.slot != "name" and any(agreement(literal, tokens[i]) for i in new):
-        return 1.0
-    return 0.4
+    literal = asked.tokens[max(0, asked.slot_at)]
+    named = asked.slot_at >= 0 and asked.slot != "name" and literal.word not in ASKING_WORDS and (
+        literal.word not in ("old", "many", "much", "called"))
+    return 1.0 if named and any(agreement(literal, tokens[i]) for i in new) else 0.4
 
 
 _CLOCK = re.compile(r"\d(?:st|nd|rd|th|h|am|pm)$")
@@ -7432,19 +7513,28 @@ def _is_time(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
 ORDINALS = frozenset("first second third fourth fifth sixth seventh eighth ninth tenth".split())
 
 
+_YEAR = re.compile("(?:1[0-9]|20)[0-9][0-9]")
+
+
 def _is_number(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
-    word = tokens[at].word
+    word, before = tokens[at].word, tokens[at - 1].word if at else ""
+    if _YEAR.fullmatch(word) and (before in TIMES or before in (
+            "in", "since", "of", "from", "until", "by", "before")) or (
+                word == "one" and before in ("the", "this", "that", "which")):
+        return False
     return word in NUMBERS or any(c.isdigit() for c in word) or word in ("a", "an") and (
         at + 1 in used)
 
 
 def _is_age(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
+    if _YEAR.fullmatch(tokens[at].word) and tokens[at - 1].word == "in":
+        return bool({t.base for t in tokens[:at]} & {"build", "make", "found", "born", "open"})
     if not _is_number(tokens, at, set()):
         return False
     near = {t.base for t in tokens[max(0, at - 2):at + 4]}
     following = tokens[at + 1].base if at + 1 < len(tokens) else "now"
     return bool(near & {"old", "age", "turn"}) or (
-        tokens[at - 1].word in ("is", "am", "are", "already", "just")
+        tokens[at - 1].word in ("is", "am", "are", "was", "were", "already", "just")
         and following in ("year", "month", "week", "now", "today", "and"))
 
 
@@ -7455,7 +7545,8 @@ def _is_place(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
     before = tokens[at - 1].base if at else ""
     if before == "work" and token.word == "for" or before == "visit" and _capital(tokens, at):
         return True
-    if token.word in PREPOSITIONS and not (token.word == "with" and at
+    if token.word in PREPOSITIONS and not (token.word == "by" and _capital(
+            tokens, min(at + 1, len(tokens) - 1))) and not (token.word == "with" and at
                                            and tokens[at - 1].word not in AUXILIARIES):
         for i in range(at + 1, min(at + 6, len(tokens))):
             t = tokens[i]
@@ -7463,9 +7554,9 @@ def _is_place(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
                     t.word in DETERMINERS or _capital(tokens, i) or t.base in GOALS):
                 return False  # wanted to stay
             if t.word in DETERMINERS and t.word not in NUMBERS or t.word in PREPOSITIONS or (
-                    t.word in ORDINALS):
+                    t.word in ORDINALS or t.word in ("end", "beginning", "middle", "of")):
                 continue
-            if t.word in FUNCTION_WORDS:
+            if t.word in FUNCTION_WORDS or tokens[i - 1].word == "this":
                 return False
             timely = t.base in TIMES or t.word in NUMBERS or any(c.isdigit() for c in t.word)
             return i not in used and not timely or (timely and i + 1 < len(tokens)
@@ -7486,8 +7577,24 @@ def _capital(tokens: Sequence[Token], at: int) -> bool:
 
 
 def _is_person(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
+    before = tokens[at - 1] if at else None
     named = _capital(tokens, at) and not {"a", "an"} & {t.word for t in tokens[max(0, at - 2):at]}
-    return named or tokens[at].base in PEOPLE or tokens[at].base in KINDS["pet"]
+    if named:  # neither in Verona nor The Seagull
+        return before is None or before.word not in ("in", "near") and before.text != "The"
+    if at not in used and _is_agent(tokens, at):
+        return True
+    beside = at + 1 in used and _capital(tokens, at + 1)  # my cousin Bettina is just Bettina
+    return not beside and (tokens[at].base in PEOPLE or tokens[at].base in KINDS["pet"])
+
+
+def _is_agent(tokens: Sequence[Token], at: int) -> bool:
+    """Return whether a word says by whom, or from whom: paid for by the lottery."""
+    token, before = tokens[at], tokens[at - 1].word if at else ""
+    if token.base in TIMES or token.word in DETERMINERS or _is_number(tokens, at, set()):
+        return False
+    if at > 1 and before in DETERMINERS:
+        return tokens[at - 2].word in ("by", "from", "with")
+    return before == "by" and not token.word.endswith("ing")  # founded by miners
 
 
 def _is_colour(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
@@ -7500,6 +7607,8 @@ def _is_name(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
         return True
     if not _capital(tokens, at):
         return False
+    if at + 1 in used and _capital(tokens, at + 1):
+        return True  # the Castle Pool
     said = at - 1 if tokens[at - 1].word in AUXILIARIES else at - 2
     if at > 1 and tokens[said].word in ("is", "are", "was", "were") and any(
             i < said for i in used):
@@ -7507,7 +7616,7 @@ def _is_name(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
     for back in range(at - 1, max(-1, at - 5), -1):
         if back in used or tokens[back].word == "i":
             return True
-        if tokens[back].word in PREPOSITIONS or (
+        if tokens[back].word in PREPOSITIONS - {"by", "with"} or (
                 tokens[back].word not in FUNCTION_WORDS and not _capital(tokens, back)):
             break
     ahead = [t.word for t in tokens[at + 1:at + 4]]
@@ -7516,13 +7625,16 @@ def _is_name(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
 
 
 def _is_amount(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
-    return _is_number(tokens, at, set()) and tokens[at].word not in ORDINALS
+    hour = tokens[at - 1].word == "at" or at > 1 and tokens[at - 2].word == "at"
+    after = tokens[at + 1].base if at + 1 < len(tokens) else "oclock"
+    return _is_number(tokens, at, set()) and tokens[at].word not in ORDINALS and not (
+        hour and (after in TIMES or after in FUNCTION_WORDS or after.isdigit()))
 
 
 def _is_span(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
     units = {t.base for t in tokens[at + 1:at + 3]} & UNITS
     return _is_number(tokens, at, set()) and bool(units) or (
-        tokens[at].word in ("since", "until", "till", "by"))
+        tokens[at].word in ("since", "until", "till"))
 
 
 def _is_reason(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
@@ -7683,7 +7795,7 @@ def _exchange_fits(asked: Asked, text: str, asking: bool, factual: bool,
             if factual and score < 0.9:
                 score *= 0.6
             if asking and not place and asks(words):
-                score = max(score, _answer_score(asked, entry, answer))
+                score = max(score, _answer_score(asked, entry, words, answer))
             yield Recall(min(1.0, score), entry, answer)
 
 
@@ -7725,17 +7837,27 @@ def _mutual(asked: Asked, told: Sequence[Token], best: Sequence[Tuple[float, int
     if not theirs:
         return 0.0
     back = sum(max(agreement(t, mine) for mine in asked.tokens) for t in theirs) / len(theirs)
-    return min(_covered(asked, best), back)
+    return min(_covered(asked, told, best), back)
 
 
-def _answer_score(asked: Asked, entry: Entry, answer: str) -> float:
-    """Return how well the answer of an exchange answers a question by itself."""
-    if asked.person == "owner" and not re.search(r"\byour\b|^You\b", answer):
+def _answer_score(asked: Asked, entry: Entry, words: str, answer: str) -> float:
+    """Return how well the answer of an exchange answers a question, alone or with its own.
+
+    "Who is the head cook?" and "Bernard." say together who that is.
+    """
+    theirs = {t.word for t in tokens_of(words)}
+    if asked.closed:
         return 0.0
-    scores = [0.97 * unit_score(asked, Unit(entry, text, tokens_of(turned(text))))
-              for text in statements_of(answer)
-              if not (asked.person == "owner" and OWNERS_WORDS & {t.word for t in tokens_of(text)})]
-    return 0.0 if asked.closed else max(scores, default=0.0)
+    units = []
+    if asked.person != "self" and not theirs & OWN_SELF_WORDS:
+        told = [_token("price", "price") if t.word == "much" else t
+                for t in tokens_of(unframed(words)[0] or words) if t.word not in ASKING_WORDS]
+        units.append(Unit(entry, answer, told + tokens_of(turned(answer))))
+    if asked.person != "owner" or re.search(r"\byour\b|^You\b", answer):
+        units += [Unit(entry, text, tokens_of(turned(text))) for text in statements_of(answer)
+                  if not (asked.person == "owner"
+                          and OWNERS_WORDS & {t.word for t in tokens_of(text)})]
+    return max((0.97 * unit_score(asked, unit) for unit in units), default=0.0)
 
 
 def recall(memory: Memory, text: str, rng: random.Random) -> List[Recall]:
