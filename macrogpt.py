@@ -6109,7 +6109,7 @@ STEM_CHARS = 5
 WEAK_SCORE = 0.45
 SURE_SCORE = 0.65
 FACT_SHARE = 0.95       # of recall_score is enough for a fact
-STORY_SHARE = 1.2       # of it is wanted of a line in a passage, which may be a mere story
+STORY_SHARE = 1.6       # of it is wanted of a line in a passage, which may be a mere story
 NEAR_SCORE = 0.035      # facts that fit equally well up to this are told apart by their time
 NEWS_SCORE = 0.35       # that is enough where a statement says that something has changed
 FEWEST_ENTRIES = 2000.0  # as if: in a small memory a word is rare by chance
@@ -6160,40 +6160,40 @@ ABBREVIATED = re.compile(r"(?:\b(?:mr|mrs|ms|dr|st|prof|no|vs|approx|e\.g|i\.e|a
 RELATIONS = """
 = name call nickname | = live home house reside address flat apartment dwell lodge move | = born
 birth birthday birthdate birthplace | = old age year turn | = tyre tire | = job work profession
-occupation employ employer career workplace office | job become | like love favourite enjoy prefer
-fond adore fan | hate dislike loathe detest stand | marry marriage wed anniversary | mother mum
-mummy mama | father dad daddy papa | grandmother grandma granny nan | grandfather grandpa grandad
-granddad | child kid | boss manager supervisor chief superior | doctor physician gp | couch sofa
-settee | bike bicycle cycle | car drive automobile vehicle auto | phone telephone mobile number
-call ring cell tel | fridge refrigerator | movie film cinema | trash garbage rubbish bin | floor
-storey level | parcel package packet | recycle recycling | buy purchase shop get from | leave
-depart departure go start set | leave park put place store hide keep lay lie stay | arrive arrival
-come land | come visit arrive pick collect appear | begin start opening | end finish close over
-stop | close shut | code password pin combination passcode passphrase | open unlock | study learn
-student university college school | study subject degree major | learn lesson class course | member
-belong membership | teach teacher | eat food meal dish diet | cook make dish bake recipe | drink
-beverage take | allergy allergic | ill sick disease illness | fear afraid scare frighten terrify
-phobia | hobby enjoy pastime | cost price pay expensive charge | earn salary income wage | weigh
-weight heavy kilo | tall height high centimetre centimeter | long length last duration | far
-distance kilometre mile away | big size large | meet appointment see | appointment go see visit |
-travel trip holiday vacation journey go | trip outing excursion | flight plane fly | speak language
-| wear size | lose missing | write author writer book novelist | play instrument | sing song choir
-| give present gift | grow plant | sleep bed | wake alarm | dream want wish | plan intend want |
-topic theme subject about | team club | blood group type | pill medicine medication drug | company
-firm business | friend mate buddy pal | neighbour neighbor | mail post | mail email | horoscope
-zodiac star | turn birthday | origin from born come native nationality | origin buy | city town
-place | nationality country from citizen origin | borrow lend loan owe debt | repair fix mend
-service maintain | collect empty | collect collection gather | celebrate birthday | hurt break
-injure injury | fly travel trip | own belong | home country | treat eat food like | bus coach |
-cellar basement | garden yard | university uni college campus | surgery operation operate surgeon |
-smoke cigarette tobacco | fee charge cost price pay membership | pill tablet medicine medication |
-vegetarian veggie | raise keep | caretaker janitor | digit figure number code combination |
-rehearse rehearsal practise practice | due deadline submit expire | expire valid run out | hire
-rent rental lease | landlord landlady | hurt ache pain sore | shirt jersey kit | laundry washing
-wash | guest visitor | exam test | lecture lecturer professor | student pupil | pupil classmate
-schoolmate | retire pension | resign quit stop | lad boy | lady woman | guy man | grow raise
-childhood upbringing | wedding marry married | honeymoon wed | spare extra | shade colour | mad
-angry | fragrance smell scent | scar injury wound | glasses spectacle optician | lens contact |
+occupation employ employer career workplace | work workplace office | job become | like love
+favourite enjoy prefer fond adore fan | hate dislike loathe detest stand | marry marriage wed
+anniversary | mother mum mummy mama | father dad daddy papa | grandmother grandma granny nan |
+grandfather grandpa grandad granddad | child kid | boss manager supervisor chief superior | doctor
+physician gp | couch sofa settee | bike bicycle cycle | car drive automobile vehicle auto | phone
+telephone mobile number call ring cell tel | fridge refrigerator | movie film cinema | trash
+garbage rubbish bin | floor storey level | parcel package packet | recycle recycling | buy purchase
+get from | leave depart departure go start set | leave park put place store hide keep lay lie stay
+| arrive arrival come land | come visit arrive pick collect appear | begin start opening | end
+finish close over stop | close shut | code password pin combination passcode passphrase | open
+unlock | study learn student university college school | study subject degree major | learn lesson
+class course | member belong membership | teach teacher | eat food meal dish diet | cook make dish
+bake recipe | drink beverage take | allergy allergic | ill sick disease illness | fear afraid scare
+frighten terrify phobia | hobby enjoy pastime | cost price pay expensive charge | earn salary
+income wage | weigh weight heavy kilo | tall height high centimetre centimeter foot metre | long
+length last duration | far distance kilometre mile away | big size large | meet appointment see |
+appointment go see visit | travel trip holiday vacation journey go | trip outing excursion | flight
+plane fly | speak language | wear size | lose missing | write author writer book novelist | play
+instrument | sing song choir | give present gift | grow plant | sleep bed | wake alarm | dream want
+wish | plan intend want | topic theme subject about | team club | blood group type | pill medicine
+medication drug | company firm business | friend mate buddy pal | neighbour neighbor | mail post |
+mail email | horoscope zodiac star | turn birthday | origin from born come native nationality |
+origin buy | city town place | nationality country from citizen origin | borrow lend loan owe debt
+| repair fix mend service maintain | collect empty | collect collection gather | celebrate birthday
+| hurt break injure injury | fly travel trip | own belong | home country | treat eat food like |
+bus coach | cellar basement | garden yard | university uni college campus | surgery operation
+operate surgeon | smoke cigarette tobacco | fee charge cost price pay membership | pill tablet
+medicine medication | vegetarian veggie | raise keep | caretaker janitor | digit figure number code
+combination | rehearse rehearsal practise practice | due deadline submit expire | expire valid run
+out | hire rent rental lease | landlord landlady | hurt ache pain sore | shirt jersey kit | laundry
+washing wash | guest visitor | exam test | lecture lecturer professor | student pupil | pupil
+classmate schoolmate | retire pension | resign quit stop | lad boy | lady woman | guy man | grow
+raise childhood upbringing | wedding marry married | honeymoon wed | spare extra | shade colour |
+mad angry | fragrance smell scent | scar injury wound | glasses spectacle optician | lens contact |
 power electricity electric | light lamp bulb | tap faucet | sweet candy | biscuit cookie | soup
 broth | rug carpet | curtain blind | cupboard closet wardrobe cabinet | drawer chest | shelf
 bookcase | box crate carton | bag purse handbag backpack rucksack | wallet purse | lorry truck |
@@ -6304,6 +6304,8 @@ ADJECTIVES = frozenset("""best own old new big small little first last next favo
 SPANS_OF_TIME = frozenset("day morning evening night week month year time moment".split())
 UNITS = frozenset("""second minute hour day week month year metre meter kilometre kilometer mile
     centimetre centimeter foot inch page cm km m h min""".split())
+MEASURES = UNITS | frozenset("""degree percent litre liter gram kilo kilogram ton tonne pound stone
+    foot yard acre hectare bar volt watt kg""".split())
 GOALS = frozenset("""work school bed church town university college hospital sea room platform
     floor level""".split())
 PLACES = frozenset("""here home abroad upstairs downstairs outside inside street road avenue lane
@@ -6756,7 +6758,7 @@ def _slot(tokens: Sequence[Token]) -> Tuple[str, int]:
         if word == "how" and after in ("many", "much", "far"):
             return ("number" if after == "many" else "amount"), i + 1
         if word == "how" and after in MEASURED:
-            return "amount", i + 1
+            return "measure", i + 1
     for i, token in enumerate(tokens):
         if heads[i] and SLOT_OF[token.base] != "name" and (
                 not i or words[i - 1] not in ("favourite", "these", "those", "one", "some", "old")):
@@ -7112,8 +7114,10 @@ def _classed_at(asked: Token, tokens: Sequence[Token]) -> List[int]:
     """Return where a statement says "is a ...", which names a job, or the breed of an animal."""
     if asked.base not in CLASSES:
         return []
-    return [i for i in range(len(tokens) - 2) if tokens[i].word in ("am", "is", "are", "was", "be")
-            and tokens[i + 1].word in ("a", "an") and tokens[i + 2].base not in NO_CALLINGS]
+    words = [t.word for t in tokens]
+    return [i for i in range(len(tokens) - 2) if words[i + 1] in ("a", "an") and (
+        words[i] in ("am", "is", "are", "was", "be") and tokens[i + 2].base not in NO_CALLINGS
+        or words[i] == "for" and words[i + 2] == "living")]  # I tune pianos for a living
 
 
 NO_CALLINGS = frozenset("""member fan vegetarian vegan twin child baby man woman boy girl friend
@@ -7138,7 +7142,7 @@ def unit_score(asked: Asked, unit: Unit) -> float:
     if _of_another(asked, tokens) or _only_name(tokens) and asked.slot not in (
             "name", "person") and not all(grade for grade, _ in best):
         return 0.0  # how she is called is not what she likes to eat
-    score = _covered(asked, tokens, best) * (0.4 if _opposed(asked, tokens) else 1.0)
+    score = _covered(asked, best) * (0.4 if _opposed(asked, tokens) else 1.0)
     score *= _person_factor(asked, unit, best)
     for term, (grade, at) in zip(asked.terms, best):
         if grade:
@@ -7165,8 +7169,18 @@ def _only_name(tokens: Sequence[Token]) -> bool:
 
 
 def _is_story(entry: Entry) -> bool:
-    """Return whether an entry is a passage of several lines that somebody has written."""
-    return entry.source not in TOLD and "\n" in entry.text.strip() and not is_exchange(entry)
+    """Return whether an entry is a passage whose lines lean on one another, unlike a list."""
+    return entry.source not in TOLD and not is_exchange(entry) and _leans(entry.text)
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _leans(text: str) -> bool:
+    lines = text.splitlines()
+    return len(lines) > 1 and sum(
+        bool(LEANING & set(folded_words(line))) for line in lines) > 0.3 * len(lines)
+
+
+LEANING = frozenset("he she it they him them his her its their then but and so".split())
 
 
 def _lies_so(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> bool:
@@ -7208,11 +7222,20 @@ def _opposed(asked: Asked, tokens: Sequence[Token]) -> bool:
     mine, theirs = {t.base for t in asked.tokens}, {t.base for t in tokens}
     if asked.closed or mine & LASTING or {"until", "long"} & mine or mine & NEGATIONS:
         return False
-    if any(t.base == "favourite" and not any(agreement(mine, its) for mine in asked.tokens)
+    if any(t.base == "favourite" and not any(agreement(word, its) for word in asked.tokens)
            for t, its in zip(tokens, tokens[1:])):
         return True  # of films, and not of colours
+    if any(t.sought and _has_rival(t.token, mine, theirs) for t in asked.terms):
+        return True  # an arm is no leg
     pairs = [*OPPOSITES.items(), *((b, a) for a, b in OPPOSITES.items())]
     return any(a in mine and b in theirs and not (b in mine or a in theirs) for a, b in pairs)
+
+
+def _has_rival(sought: Token, asked: Set[str], told: Set[str]) -> bool:
+    """Return whether a statement names another thing of the kind than that which is sought."""
+    return not any(sought.senses & _senses(base) for base in told) and any(
+        sought.base in kin and kin & (told - asked)
+        for kin in (frozenset(KINDS), *KINDS.values()))
 
 
 def _without_asides(asked: Asked, tokens: Sequence[Token],
@@ -7229,7 +7252,7 @@ def _without_asides(asked: Asked, tokens: Sequence[Token],
         else term for term, (grade, _) in zip(asked.terms, best)])
 
 
-def _covered(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, int]]) -> float:
+def _covered(asked: Asked, best: Sequence[Tuple[float, int]]) -> float:
     """Return the share of what is telling in the question that the statement holds."""
     graded = _without_titles(asked, best)
     held = [term for term, grade in graded if grade]
@@ -7239,7 +7262,7 @@ def _covered(asked: Asked, tokens: Sequence[Token], best: Sequence[Tuple[float, 
                 for t in held)
     whole = sum(t.weight for t in held) + sum(t.weight * (
         0.2 if thing and not t.vital and t.token.base in OPEN_VERBS else
-        _gap(t, asked, tokens, held, loose)) for t in missing)
+        _gap(t, held, loose)) for t in missing)
     score = sum(term.weight * grade for term, grade in graded) / whole
     missing = [t for t in missing if t.vital or not (thing and t.token.base in OPEN_VERBS)]
     if any(t.vital for t in missing):  # when did the builders redo the kitchen?
@@ -7270,20 +7293,16 @@ def _is_loose(asked: Asked, held: Sequence[Term], missing: Sequence[Term]) -> bo
         or asked.tokens.index(term.token) + 1 in held_at for term in missing)
 
 
-def _gap(term: Term, asked: Asked, tokens: Sequence[Token], held: Sequence[Term],
-         loose: bool) -> float:
+def _gap(term: Term, held: Sequence[Term], loose: bool) -> float:
     """Return how much a word that is missing counts, as a share of its weight."""
     if term.vital:
         return 1.0
     if term.sought and (len(held) > 1 or any(t.vital for t in held)):
-        others = {t.base for t in tokens} - {t.base for t in asked.tokens}
-        if not any(term.token.base in kin and kin & others
-                   for kin in (frozenset(KINDS), *KINDS.values())):
-            return 0.25  # which herb it is need not be said to be one; an arm is no leg
+        return 0.25  # which herb it is need not be said to be one
     return 0.5 if loose or len(held) > 1 and not _is_relative(term.token) else 1.0
 
 
-SURE_SLOTS = frozenset("place time number amount span person colour".split())
+SURE_SLOTS = frozenset("place time number amount measure span person colour".split())
 
 # What one does with a thing of any kind: that a statement lacks them says little.
 OPEN_VERBS = frozenset("""eat drink like love wear take use make sleep fit offer serve feed
@@ -7455,7 +7474,7 @@ def _owner_factor(term: Term, unit: Unit, at: int, asked: Asked) -> float:
     return 0.95 if own or words & {"i", "we"} and "have" in {t.base for t in tokens} else 0.3
 
 
-SELDOM = frozenset("time number amount name age colour region".split())  # in mere stories
+SELDOM = frozenset("time number amount measure name age colour region".split())  # in mere stories
 
 
 def _fills(asked: Asked, tokens: Sequence[Token], used: Set[int]) -> bool:
@@ -7502,14 +7521,16 @@ def _is_time(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
     token, before = tokens[at], tokens[at - 1].word if at else ""
     if token.base in TIMES or token.word in TIMES or _CLOCK.search(token.word):
         return True
-    if token.word in ORDINALS:  # the first of every month
-        return at + 1 < len(tokens) and tokens[at + 1].word == "of"
+    if token.word in ORDINALS:  # the first of every month, on the fifth
+        after = tokens[at + 1].word if at + 1 < len(tokens) else "of"
+        return after == "of" and (at + 1 < len(tokens) or before == "the")
     number = token.word in NUMBERS or token.word.isdigit()
     return number and (before in ("at", "in", "on", "by", "from", "until", "till", "since", "past",
                                   "around", "before", "after", "is", "to", "half") or (
         len(token.word) == 4 and token.word[:2] in ("19", "20")))
 
 
+VAGUE = frozenset("both no none single once".split())
 ORDINALS = frozenset("first second third fourth fifth sixth seventh eighth ninth tenth".split())
 
 
@@ -7538,6 +7559,9 @@ def _is_age(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
         and following in ("year", "month", "week", "now", "today", "and"))
 
 
+KEEPING = frozenset("keep leave put store park live stay".split())
+
+
 def _is_place(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
     token = tokens[at]
     if token.base in PLACES or token.word in PLACES:
@@ -7545,9 +7569,10 @@ def _is_place(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
     before = tokens[at - 1].base if at else ""
     if before == "work" and token.word == "for" or before == "visit" and _capital(tokens, at):
         return True
-    if token.word in PREPOSITIONS and not (token.word == "by" and _capital(
-            tokens, min(at + 1, len(tokens) - 1))) and not (token.word == "with" and at
-                                           and tokens[at - 1].word not in AUXILIARIES):
+    if token.word == "by" and _capital(tokens, min(at + 1, len(tokens) - 1)):
+        return False
+    if token.word in PREPOSITIONS and (token.word != "with" or not at or (
+            {tokens[at - 1].word} & AUXILIARIES or KEEPING & {t.base for t in tokens[:at]})):
         for i in range(at + 1, min(at + 6, len(tokens))):
             t = tokens[i]
             if token.word == "to" and i == at + 1 and not (
@@ -7627,8 +7652,15 @@ def _is_name(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
 def _is_amount(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
     hour = tokens[at - 1].word == "at" or at > 1 and tokens[at - 2].word == "at"
     after = tokens[at + 1].base if at + 1 < len(tokens) else "oclock"
-    return _is_number(tokens, at, set()) and tokens[at].word not in ORDINALS and not (
+    return _is_number(tokens, at, set()) and tokens[at].word not in ORDINALS | VAGUE and not (
         hour and (after in TIMES or after in FUNCTION_WORDS or after.isdigit()))
+
+
+def _is_measure(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
+    """Return whether a number is one of metres or degrees, or ends the statement."""
+    after = tokens[at + 1] if at + 1 < len(tokens) else None
+    return _is_amount(tokens, at, used) and (after is None or after.base in MEASURES or (
+        _is_number(tokens, at + 1, set()) and after.word not in ("a", "an")))
 
 
 def _is_span(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
@@ -7646,7 +7678,7 @@ def _is_region(tokens: Sequence[Token], at: int, used: Set[int]) -> bool:
 
 
 SLOT_FILLERS = {"region": _is_region, "time": _is_time, "place": _is_place,
-                "number": _is_number, "amount": _is_amount, "age": _is_age,
+                "number": _is_number, "amount": _is_amount, "measure": _is_measure, "age": _is_age,
                 "colour": _is_colour, "person": _is_person, "name": _is_name, "span": _is_span,
                 "reason": _is_reason}
 
@@ -7785,18 +7817,26 @@ def _exchange_fits(asked: Asked, text: str, asking: bool, factual: bool,
         for place, ((asker, words), (teller, answer)) in enumerate(zip(turns, turns[1:])):
             if (asker, teller) != ("H", "A") or not answer:
                 continue
-            if asking and place and asked.person == "owner":
+            opens = not place or asking and _stands_alone(words)
+            if asking and not opens and asked.person == "owner":
                 continue  # further on, an exchange speaks of what was said in it before
             score = _exchange_score(asked, words, asking, weights)
             if folded_words(words) != folded_words(text):
                 score = min(score, 0.98)  # the very words come first
-            if place:
+            if not opens:
                 score *= 0.6  # what is said further on hangs on what was said before
             if factual and score < 0.9:
                 score *= 0.6
-            if asking and not place and asks(words):
+            if asking and opens and asks(words):
                 score = max(score, _answer_score(asked, entry, words, answer))
             yield Recall(min(1.0, score), entry, answer)
+
+
+def _stands_alone(words: str) -> bool:
+    """Return whether a question needs nothing that was said before it, as in a list of them."""
+    tokens = tokens_of(words)
+    return is_question(words) and not LEANING & {t.word for t in tokens} and any(
+        t.word in ("the", "my", "our") or t.text[:1].isupper() and i for i, t in enumerate(tokens))
 
 
 def _plain_weight(token: Token) -> float:
@@ -7837,7 +7877,7 @@ def _mutual(asked: Asked, told: Sequence[Token], best: Sequence[Tuple[float, int
     if not theirs:
         return 0.0
     back = sum(max(agreement(t, mine) for mine in asked.tokens) for t in theirs) / len(theirs)
-    return min(_covered(asked, told, best), back)
+    return min(_covered(asked, best), back)
 
 
 def _answer_score(asked: Asked, entry: Entry, words: str, answer: str) -> float:

@@ -162,20 +162,20 @@ class Telling(unittest.TestCase):
     """What may be left out of a statement that answers, and what may not."""
 
     @staticmethod
-    def after(told, asked):
+    def after(told, asked, source="chat"):
         memory = m.Memory(":memory:", Clock())
         with memory.transaction():
-            memory.add_entry("chat", m.Document((told,), True))
+            memory.add_entry(source, m.Document(tuple(told.splitlines()), True))
         fit = answer(memory, asked)
         memory.close()
         return fit
 
-    def known(self, told, asked, key):
-        fit = self.after(told, asked)
+    def known(self, told, asked, key, source="chat"):
+        fit = self.after(told, asked, source)
         self.assertIn(key, fit.answer if fit else "", (told, asked))
 
-    def unknown(self, told, asked):
-        fit = self.after(told, asked)
+    def unknown(self, told, asked, source="chat"):
+        fit = self.after(told, asked, source)
         self.assertFalse(is_a_fact(fit), (told, asked, fit))
 
     def test_the_opposite_of_what_is_asked_is_no_answer(self):
@@ -208,6 +208,41 @@ class Telling(unittest.TestCase):
         for asked in ("What is it that I am allergic to?", "what was it that I am allergic to"):
             self.known("I am allergic to celery.", asked, "celery")
         self.known("I was born in Graz.", "What is the name of the town where I was born?", "Graz")
+
+    def test_a_list_of_lines_is_a_list_of_facts_and_a_tale_is_a_tale(self):
+        notes = ("The kiln is fired on Mondays.\nThe glazes stand in the cold room.\n"
+                 "Irma keeps the wheel.\nThe clay comes from Delft.")
+        self.known(notes, "On which day do we fire the kiln?", "Monday", "corpus")
+        self.known(notes, "Where does our clay come from?", "Delft", "corpus")
+        tale = ("The clay lay in the rain.\nThen it dreamed of Delft.\nIt woke on Monday.\n"
+                "So they fired the kiln.")
+        self.unknown(tale, "When do we fire the kiln?", "corpus")
+
+    def test_each_of_a_list_of_questions_and_answers_stands_for_itself(self):
+        notes = ("H: Who tunes the organ?\nA: Ruben tunes it.\nH: Where is the crypt key?\n"
+                 "A: On the nail behind the font.")
+        self.known(notes, "In which place do I find the key of the crypt?", "font", "corpus")
+        self.known(notes, "Who is it that tunes the organ?", "Ruben", "corpus")
+
+    def test_a_question_and_its_answer_say_a_thing_together(self):
+        notes = "H: Who minds the hives?\nA: Odile."
+        self.known(notes, "Which person minds the hives?", "Odile", "corpus")
+        self.unknown(notes, "Where are the hives?", "corpus")
+
+    def test_a_slot_is_filled_by_what_is_of_its_kind(self):
+        self.unknown("The crossing takes 35 minutes.", "How much does the crossing cost?")
+        self.unknown("Four geese live on the lake.", "How deep is the lake?")
+        self.known("The lake is forty metres deep.", "What is the depth of the lake?", "forty")
+        self.unknown("My cousin Odile is getting married in Verona.", "Who is Odile marrying?")
+        self.known("The bell was given by the guild.", "Who donated the bell?", "guild")
+        self.unknown("Our loft is full since 2011.", "How many rooms has the loft?")
+
+    def test_another_of_its_kind_is_not_what_was_asked_for(self):
+        self.unknown("I broke my left arm in a race.", "Which leg did I break?")
+        self.unknown("My favourite colour is teal.", "Which song do I like best?")
+        self.unknown("My rabbit is called Clover.", "What does my rabbit like to eat?")
+        self.unknown("My neighbour is called Ada.", "What is my other neighbour called?")
+        self.known("I cannot stand parsley.", "Which herb can I not stand?", "parsley")
 
 
 class Turning(unittest.TestCase):
