@@ -22,7 +22,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import macrogpt as m  # noqa: E402
-from support import engine_in_use  # noqa: E402
+from support import engine_in_use, run_macrogpt, start_macrogpt  # noqa: E402
 
 TINY = ("n_embd=16", "n_head=2", "block_size=24", "warmup_steps=12", "eval_steps=4", "micro_steps=3",
         "eval_chars=300", "min_merge_chars=1000000", "tick_seconds=0.05", "commit_seconds=0.3")
@@ -1023,17 +1023,16 @@ class Unlearning(Home):
 
 class Processes(Home):
     def run_macrogpt(self, *words, text="", kill_after=None):
+        """Run the program to its end, or start it and kill it after a condition holds."""
         sets = [part for setting in TINY for part in ("--set", setting)]
-        command = [sys.executable, str(ROOT / "macrogpt.py"), "--corpus", str(self.corpus), "--db",
-                   self.config.db_path, *sets, *words]
+        words = ("--corpus", str(self.corpus), "--db", self.config.db_path, *sets, *words)
         if kill_after is None:
-            return subprocess.run(command, input=text, capture_output=True, text=True, timeout=60,
-                                  cwd=self.folder)
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True, cwd=self.folder)
-        with process:
-            self.until(kill_after)
-            process.kill()
+            return run_macrogpt(*words, stdin=text.encode(), cwd=self.folder, timeout=60)
+        with start_macrogpt(*words, cwd=self.folder) as process:
+            try:
+                self.until(kill_after)
+            finally:
+                process.kill()
         return process
 
     def stats(self):
@@ -1041,7 +1040,6 @@ class Processes(Home):
 
     def stored_step(self):
         """Return the step that is committed, read from beside the program."""
-        import sqlite3
         try:
             db = sqlite3.connect(f"file:{self.config.db_path}?mode=ro", uri=True)
             try:
@@ -1101,24 +1099,24 @@ class Processes(Home):
 
     def test_told_closed_opened_asked_it_answers(self):
         told = self.run_macrogpt("--no-train", text="My lamp is called Quartz.\n")
-        self.assertEqual((told.returncode, told.stdout.count("\n")), (0, 1))
+        self.assertEqual((told.returncode, told.stdout.count(b"\n")), (0, 1))
         asked = self.run_macrogpt("--no-train", text="What is my lamp called?\n")
-        self.assertIn("Quartz", asked.stdout)
+        self.assertIn(b"Quartz", asked.stdout)
 
     def test_asked_for_what_was_never_told_it_says_so_however_well_it_speaks(self):
         self.run_macrogpt("train")
         grown = ("--set", "trust_bpc=100", "--no-train")
         self.run_macrogpt(*grown, text="My lamp is called Quartz.\n")
         asked = self.run_macrogpt(*grown, text="What is my boat called?\nWhat is my river?\n")
-        said = asked.stdout.splitlines()  # in other words the second time
+        said = asked.stdout.decode().splitlines()  # in other words the second time
         self.assertEqual((len(said), len({*said} & {*m.UNKNOWN_REPLIES})), (2, 2))
 
     def test_a_smaller_shape_is_refused_with_the_way_out(self):
         self.run_macrogpt("train", "--steps", "1")
         refused = self.run_macrogpt("--set", "n_layer=1", "ask", "hello")
         self.assertEqual(refused.returncode, 2)
-        self.assertIn("--db", refused.stderr)
-        self.assertEqual(refused.stderr.count("\n"), 1)
+        self.assertIn(b"--db", refused.stderr)
+        self.assertEqual(refused.stderr.count(b"\n"), 1)
 
 
 class SameLife(Home):
@@ -1138,11 +1136,9 @@ class SameLife(Home):
         corpus = folder / "corpus.txt"
         corpus.write_text(LINES, encoding="utf-8")
         for part in parts:
-            command = [sys.executable, str(ROOT / "macrogpt.py"), "--corpus", str(corpus), "--db",
-                       str(folder / "m.sqlite3"), "--wait-trained", *self.SETS]
-            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  stderr=subprocess.DEVNULL, text=True, cwd=folder, env={
-                                      **os.environ, "PYTHONHASHSEED": hash_seed}) as chat:
+            words = ("--corpus", str(corpus), "--db", str(folder / "m.sqlite3"), "--wait-trained")
+            with start_macrogpt(*words, *self.SETS, cwd=folder, stderr=subprocess.DEVNULL, text=True,
+                                env={"PYTHONHASHSEED": hash_seed}) as chat:
                 for words in part:
                     if words.startswith("edit "):
                         after = corpus.read_text(encoding="utf-8") + "\n" + words[5:] + "\n"
