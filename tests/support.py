@@ -1,16 +1,20 @@
-"""What several test files share: a way to run the program, and a folder for it to live in."""
+"""What several test files share: ways to run the program, and a folder for it to live in."""
+import contextlib
+import io
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import unittest
+from unittest import mock
 
 import macrogpt
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = os.path.join(ROOT, "macrogpt.py")
-# What the script does, by way of its bytecode: as a script it is compiled anew at every start.
+# Without site-packages, of which nothing is used and some are slow to look through. START does what
+# the script does, by way of its bytecode: as a script it is compiled anew at every start.
 START = "import sys; sys.path.insert(0, sys.argv.pop(1)); import macrogpt; sys.exit(macrogpt.main())"
 
 # Where kernels are compiled to, once for all tests; the home of each test is its own.
@@ -43,6 +47,7 @@ Copper turns green in the rain.
 
 def environment(home, changes=None):
     """Return this process's environment with a home of its own and nothing that steers a run."""
+    home = os.fspath(home)
     kept = {name: value for name, value in os.environ.items()
             if name not in ("NO_COLOR", "MACROGPT_DEBUG", "PYTHONWARNINGS", "COLUMNS",
                             "PYTHONDONTWRITEBYTECODE")}
@@ -50,23 +55,46 @@ def environment(home, changes=None):
             "PYTHONPYCACHEPREFIX": os.path.join(CACHE, "bytecode"), **(changes or {})}
 
 
-def command(args, cwd):
-    """Return the command line for args, with a --db inside cwd unless args name one."""
+def with_db(args, cwd):
+    """Return the words args, with a --db inside cwd unless they name one."""
     given = any(word == "--db" or word.startswith("--db=") for word in args)
-    own = () if given else ("--db", os.path.join(cwd, "memory.sqlite3"))
-    return [sys.executable, "-c", START, ROOT, *args, *own]
+    return [*args, *(() if given else ("--db", os.path.join(cwd, "memory.sqlite3")))]
 
 
-def run_macrogpt(*args, stdin=b"", env=None, cwd=None, timeout=30):
-    """Run the program to its end and return the CompletedProcess; its streams are bytes.
+def command(args, cwd):
+    """Return the command line for args."""
+    return [sys.executable, "-S", "-c", START, ROOT, *with_db(args, cwd)]
 
-    Without cwd it lives in a temporary folder that is gone when this returns; env holds changes.
-    """
-    if cwd is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return run_macrogpt(*args, stdin=stdin, env=env, cwd=folder, timeout=timeout)
+
+def run_macrogpt(*args, stdin=b"", env=None, cwd, timeout=30):
+    """Run the program to its end in cwd and return the CompletedProcess; its streams are bytes."""
     return subprocess.run(command(args, cwd), input=stdin, env=environment(cwd, env), cwd=cwd,
                           capture_output=True, timeout=timeout, check=False)
+
+
+def run_inside(*args, stdin=b"", env=None, cwd):
+    """Do and return what run_macrogpt does, but within this process; a trainer is one of its own.
+
+    An interpreter takes longer to start than most commands take. What is about processes, their
+    signals, their death, and what one leaves to the next, is to be tried on those.
+    """
+    words = with_db(args, cwd)
+    streams = [io.TextIOWrapper(io.BytesIO(raw)) for raw in (stdin, b"", b"")]
+    handlers = {number: signal.getsignal(number) for number in macrogpt.ENDING_SIGNALS}
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.chdir, os.getcwd())
+        undo.callback(lambda: [signal.signal(*pair) for pair in handlers.items()])
+        undo.enter_context(mock.patch.dict(os.environ, environment(cwd, env), clear=True))
+        for name, stream in zip(("stdin", "stdout", "stderr"), streams):
+            undo.enter_context(mock.patch.object(sys, name, stream))
+        os.chdir(cwd)
+        try:
+            code = macrogpt.main(words)
+        except SystemExit as end:
+            code = end.code or 0
+    for stream in streams:
+        stream.flush()
+    return subprocess.CompletedProcess(words, code, *(s.buffer.getvalue() for s in streams[1:]))
 
 
 def start_macrogpt(*args, env=None, cwd=None, **options):
@@ -116,9 +144,10 @@ class Folder:
             file.write(raw)
         return self.path(name)
 
-    def run_here(self, *args, **options):
-        """Run the program, tiny, in the folder."""
-        return run_macrogpt(*args, *TINY, cwd=self.folder, **options)
+    def run_here(self, *args, apart=False, **options):
+        """Run the program, tiny, in the folder: within this process, or apart in one of its own."""
+        run = run_macrogpt if apart else run_inside
+        return run(*args, *TINY, cwd=self.folder, **options)
 
     def start_here(self, *args, **options):
         """Start the program, tiny, in the folder; it is killed after the test at the latest."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import macrogpt as m
-from support import Folder, engine_in_use, run_macrogpt
+from support import Folder, engine_in_use, run_inside
 
 SMALL = ("n_layer=1", "n_embd=8", "n_head=1", "block_size=24", "warmup_steps=6", "micro_steps=4",
          "eval_steps=3", "eval_chars=300", "batch_size=2", "delta_rank=2", "mix_passes=1",
@@ -467,8 +467,8 @@ class Benchmark(Folder, unittest.TestCase):
     def test_forgetting_is_measured_by_each_method_for_model_and_voice(self):
         self.write("own.txt", text_of("sea", 40))
         self.write("nonames.txt", text_of("shout", 40))
-        done = run_macrogpt("bench", "--forgetting", "own.txt", *self.SIZES, "--json",
-                            cwd=self.folder, timeout=120)
+        done = run_inside("bench", "--forgetting", "own.txt", *self.SIZES, "--json",
+                          cwd=self.folder)
         self.assertEqual(done.returncode, 0, done.stderr)
         streams = json.loads(done.stdout)["streams"]
         self.assertEqual(list(streams), ["5 unlike texts", "2 shifts"])
@@ -483,7 +483,7 @@ class Benchmark(Folder, unittest.TestCase):
 
     def test_a_text_too_short_to_learn_is_refused(self):
         self.write("own.txt", "short")
-        done = run_macrogpt("bench", "--forgetting", "own.txt", *self.SIZES, cwd=self.folder)
+        done = run_inside("bench", "--forgetting", "own.txt", *self.SIZES, cwd=self.folder)
         self.assertEqual(done.returncode, 1)
         self.assertIn("own.txt has 5 characters", done.stderr.decode())
 

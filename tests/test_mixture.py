@@ -2,13 +2,16 @@
 import json
 import math
 import random
+import shutil
+import tempfile
 import threading
 import unittest
 import unittest.mock
 from array import array
+from pathlib import Path
 
 import macrogpt as m
-from support import Folder
+from support import TINY, Folder, run_inside
 
 VOCAB = 40
 
@@ -586,13 +589,7 @@ class WhatMovedAReply(VoiceCase):
         self.assertEqual(m.why_lines(None, 3), ["the model said it by itself, at step 3"])
 
 
-class TheWholeProgram(Folder, unittest.TestCase):
-    def grown(self):
-        text = "".join(f"H: what is {w}?\nA: it is a kind of {w} by the sea\n\n"
-                       for w in "amber boats cliffs dunes eels foam gulls herons ice".split())
-        self.write("nonames.txt", text * 3)
-        self.run_here("train", "--set", "held_out_share=0.3")
-
+class TheStudent(Folder, unittest.TestCase):
     def test_of_a_large_text_no_more_is_held_out_than_fits_the_weights(self):
         self.write("nonames.txt", "".join(f"This is the passage of number {i}.\n\n"
                                           for i in range(900)))
@@ -636,8 +633,25 @@ class TheWholeProgram(Folder, unittest.TestCase):
         self.assertFalse(student.fit_voice())
         self.assertNotIn("mixer", student.layer_names())
 
+
+class TheWholeProgram(Folder, unittest.TestCase):
+    """An organism that grew up once, and a copy of it for each test."""
+
+    @classmethod
+    def setUpClass(cls):
+        text = "".join(f"H: what is {w}?\nA: it is a kind of {w} by the sea\n\n"
+                       for w in "amber boats cliffs dunes eels foam gulls herons ice".split())
+        place = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(place.cleanup)
+        cls.grown = place.name
+        Path(place.name, "nonames.txt").write_text(text * 3, encoding="utf-8")
+        run_inside("train", *TINY, "--set", "held_out_share=0.3", cwd=place.name)
+
+    def setUp(self):
+        super().setUp()
+        shutil.copytree(self.grown, self.folder, dirs_exist_ok=True)
+
     def test_eval_reports_model_counts_voice_and_learning_voice(self):
-        self.grown()
         self.write("held.txt", "H: what is kelp?\nA: it is a kind of kelp by the sea\n\n" * 9)
         first, again = (json.loads(self.run_here("eval", "held.txt", "--json").stdout)
                         for _ in range(2))
@@ -646,7 +660,6 @@ class TheWholeProgram(Folder, unittest.TestCase):
         self.assertLess(first["voice_adaptive_bpc"], first["voice_bpc"])
 
     def test_why_is_one_line_in_a_pipe(self):
-        self.grown()
         done = self.run_here("--no-train", "--set", "trust_bpc=99", "--set", "recall_score=1",
                              "--set", "boldness=99", stdin=b"well it rains on and on\n/why\n")
         lines = done.stdout.decode().splitlines()
@@ -656,7 +669,6 @@ class TheWholeProgram(Folder, unittest.TestCase):
             self.assertIn(name, lines[1])
 
     def test_the_model_alone_speaks_where_mix_is_0(self):
-        self.grown()
         done = self.run_here("--no-train", "--set", "trust_bpc=99", "--set", "recall_score=1",
                              "--set", "mix=0", stdin=b"well it rains on and on\n/why\n")
         self.assertIn("the model said it by itself", done.stdout.decode())

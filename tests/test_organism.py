@@ -22,7 +22,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import macrogpt as m  # noqa: E402
-from support import engine_in_use, run_macrogpt, start_macrogpt  # noqa: E402
+from support import engine_in_use, run_inside, start_macrogpt  # noqa: E402
 
 TINY = ("n_embd=16", "n_head=2", "block_size=24", "warmup_steps=12", "eval_steps=4", "micro_steps=3",
         "eval_chars=300", "min_merge_chars=1000000", "tick_seconds=0.05", "commit_seconds=0.3")
@@ -820,8 +820,8 @@ class Enlarging(Home):
 
     def test_in_its_warm_up_it_grows_as_well_and_goes_on(self):
         being = self.organism("warmup_steps=500", "warmup_epochs=1000.0")
-        being.awake()
         being.learn_now(steps=6)
+        being.awake()
         being.wait_order()
         being.sleep()
         self.assertEqual(being.growth.phase, "warmup")
@@ -829,8 +829,8 @@ class Enlarging(Home):
         self.enlarge(being, "n_embd=32")
         self.assertLess(max(abs(a - b) for a, b in zip(
             before, being.voice()[1].logits(self.IDS).data)), 1e-4)
-        being.awake()
         being.learn_now(steps=3)
+        being.awake()
         being.wait_order()
         self.assertFalse(being.failed)
         self.assertEqual(being.growth.phase, "warmup")
@@ -1022,18 +1022,22 @@ class Unlearning(Home):
 
 
 class Processes(Home):
-    def run_macrogpt(self, *words, text="", kill_after=None):
-        """Run the program to its end, or start it and kill it after a condition holds."""
+    """The program as its owner runs it; what is killed is a process of its own."""
+
+    def words(self, *words):
         sets = [part for setting in TINY for part in ("--set", setting)]
-        words = ("--corpus", str(self.corpus), "--db", self.config.db_path, *sets, *words)
-        if kill_after is None:
-            return run_macrogpt(*words, stdin=text.encode(), cwd=self.folder, timeout=60)
-        with start_macrogpt(*words, cwd=self.folder) as process:
+        return ("--corpus", str(self.corpus), "--db", self.config.db_path, *sets, *words)
+
+    def run_macrogpt(self, *words, text=""):
+        return run_inside(*self.words(*words), stdin=text.encode(), cwd=self.folder)
+
+    def kill_macrogpt(self, *words, when):
+        """Start the program, and kill it once a condition holds."""
+        with start_macrogpt(*self.words(*words), cwd=self.folder) as process:
             try:
-                self.until(kill_after)
+                self.until(when)
             finally:
                 process.kill()
-        return process
 
     def stats(self):
         return json.loads(self.run_macrogpt("--json", "stats").stdout)
@@ -1052,7 +1056,7 @@ class Processes(Home):
 
     def test_killed_in_its_warm_up_it_goes_on_from_the_last_commit(self):
         long = ("--set", "warmup_steps=5000", "--set", "warmup_epochs=1000")
-        self.run_macrogpt("train", *long, kill_after=lambda: self.stored_step() > 2)
+        self.kill_macrogpt("train", *long, when=lambda: self.stored_step() > 2)
         step = self.stored_step()
         facts = self.run_macrogpt("--json", "train", "--steps", "2", *long)
         self.assertEqual(facts.returncode, 0, facts.stderr)
@@ -1079,8 +1083,8 @@ class Processes(Home):
         self.run_macrogpt("train", *growing)
         self.assertEqual(self.stats()["merges"], 5)
         self.append("\n" + "The quartz lamp of quartz stands beside the quartz window.\n" * 3)
-        self.run_macrogpt("train", "--seconds", "60", *growing, "--set", "commit_seconds=0.1",
-                          kill_after=lambda: "sprout" in self.stored_layers())
+        self.kill_macrogpt("train", "--seconds", "60", *growing, "--set", "commit_seconds=0.1",
+                           when=lambda: "sprout" in self.stored_layers())
         facts = self.stats()
         self.assertEqual((facts["merges"], facts["ripening"]), (5, 5))
         self.assertEqual(self.run_macrogpt("doctor").returncode, 0)
@@ -1096,12 +1100,6 @@ class Processes(Home):
         first = json.loads(self.run_macrogpt("--json", "train", "--steps", "3").stdout)
         second = json.loads(self.run_macrogpt("--json", "train", "--steps", "4").stdout)
         self.assertEqual((first["step"], second["step"]), (3, 7))
-
-    def test_told_closed_opened_asked_it_answers(self):
-        told = self.run_macrogpt("--no-train", text="My lamp is called Quartz.\n")
-        self.assertEqual((told.returncode, told.stdout.count(b"\n")), (0, 1))
-        asked = self.run_macrogpt("--no-train", text="What is my lamp called?\n")
-        self.assertIn(b"Quartz", asked.stdout)
 
     def test_asked_for_what_was_never_told_it_says_so_however_well_it_speaks(self):
         self.run_macrogpt("train")

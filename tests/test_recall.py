@@ -291,10 +291,10 @@ class Asking(unittest.TestCase):
 
 
 class Talking(Folder, unittest.TestCase):
-    """The same through real processes: told, closed, opened, asked."""
+    """The same through the whole program: told, closed, opened, asked."""
 
-    def talk(self, *lines):
-        done = self.run_here("--no-train", stdin=("\n".join(lines) + "\n").encode())
+    def talk(self, *lines, apart=False):
+        done = self.run_here("--no-train", stdin=("\n".join(lines) + "\n").encode(), apart=apart)
         self.assertEqual(done.returncode, 0, done.stderr)
         said = done.stdout.decode().splitlines()
         self.assertEqual(len(said), len(lines))
@@ -302,11 +302,12 @@ class Talking(Folder, unittest.TestCase):
 
     def test_told_closed_opened_asked(self):
         told = self.talk("My cat is called Biscuit.", "/teach The wifi password is tulip42.",
-                         "Hi! My name is Ada and I live in Bern.", "I have a dog named Rex.")
+                         "Hi! My name is Ada and I live in Bern.", "I have a dog named Rex.",
+                         apart=True)
         self.assertEqual(told[0], m.KEPT_REPLY)
         asked = self.talk("What is the name of my cat?", "what's my cat called", "wifi password?",
                           "How do I call my cat?", "tell me where I live", "who am i",
-                          "Do I have a dog?", "What is the name of my horse?")
+                          "Do I have a dog?", "What is the name of my horse?", apart=True)
         self.assertEqual(asked, ["Your cat is called Biscuit.", "Your cat is called Biscuit.",
                                  "The wifi password is tulip42.", "Your cat is called Biscuit.",
                                  "You live in Bern.", "Your name is Ada.",

@@ -13,7 +13,7 @@ import unittest
 from unittest import mock
 
 import macrogpt as m
-from support import ROOT, Folder, entries_with, run_macrogpt
+from support import ROOT, Folder, entries_with, run_inside
 
 BUDGET = 300
 SIGKILL = hasattr(signal, "SIGKILL")
@@ -395,15 +395,15 @@ class Talk(unittest.TestCase):
 
 class Processes(Folder, unittest.TestCase):
     def chat(self, *lines, session="main"):
-        done = run_macrogpt("--no-train", "--session", session, cwd=self.folder,
-                            stdin="".join(line + "\n" for line in lines).encode())
+        done = run_inside("--no-train", "--session", session, cwd=self.folder,
+                          stdin="".join(line + "\n" for line in lines).encode())
         self.assertEqual(done.returncode, 0, done.stderr)
         said = done.stdout.decode().splitlines()
         self.assertEqual(len(said), len(lines))
         return said
 
     def messages(self):
-        done = run_macrogpt("sessions", "--json", cwd=self.folder)
+        done = run_inside("sessions", "--json", cwd=self.folder)
         return {s["name"]: s["messages"] for s in json.loads(done.stdout)["sessions"]}
 
     def test_compact_says_what_it_did_and_can_be_said_again_in_any_session(self):
