@@ -1,6 +1,7 @@
 """Claims about the file itself: sections, what each may use, effects, sizes, signatures."""
 import ast
 import builtins
+import functools
 import itertools
 import os
 import re
@@ -105,10 +106,9 @@ def global_names(table):
         yield from global_names(child)
 
 
-def references(node, source):
+def references(source):
     """Return the names of the module that a statement refers to, annotations included."""
-    tree = ast.parse(source)  # a fresh one, for it is taken apart
-    statement = next(n for n in tree.body if n.lineno == node.lineno)
+    statement, = ast.parse(source).body  # a fresh one, for it is taken apart
     strip = Unannotated()
     bare = ast.fix_missing_locations(ast.Module(body=[strip.visit(statement)], type_ignores=[]))
     names = set(global_names(symtable.symtable(ast.unparse(bare), PATH, "exec")))
@@ -143,15 +143,22 @@ def run_at_import(node):
         yield from run_at_import(child)
 
 
+@functools.lru_cache(maxsize=None)
+def program():
+    """Return the text, its tree, all nodes of it, and its functions as walk_functions does."""
+    with open(PATH, encoding="utf-8") as file:
+        text = file.read()
+    tree = ast.parse(text)
+    return text, tree, list(ast.walk(tree)), list(walk_functions(tree))
+
+
 class LayoutCase(unittest.TestCase):
     maxDiff = None
 
     @classmethod
     def setUpClass(cls):
-        with open(PATH, encoding="utf-8") as file:
-            cls.text = file.read()
+        cls.text, cls.tree, cls.nodes, cls.functions = program()
         cls.lines = cls.text.split("\n")
-        cls.tree = ast.parse(cls.text)
         cls.sections = sections_of(cls.lines)
         cls.imported = {name for node in cls.tree.body
                         if isinstance(node, (ast.Import, ast.ImportFrom))
@@ -180,15 +187,14 @@ class Architecture(LayoutCase):
         super().setUpClass()
         for section in cls.sections:
             for node in section.nodes:
-                for name in references(node, cls.text_of(node)):
+                for name in references(cls.text_of(node)):
                     section.refers.setdefault(name, node.lineno)
 
     @classmethod
     def text_of(cls, node):
-        """Return the file with all but one statement blanked, so that line numbers stay."""
+        """Return the lines of one statement."""
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
-        kept = cls.lines[first - 1:node.end_lineno]
-        return "\n" * (first - 1) + "\n".join(kept)
+        return "\n".join(cls.lines[first - 1:node.end_lineno])
 
     def test_the_sections_stand_in_order_from_0_to_14(self):
         self.assertEqual([s.number for s in self.sections], list(range(15)))
@@ -254,8 +260,8 @@ class Architecture(LayoutCase):
         self.none(broken)
 
     def test_every_import_is_used(self):
-        used = {n.id for n in ast.walk(self.tree) if isinstance(n, ast.Name)}
-        for node in ast.walk(self.tree):
+        used = {n.id for n in self.nodes if isinstance(n, ast.Name)}
+        for node in self.nodes:
             for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None)):
                 if annotation is not None:
                     used.update(annotation_names(annotation))
@@ -290,7 +296,7 @@ class Effects(LayoutCase):
         self.none(broken)
 
     def test_there_is_no_global_statement(self):
-        self.none([(n.lineno, "global") for n in ast.walk(self.tree) if isinstance(n, ast.Global)])
+        self.none([(n.lineno, "global") for n in self.nodes if isinstance(n, ast.Global)])
 
     def test_only_constants_hold_mutable_values_at_the_top_level(self):
         broken = []
@@ -308,7 +314,7 @@ class Effects(LayoutCase):
         module = {name for node in self.tree.body for name in names_bound(node)} - self.imported
         constants = {name for name in module if CONSTANT.fullmatch(name)}
         broken = []
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             targets = (node.targets if isinstance(node, (ast.Assign, ast.Delete)) else
                        [node.target] if isinstance(node, (ast.AugAssign, ast.AnnAssign)) else [])
             for target in targets:
@@ -324,13 +330,13 @@ class Effects(LayoutCase):
         self.none(broken)
 
     def test_no_default_argument_is_mutable(self):
-        self.none([(f.lineno, f"{f.name} has a mutable default") for f, _ in
-                   walk_functions(self.tree) for default in (*f.args.defaults, *f.args.kw_defaults)
+        self.none([(f.lineno, f"{f.name} has a mutable default") for f, _ in self.functions
+                   for default in (*f.args.defaults, *f.args.kw_defaults)
                    if isinstance(default, MUTABLE_NODES)])
 
     def test_only_the_interface_prints_reads_the_keyboard_or_the_command_line(self):
         broken = []
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             told = None
             if isinstance(node, ast.Name) and node.id in ("print", "input"):
                 told = node.id
@@ -343,7 +349,7 @@ class Effects(LayoutCase):
     @unittest.skipIf(sys.version_info < (3, 10), "sys.stdlib_module_names came with Python 3.10")
     def test_only_the_standard_library_is_imported(self):
         broken = []
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             names = ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
                      [node.module or "."] if isinstance(node, ast.ImportFrom) else [])
             broken += [(node.lineno, f"{name} is not in the standard library") for name in names
@@ -363,13 +369,13 @@ class Style(LayoutCase):
 
     def test_functions_are_at_most_60_lines(self):
         self.none([(f.lineno, f"{f.name} has {f.end_lineno - f.lineno + 1} lines")
-                   for f, _ in walk_functions(self.tree)
+                   for f, _ in self.functions
                    if f.end_lineno - f.lineno + 1 > MAX_FUNCTION_LINES])
 
     def test_every_public_function_class_and_method_has_a_docstring(self):
         classes = [(n, ()) for n in self.tree.body if isinstance(n, ast.ClassDef)]
         broken = []
-        for node, inside in itertools.chain(classes, walk_functions(self.tree)):
+        for node, inside in itertools.chain(classes, self.functions):
             nested = any(isinstance(outer, FUNCTIONS) for outer in inside)
             private = any(n.name.startswith("_") for n in (node, *inside))
             if not nested and not private and not ast.get_docstring(node):
@@ -379,7 +385,7 @@ class Style(LayoutCase):
 
     def test_every_signature_is_fully_annotated(self):
         broken = []
-        for function, inside in walk_functions(self.tree):
+        for function, inside in self.functions:
             a = function.args
             given = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
             method = inside and isinstance(inside[-1], ast.ClassDef)
