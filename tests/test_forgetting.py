@@ -14,7 +14,7 @@ from support import Folder, engine_in_use, run_inside
 
 SMALL = ("n_layer=1", "n_embd=8", "n_head=1", "block_size=24", "warmup_steps=6", "micro_steps=4",
          "eval_steps=3", "eval_chars=300", "batch_size=2", "delta_rank=2", "mix_passes=1",
-         "min_merge_chars=1000000", "held_out_chars=300", "small_batch_tokens=0")
+         "min_merge_chars=1000000", "held_out_chars=300", "small_batch_tokens=0", "burst_passes=1")
 KINDS = {"sea": "the gull and the wave and the salt wind blow over the pier ",
          "sums": "17 + 25 = 42; 9 * 8 = 72; 100 - 58 = 42; ",
          "shout": "WHO GOES THERE? STAND AND UNFOLD YOURSELF! "}
@@ -263,7 +263,7 @@ class Bursts(Pupils):
         for kind, count in (("sums", 1), ("sums", 1), ("shout", 2)):
             told.append((kind, True))
             student.take_text(self.documents(*told), "", probes)
-            self.run_job(student, steps=60)
+            self.run_job(student, steps=24)
             told[-1] = (kind, False)
             expected.append(count)
             self.assertEqual(len(student.delta_names), count, (kind, student.notes))
@@ -273,7 +273,7 @@ class Bursts(Pupils):
         before = student.probe_losses()
         student.take_text(self.documents(("sea", False), ("sums", True)), "", probes)
         fresh = student.fresh_nats()
-        self.run_job(student, steps=40)
+        self.run_job(student, steps=20)
         self.assertEqual(student.router.choose(text_of("sums", 3, 50).encode()), 0)
         self.assertEqual(student.probe_losses(), before)
         self.assertLess(student.fresh_nats(), fresh)
@@ -296,7 +296,7 @@ class Bursts(Pupils):
     def test_a_new_delta_begins_as_the_layer_that_reads_the_new_text_best(self):
         student, probes = self.grown("delta_seal_chars=1")
         student.take_text(self.documents(("sea", False), ("sums", True)), "", probes)
-        self.run_job(student, steps=60)
+        self.run_job(student, steps=12)
         known = [list(p.data) for p in m._matrices(student.model.deltas[0])]
         told = self.documents(("sea", False), ("sums", False), ("sums", True))
         student.take_text(told, "", probes)
@@ -307,7 +307,7 @@ class Bursts(Pupils):
     def test_with_nothing_new_a_delta_learns_more_of_what_the_base_knows(self):
         student, probes = self.grown()
         student.take_text(self.documents(("sea", False)), "", probes)
-        self.run_job(student, steps=30)
+        self.run_job(student, steps=12)
         self.assertEqual(student.router.choose(text_of("sea", 3, 50).encode()), 0)
         self.assertLess(student.growth.probes["0"], student.growth.best_probes["0"] + 1e-9)
 
@@ -332,7 +332,7 @@ class Bursts(Pupils):
     def test_of_folds_no_more_are_kept_than_there_are_deltas_that_need_them(self):
         student, probes = self.grown("max_delta_modules=2", "delta_seal_chars=1")
         told = [("sea", False)]
-        for i in range(9):
+        for i in range(6):
             told.append((("sums", "shout")[i % 2], True))
             student.take_text(self.documents(*told), "", probes)
             self.run_job(student, steps=2)

@@ -342,7 +342,7 @@ class Training(ProcessCase):
     def test_an_order_to_train_outlives_the_reading_of_a_long_corpus(self):
         rng = random.Random(8)
         with open(self.corpus, "w", encoding="utf-8") as file:
-            for _ in range(1_500):
+            for _ in range(300):
                 file.write(" ".join("%x" % rng.randrange(9 ** 7) for _ in range(7)) + ".\n")
         self.assertEqual(self.report("train", "--steps", "1")["steps_now"], 1)
 

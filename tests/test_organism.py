@@ -25,7 +25,8 @@ import macrogpt as m  # noqa: E402
 from support import engine_in_use, run_inside, start_macrogpt  # noqa: E402
 
 TINY = ("n_embd=16", "n_head=2", "block_size=24", "warmup_steps=12", "eval_steps=4", "micro_steps=3",
-        "eval_chars=300", "min_merge_chars=1000000", "tick_seconds=0.05", "commit_seconds=0.3")
+        "batch_size=2", "delta_rank=4", "burst_passes=1", "mix_passes=1", "eval_chars=300",
+        "min_merge_chars=1000000", "tick_seconds=0.05", "commit_seconds=0.3")
 LINES = """H: Hello there.
 A: Hello, and welcome.
 
@@ -362,7 +363,7 @@ class TheVocabularyGrowsWithoutAJump(unittest.TestCase):
     """New merges are learned, ripen unheard, and come into use when no text is worse off."""
 
     GROWING = ("min_merge_chars=1", "max_merges=12", "growth_merges=6", "growth_chars=150",
-               "growth_need=9.0", "held_out_chars=600", "delta_rank=2", "mix_passes=1")
+               "growth_need=9.0", "held_out_chars=600", "delta_rank=2", "batch_size=4")
     SMALLER = ("n_layer=1", "n_embd=8", "block_size=16", "warmup_steps=6", "micro_steps=2",
                "batch_size=2", "mix=0")  # kernels in Python take twenty times as long
 
@@ -855,20 +856,21 @@ class Enlarging(Home):
         self.assertEqual(len(other.voice()[1].params), 4 * 3 + 2)
 
     def test_a_text_that_outgrew_its_model_is_told_and_auto_grow_acts_on_it(self):
-        being = self.organism("auto_grow=0", "min_merge_chars=1000000")
+        small = ("n_layer=1", "n_embd=8", "n_head=1")
+        being = self.organism("auto_grow=0", *small)
         rng = random.Random(1)
-        lines = ["".join(rng.choices("abcdefgh ", k=60)) for _ in range(300)]
+        lines = ["".join(rng.choices("abcdefgh ", k=60)) for _ in range(100)]
         self.corpus.write_text("\n\n".join(lines), encoding="utf-8")
         being.awake()
         being.wait_trained()
         told = [e for e in being.memory.life() if e["event"] == "outgrown"]
         self.assertEqual(len(told), 1, being.growth)
-        self.assertEqual(told[0]["proposed"], {"n_embd": [16, 24], "n_head": [2, 3], "n_ff": [40, 64]})
-        self.assertEqual(m.Shape.of(being.config).n_embd, 16)
+        self.assertEqual(told[0]["proposed"], {"n_embd": [8, 16], "n_head": [1, 2], "n_ff": [24, 48]})
+        self.assertEqual(m.Shape.of(being.config).n_embd, 8)
         being.sleep()
-        again = self.organism("auto_grow=1", "n_layer=2")
+        again = self.organism("auto_grow=1", *small)
         again.awake()
-        self.until(lambda: again.memory.setting("shape")["n_embd"] > 24)  # and once more
+        self.until(lambda: again.memory.setting("shape")["n_embd"] > 16)  # and once more
 
     def test_a_text_that_fits_its_model_is_not_called_too_much(self):
         grown = m.Growth(phase="grown", bpc=2.5, train_bpc=2.4, warmup_chars=100_000)
@@ -882,8 +884,8 @@ class Unlearning(Home):
 
     SECRET = "Quartz wolves hum zigzag jokes."
     EAGER = ("held_out_share=0.0", "unlearn_seconds=0.0", "delta_seal_chars=20", "delta_rank=4")
-    STRONG = ("n_layer=1", "dropout=0.0", "micro_steps=30", "delta_rate=0.03",
-              "learning_rate=0.02", "warmup_steps=100", "batch_size=2", "patience=1000",
+    STRONG = ("n_layer=1", "n_embd=8", "n_head=1", "dropout=0.0", "micro_steps=20",
+              "delta_rate=0.03", "learning_rate=0.03", "warmup_steps=100", "patience=1000",
               "rate_epochs=1000000", "cooling=10")
 
     def being(self, *more):
@@ -1121,9 +1123,10 @@ class SameLife(Home):
     """A life is given by its seed, its edits and its conversation, in their order."""
 
     SETS = [part for setting in (
-        *TINY, "threads=1", "n_layer=1", "min_new_chars_to_train=1", "min_merge_chars=300",
-        "max_merges=20", "delta_seal_chars=60", "max_delta_modules=2", "commit_seconds=0.1",
-        "delta_rank=2", "batch_size=2", "held_out_share=0.3", "warmup_epochs=0.1") for part in ("--set", setting)]
+        *TINY, "threads=1", "n_layer=1", "n_embd=8", "n_head=1", "delta_rank=2", "max_merges=20",
+        "min_new_chars_to_train=1", "min_merge_chars=300", "delta_seal_chars=60",
+        "max_delta_modules=2", "commit_seconds=0.1", "held_out_share=0.3", "warmup_epochs=0.1")
+        for part in ("--set", setting)]
     SAID = ("My lamp is made of quartz.", "/teach The ferry leaves at seven.",
             "I live beside the old mill.", "The heron sleeps on one leg.")
 
