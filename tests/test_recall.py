@@ -4,6 +4,7 @@ The sentences are in recall_cases.txt: facts with questions, questions about wha
 ordinary talk, and facts that change. Thresholds lie a little under what was measured.
 """
 import contextlib
+import functools
 import os
 import random
 import statistics
@@ -34,20 +35,31 @@ class Undone(Exception):
 class Clock:
     """A clock that ticks once a look."""
 
-    def __init__(self):
-        self.now = 1000.0
+    def __init__(self, now=1000.0):
+        self.now = now
 
     def __call__(self):
         self.now += 1.0
         return self.now
 
 
-def memory_of(*told, source="chat"):
-    """Return a memory that has read the project's corpus and was told the sentences."""
+@functools.lru_cache(maxsize=None)
+def well_read():
+    """Return the one memory that has read the project's corpus, to be copied."""
     memory = m.Memory(":memory:", Clock())
     with memory.transaction():
         for document in m.read_corpus(os.path.join(ROOT, "nonames.txt")).documents:
             memory.add_entry("corpus", document)
+    for end in (well_read.cache_clear, memory.close):
+        unittest.addModuleCleanup(end)
+    return memory
+
+
+def memory_of(*told, source="chat"):
+    """Return a memory that has read the project's corpus and was then told the sentences."""
+    memory = m.Memory(":memory:", Clock(well_read().clock()))
+    well_read()._db.backup(memory._db)
+    with memory.transaction():
         for text in told:
             memory.add_entry(source, m.Document((text,), True))
     return memory
