@@ -1123,8 +1123,8 @@ class SameLife(Home):
     """A life is given by its seed, its edits and its conversation, in their order."""
 
     SETS = [part for setting in (
-        *TINY, "threads=1", "n_layer=1", "n_embd=8", "n_head=1", "delta_rank=2", "max_merges=20",
-        "min_new_chars_to_train=1", "min_merge_chars=300", "delta_seal_chars=60",
+        *TINY, "threads=1", "n_layer=1", "delta_rank=2", "max_merges=20", "burst_passes=6",
+        "mix_passes=2", "min_new_chars_to_train=1", "min_merge_chars=300", "delta_seal_chars=60",
         "max_delta_modules=2", "commit_seconds=0.1", "held_out_share=0.3", "warmup_epochs=0.1")
         for part in ("--set", setting)]
     SAID = ("My lamp is made of quartz.", "/teach The ferry leaves at seven.",
