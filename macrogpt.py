@@ -9979,14 +9979,18 @@ BURST_STEPS = 32    # times micro_steps, the longest burst
 class TrainerChild:
     """The child process: reads frames, works on one job at a time, writes frames.
 
-    A thread reads the pipe, so that a request to stop is served while a step is being computed,
-    and so that the process goes the moment its parent is gone.
+    A thread reads the pipe, so that a request to rest or to stop is served while a step is being
+    computed, and so that the process goes the moment its parent is gone.
     """
 
     def __init__(self, source: BinaryIO, sink: BinaryIO, engine: Engine,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.source, self.sink, self.engine, self.clock = source, sink, engine, clock
-        self.inbox: "queue.Queue[Tuple[Dict[str, Any], Dict[str, bytes]]]" = queue.Queue()
+        # of a kind that one thread may fill while the other is halted anywhere
+        self.inbox: "queue.SimpleQueue[Tuple[Dict[str, Any], Dict[str, bytes]]]" = (
+            queue.SimpleQueue())
+        self.going = threading.Event()
+        self.going.set()
         self.writing = threading.Lock()
         self.student: Optional[Student] = None
         self.job: Optional[Job] = None
@@ -10008,9 +10012,23 @@ class TrainerChild:
             frame = read_frame(self.source)
             if frame is None:
                 os._exit(0)
-            if frame[0]["do"] == "stop":
+            order = frame[0]["do"]
+            if order == "rest":
+                self.going.clear()
+                signal.raise_signal(signal.SIGINT)  # which runs `rest` in the thread that computes
+                continue
+            self.going.set()
+            if order == "stop":
                 self._leave()
-            self.inbox.put(frame)
+            elif order != "go on":
+                self.inbox.put(frame)
+
+    def rest(self, *_: Any) -> None:
+        """Halt where it is, between two kernels or in the midst of one that is interpreted.
+
+        It goes on with the next frame, or by itself after a while, and nothing it computes changes.
+        """
+        self.going.wait(REST_SECONDS)
 
     def _leave(self) -> None:
         """Send what is not yet saved and go, in the middle of whatever is being computed."""
@@ -10123,6 +10141,7 @@ def trainer_main() -> int:
     engine = choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True, notices.append)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     child = TrainerChild(sys.stdin.buffer, sys.stdout.buffer, engine)
+    signal.signal(signal.SIGINT, child.rest)
     try:
         child._send("ready", notices=notices)
         child.run()
@@ -10173,6 +10192,7 @@ MOST_REJECTED = 50  # replies from which bursts push the model away, the newest
 FRESH_EXCHANGES = 3  # in which it does not say twice that it knows nothing
 NO_ORDER = (("force", False), ("steps", None), ("seconds", None))
 LEASE_SECONDS = 120.0
+REST_SECONDS = 20.0   # the longest that a trainer rests for one reply
 LISTEN_SECONDS = 3.0  # how often one that may not train asks whether it now may
 
 
@@ -10209,6 +10229,7 @@ class Organism:
         self._stamp: Optional[FileStamp] = None
         self._thread: Optional[threading.Thread] = None
         self._loop: Optional[asyncio.AbstractEventLoop] = None
+        self._child: Any = None  # the trainer's process
         self._text_version, self._child_text_version, self._child_ready = 1, 0, False
         self.in_step = False  # whether each event waits for what the one before has to teach
         self._to_unlearn: List[Tuple[int, int, bool]] = []
@@ -10435,6 +10456,10 @@ class Organism:
         What was said is stored before the first piece; a reply that is broken off is stored as far
         as it came.
         """
+        with self._hush():
+            yield from self._turn(text)
+
+    def _turn(self, text: str) -> Iterator[str]:
         memory, rng = self.memory, self._rng()
         self._refresh()
         session = memory.session_id(self.session)
@@ -10842,10 +10867,28 @@ class Organism:
 
     def _rouse(self) -> None:
         """Wake the background thread, from any thread."""
+        self._call_there(lambda: self._bell.set())
+
+    def _call_there(self, call: Callable[[], None]) -> None:
+        """Have something called by the background thread, if it runs; from any thread."""
         loop = self._loop
         if loop is not None and not loop.is_closed():
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._bell.set)
+                loop.call_soon_threadsafe(call)
+
+    @contextlib.contextmanager
+    def _hush(self) -> Iterator[None]:
+        """Let the trainer rest meanwhile: who speaks has the machine to himself."""
+        child = self._child if self.at_work else None
+
+        def tell(what: str) -> None:
+            if child is not None and child is self._child:
+                self._send(child, {"do": what}, {})
+        self._call_there(lambda: tell("rest"))
+        try:
+            yield
+        finally:
+            self._call_there(lambda: tell("go on"))
 
     async def _live(self) -> None:
         """Run the watcher and the trainer's supervisor until told to stop."""
@@ -10997,6 +11040,7 @@ class Organism:
             sys.executable, "-c", CHILD_CODE, os.path.abspath(__file__),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=debug,
             start_new_session=os.name == "posix")
+        self._child = child
         listener = asyncio.ensure_future(self._listen(child))
         self._child_text_version, self._child_ready = 0, False
         layers = self.memory.layers()
@@ -11133,6 +11177,7 @@ class Organism:
 
     async def _dismiss(self, child: Any, listener: "asyncio.Future[None]") -> None:
         """Ask the child for what it has not yet sent, take it in, and see it go."""
+        self._child = None
         with contextlib.suppress(OSError, RuntimeError):
             if not self._child_ready:  # it is still compiling, and has learned nothing
                 child.terminate()

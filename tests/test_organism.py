@@ -736,6 +736,21 @@ class Life(Home):
         self.until(lambda: being.growth.step > step + 2)
         self.assertTrue(any("starts again" in notice for notice in being.notices))
 
+    def test_while_it_speaks_the_trainer_rests_and_then_goes_on(self):
+        being = self.organism("warmup_steps=100000", "warmup_epochs=100000.0", "patience=100000",
+                              "commit_seconds=0.1")
+        being.awake()
+        self.until(lambda: being.growth.step > 2)
+        pieces = being.reply("What is the sea?")
+        next(pieces)
+        before = -1
+        while before != being.growth.step:  # what was on its way arrives
+            before = being.growth.step
+            time.sleep(0.4)
+        "".join(pieces)
+        self.until(lambda: being.growth.step > before + 2)
+        self.assertFalse(any(e["event"] == "trainer died" for e in being.memory.life()))
+
     def children(self):
         """Return the process ids of trainers that this process started."""
         if shutil.which("ps") is None:
