@@ -8725,8 +8725,10 @@ class Growth:
     cooling_step: int = 0             # step of the warm-up from which its rate falls; 0: not yet
     merges: int = 0                   # merges in use, which is the tokenizer's version
     native: int = -1                  # merges that the base was trained in; −1 is not known
+    older: List[int] = field(default_factory=list)  # merges in use before each growth since then
     ripening: int = 0                 # merges that are not in use yet
     ripeness: Optional[float] = None  # what the worst text lost when they were last tried, a share
+    unripe: int = 0                   # how often they were tried in vain
     unmerged_chars: int = 0           # new characters since the last look for merges
     enlarged: bool = False            # the model has grown, and has not yet warmed up with that
     train_bpc: Optional[float] = None  # bits per character on the text of the last warm-up
@@ -9122,6 +9124,15 @@ class Tongue(NamedTuple):
     counts: NgramMemory
 
 
+def older_tongues(tokenizer: EvolvingTokenizer, model: GPT, versions: Iterable[int],
+                  counted: Callable[[EvolvingTokenizer], NgramMemory]) -> Iterator[Tongue]:
+    """Yield the ways to write text in fewer merges: what was said in them before a growth."""
+    for version in versions:
+        if 0 <= version < tokenizer.version:
+            less = EvolvingTokenizer(tokenizer.merges[:version])
+            yield Tongue(less, model.narrowed(FIRST_MERGE + version), counted(less))
+
+
 KEPT_COUNT_CHARS = 100_000    # characters whose counts are worth storing: a tenth of a second
 INTERPRETED_MIX_CHARS = 2000  # held-out characters that fit the voice where kernels are slow
 INTERPRETED_DRAFTS = 3        # replies that are drafted where kernels are slow
@@ -9140,6 +9151,7 @@ WARM_SHADOWS = 0.85    # share of a warm-up's batches in the merges that ripen t
 SAMPLED_WINDOWS = 8    # windows of which new rows learn what all text has in common
 SHORTEST_WARMUP = 100  # steps; of a page of text more than warmup_epochs says
 RIPENING = 4           # a burst with merges to ripen has at least so many times micro_steps
+WITHERING = 3          # vain tries of new merges; waiting longer, they fit old layers less and less
 TRIED_TEXTS = 16       # texts on which merges are tried before they come into use
 TRIED_CHARS = 12_000   # characters of them in all
 
@@ -9344,6 +9356,7 @@ class Student:
                 self.sprout = Sprout(tokenizer, self.config.block_size)
                 self.router.tokenizer = tokenizer
                 self.growth.ripening, self.growth.ripeness = tokenizer.version - known, None
+                self.growth.unripe = 0
                 self.dirty.add("sprout")
             self._encode()
 
@@ -9360,52 +9373,82 @@ class Student:
                 yield sprout.pool, sprout.replay
 
     def ripen(self) -> None:
-        """Bring the new merges into use, if they are ripe."""
-        if self.sprout is not None and self.best is None and self._is_ripe(self.sprout):
+        """Bring the new merges into use, if they are ripe; after some vain tries they wither."""
+        if self.sprout is None or self.best is not None:
+            return
+        if self._is_ripe(self.sprout):
             self._adopt(self.sprout)
+            return
+        self.growth.unripe += 1
+        if self.growth.unripe >= WITHERING:
+            with self.guard:
+                self.sprout = self.model.sprout = None
+                self.router.tokenizer, self.growth.ripening = self.tokenizer, 0
+                self.dirty.discard("sprout")
+            self.notes.append({"kind": "merges withered", "worst": self.growth.ripeness})
 
     def _is_ripe(self, sprout: Sprout) -> bool:
-        """Return whether no text at hand costs model or voice too much more in the new merges.
+        """Return whether no text at hand costs model or voice too much more with the new merges.
 
-        The model is tried on what it has read and on held-out text, the voice, whose counts know
-        by heart what it has read, on held-out text alone; both are spread over its whole life.
+        As always a text is written in the merges of the base where that costs the model less. In
+        the new merges alone all texts together must not cost too much more either. The model is
+        tried on what it has read and on held-out text, the voice, whose counts know by heart what
+        it has read, on held-out text alone; both are spread over its whole life.
         """
         chars = INTERPRETED_MIX_CHARS if self.engine.name == "python" else TRIED_CHARS
-        read = spread_texts("".join(d[1] for d in self._documents), TRIED_TEXTS, chars)
         held = spread_texts(self._held_whole, TRIED_TEXTS, chars)
-        worst = self._worst_rise(sprout, self._model_costs, read + held)
+        texts = held + spread_texts("".join(d[1] for d in self._documents), TRIED_TEXTS, chars)
+        plain, old, new = self._tried(sprout, texts)
+        worst = max([sum(new) / sum(old) - 1.0 if texts else 0.0,
+                     *(min(p, n) / min(p, o) - 1.0 for p, o, n in zip(plain, old, new))])
         if worst <= self.config.growth_bound and self.mixer is not None and self.config.mix:
-            worst = max(worst, self._worst_rise(sprout, self._voice_costs, held))
+            voices = zip(*self._tried(sprout, held, voice=True))
+            for i, (as_plain, as_old, as_new) in enumerate(voices):
+                before = as_plain if plain[i] < old[i] else as_old
+                after = as_plain if plain[i] < new[i] else as_new
+                worst = max(worst, after / before - 1.0)
         self.growth.ripeness = worst
         return worst <= self.config.growth_bound
 
-    def _worst_rise(self, sprout: Sprout, costs: Callable[..., List[float]],
-                    texts: Sequence[str]) -> float:
-        """Return by what share the costs of the worst of texts rise with the new merges."""
-        old = costs(self.tokenizer, self._ids, texts)
+    def tongues(self) -> Iterator[Tongue]:
+        """Yield the ways it can write a text: with all merges, and with those of times before."""
+        yield Tongue(self.tokenizer, self.model, self.counted(self.tokenizer))
+        yield from older_tongues(self.tokenizer, self.model,
+                                 sorted({self.growth.native, *self.growth.older}), self.counted)
+
+    def _tried(self, sprout: Sprout, texts: Sequence[str],
+               voice: bool = False) -> List[List[float]]:
+        """Return the nats of texts in the merges of the base, in those in use, and in the new."""
+        native = self.growth.native if self.growth.native >= 0 else self.tokenizer.version
+        tried = [self._costs(EvolvingTokenizer(self.tokenizer.merges[:native]),
+                             self.model.narrowed(FIRST_MERGE + native), texts, voice),
+                 self._costs(self.tokenizer, self.model, texts, voice)]
         with self.model.sprouted():
-            new = costs(sprout.tokenizer, sprout.ids, texts)
-        return max((b / a - 1.0 for a, b in zip(old, new)), default=-1.0)
+            return [*tried, self._costs(sprout.tokenizer, self.model, texts, voice)]
 
-    def _model_costs(self, tokenizer: EvolvingTokenizer, ids: Dict[int, List[int]],
-                     texts: Sequence[str]) -> List[float]:
-        """Return the nats of each text by the model alone."""
-        stride = self.config.block_size // 2
-        return [sum(scored_nats(self.model, text_ids(tokenizer, text), stride)) for text in texts]
-
-    def _voice_costs(self, tokenizer: EvolvingTokenizer, ids: Dict[int, List[int]],
-                     texts: Sequence[str]) -> List[float]:
-        """Return the nats of each text by the whole voice, whose counts are of ids."""
+    def _costs(self, tokenizer: EvolvingTokenizer, model: GPT, texts: Sequence[str],
+               voice: bool) -> List[float]:
+        """Return the nats of each text by a model alone, or by the whole voice."""
+        encoded = [text_ids(tokenizer, text) for text in texts]
+        if not voice:
+            return [sum(scored_nats(model, ids, self.config.block_size // 2)) for ids in encoded]
         assert self.mixer is not None
+        mixer = load_mixer(self.config, {"mixer": self.mixer})
+        mixture = Mixture(self.engine, self.counted(tokenizer), mixer)
+        return [voice_nats(model, ids, mixture) for ids in encoded]
+
+    def counted(self, tokenizer: EvolvingTokenizer) -> NgramMemory:
+        """Return counts of the documents in the ids of a tokenizer."""
         counts = NgramMemory(self.config.ngram_order, self.config.ngram_counts)
-        count_documents(counts, ids.values())
-        mixture = Mixture(self.engine, counts, load_mixer(self.config, {"mixer": self.mixer}))
-        return [voice_nats(self.model, text_ids(tokenizer, text), mixture) for text in texts]
+        count_documents(counts, (document_ids(tokenizer, text, closed)
+                                 for _, text, closed, _ in self._documents))
+        return counts
 
     def _adopt(self, sprout: Sprout) -> None:
         """Bring merges into use: they become the tokenizer's, their rows the embedding's."""
         with self.guard:  # a snapshot has both, or neither
             self.model.adopt_sprout()
+            self.growth.older = [*self.growth.older, self.tokenizer.version]
             self.tokenizer, self.sprout = sprout.tokenizer, None
             self._ids, self.pool = sprout.ids, sprout.pool
             self.growth.ripening = 0
@@ -9966,6 +10009,7 @@ class Job:
         if (not self.explicit or self.cooled() >= 1.0
                 or growth.warmup_step >= student.warmup_steps()):
             student.end_warmup()
+            growth.native, growth.older = student.tokenizer.version, []
             student.ripen()
             growth.native = student.tokenizer.version
             return student.keys(fresh_only=False)
@@ -10363,33 +10407,44 @@ class Organism:
                 and bool(self.config.mix) and self.trusts_model()
                 and 0 < self._speaking_growth().merges != self._voice[0].version)
 
-    def tongues(self, patient: bool = True) -> List[Tongue]:
-        """Return the ways it can write a text: with all merges, and with those of its base.
+    def tongues(self) -> Iterator[Tongue]:
+        """Yield the ways it can write a text: with all merges, with those of its base, and since.
 
-        The second costs less for a text unlike all that was read, and growths do not touch it; so
-        whatever a text is written in before a growth, after it there is nothing much worse. Without
-        patience it is left out until its counts are made, which the background does.
+        Each says what it said before the last growth, so whatever a text is written in before one,
+        after it there is nothing worse.
         """
         with self._entry_counts.lock:
-            tokenizer, model = self.voice()
-            ways, native = [Tongue(tokenizer, model, self.counts())], self.growth.native
+            yield from self._first_tongues()
+            (tokenizer, model), growth = self.voice(), self._speaking_growth()
+            yield from older_tongues(
+                tokenizer, model, sorted({*growth.older} - {growth.native}),
+                lambda less: EntryCounts().follow(self.memory, less, self.config))
+
+    def _first_tongues(self, patient: bool = True) -> Iterator[Tongue]:
+        """Yield the two that replies are written in: with all merges, and with those of its base.
+
+        The second costs less for a text unlike all that was read. Without patience it is left out
+        until its counts are made, which the background does.
+        """
+        with self._entry_counts.lock:
+            (tokenizer, model), native = self.voice(), self._speaking_growth().native
+            yield Tongue(tokenizer, model, self.counts())
             if 0 <= native < tokenizer.version and (patient or self._native_counts.counts.size):
                 if self._native is None or self._native[0] is not model:
                     self._native = (model, EvolvingTokenizer(tokenizer.merges[:native]),
                                     model.narrowed(FIRST_MERGE + native))
                 _, less, narrow = self._native
-                ways.append(Tongue(less, narrow, self._native_counts.follow(
-                    self.memory, less, self.config)))
-            return ways
+                yield Tongue(less, narrow, self._native_counts.follow(
+                    self.memory, less, self.config))
 
     def tongue_for(self, text: str) -> Tongue:
-        """Return the way to write a text in which it costs the model fewest bits."""
+        """Return the way to write a text, of those at hand, in which it costs the model least."""
         def cost(way: Tongue) -> float:
             ids = text_ids(way.tokenizer, text)
             return sum(scored_nats(way.model, ids, way.model.shape.block_size // 2))
         if not self.config.mix:
             return Tongue(*self.voice(), NgramMemory())
-        ways = self.tongues(patient=False)
+        ways = list(self._first_tongues(patient=False))
         return min(ways, key=cost) if len(ways) > 1 else ways[0]
 
     def _count_ahead(self) -> None:
@@ -12297,8 +12352,8 @@ class Pupil:
         # the base is not to grow up a second time, however much text there comes to be
         growth = dataclasses.replace(growth, warmup_chars=10 ** 12)
         self.student = Student(config, growth, layers, engine)
-        self.counts = NgramMemory(config.ngram_order, config.ngram_counts)
         self.lessons: List[Lesson] = []
+        self.ways: List[Tongue] = []
         if method == "shared":
             self.student.model.append_delta(config.delta_rank, random.Random(config.seed))
         if method != "ours":
@@ -12313,8 +12368,6 @@ class Pupil:
                      for i, one in enumerate(self.lessons)
                      for j, part in enumerate(one.text.split("\n\n"))]
         student.take_text(documents, new.probe, {one.name: one.probe for one in self.lessons})
-        count_documents(self.counts, (student._ids[document[0]] for document in documents
-                                      if document[4] == new.name))
         if known:
             batch = student.batch() if self.method == "ours" else config.batch_size
             steps = max(1, tokens // (batch * config.block_size))
@@ -12322,6 +12375,7 @@ class Pupil:
         if self.method != "ours":  # one voice for all texts is fitted on all of them
             student.mixed.clear()
         student.fit_voice()
+        self.ways = list(student.tongues())
 
     def _burst(self, steps: int) -> None:
         """Learn as the trainer does, gate and all."""
@@ -12349,10 +12403,17 @@ class Pupil:
                        config.dropout, student.rng)
 
     def examined(self, one: Lesson) -> Tuple[float, float]:
-        """Return the bits per character on a lesson's exam, of the model alone and of the voice."""
-        model, ids = self.student.model, text_ids(self.student.tokenizer, one.test)
+        """Return the bits per character on a lesson's exam, of the model alone and of the voice.
+
+        As eval does, each writes the text in whatever costs it least.
+        """
+        alone, mixed = zip(*(self._examined_in(way, one) for way in self.ways))
+        return min(alone), min(mixed)
+
+    def _examined_in(self, way: Tongue, one: Lesson) -> Tuple[float, float]:
+        model, ids = way.model, text_ids(way.tokenizer, one.test)
         layers = {} if self.student.mixer is None else {"mixer": self.student.mixer}
-        voice = Mixture(self.engine, self.counts, load_mixer(self.config, layers))
+        voice = Mixture(self.engine, way.counts, load_mixer(self.config, layers))
         alone = mixed = 0.0
         rows = predicted_rows(model, ids, model.shape.block_size // 2,
                               lambda place: setattr(voice, "place", place))
