@@ -8532,18 +8532,23 @@ def _common_end(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _reply_nats(model: GPT, ids: Sequence[int], count: int) -> float:
     """Return −ln p, by the model alone, of the last count of ids."""
-    return sum(reply_nats(model, ids[:-count], ids[-count:]))
+    return sum(nats for nats, _ in reply_nats(model, ids[:-count], ids[-count:]))
 
 
-def reply_nats(model: GPT, before: Sequence[int], said: Sequence[int]) -> List[float]:
-    """Return −ln p, by the model alone, of each id said after others, as many as the window has."""
+def reply_nats(model: GPT, before: Sequence[int], said: Sequence[int],
+               stop: int = END_OF_TEXT) -> List[Tuple[float, float]]:
+    """Return −ln p, by the model alone, of each id said after others, and of a stop in its place.
+
+    They are as many as the window has.
+    """
     ids = [*before, *said][-model.shape.block_size:]
     with model.engine.no_grad():
         logits = model.logits(ids[:-1])
     nats = []
     for row in range(max(0, len(ids) - 1 - len(said)), len(ids) - 1):
         scores = logits.row(row)
-        nats.append(model.engine.softmax(scores[:], model.vocab_size) - scores[ids[row + 1]])
+        whole = model.engine.softmax(scores[:], model.vocab_size)
+        nats.append((whole - scores[ids[row + 1]], whole - scores[stop]))
     return nats
 
 
@@ -8620,24 +8625,31 @@ def _content(text: str) -> Set[str]:
 
 
 def beginnings(text: str) -> List[str]:
-    """Return a text's first sentence, its first two, and so on; an open end goes with the last."""
+    """Return a text's first sentence, its first two, and so on; an open end is left out."""
     ends = [match.end() for match in _REPLY_END.finditer(text)]
-    return [text[:end] for end in ends] or [text]
+    return [text[:end] for end in ends if not ABBREVIATED.search(text[:end])] or [text]
 
 
 _REPLY_END = re.compile(r"[.!?…][\"')»”’]*(?=\s|$)|[。！？]")
 
 
-def flow_of(model: GPT, prompt: Sequence[int], bare: Sequence[int], said: Sequence[int]) -> float:
-    """Return how well ids follow a prompt, in nats a token: fluent, owed to it, nowhere broken.
+def flows_of(model: GPT, prompt: Sequence[int], bare: Sequence[int], said: Sequence[int],
+             ends: Sequence[int]) -> List[float]:
+    """Return how well ids follow a prompt up to each end, where the last of them would be said.
 
-    What would be said to anything counts less (maximum mutual information, Li et al.,
-    arXiv:1510.03055), and so does what holds one surprise, however smooth the rest.
+    In nats a token: fluent, owed to the prompt, nowhere broken. What would be said to anything
+    counts less (maximum mutual information, Li et al., arXiv:1510.03055), and so does what holds
+    one surprise, however smooth the rest.
     """
-    asked, alone = reply_nats(model, prompt, said), reply_nats(model, bare, said)
-    worst = max(map(add, asked, asked[1:]), default=0.0) / 2.0
-    mean = sum(asked) / len(asked)
-    return MUTUAL * (sum(alone) / len(alone) - mean) - mean - WORST * worst
+    said = said[:model.shape.block_size - 1]
+    asked, alone = (reply_nats(model, before, said, said[-1]) for before in (prompt, bare))
+    flows = []
+    for end in (min(end, len(said) - 1) for end in ends):
+        nats, apart = ([*(own for own, _ in row[:end]), row[end][1]] for row in (asked, alone))
+        worst = max(map(add, nats, nats[1:]), default=0.0) / 2.0
+        mean = sum(nats) / len(nats)
+        flows.append(MUTUAL * (sum(apart) / len(apart) - mean) - mean - WORST * worst)
+    return flows
 
 
 def form_of(text: str, known: Callable[[str], bool]) -> float:
@@ -10593,16 +10605,20 @@ class Organism:
         for _ in range(DRAFTS if self.engine.name == "native" else INTERPRETED_DRAFTS):
             said: List[Said] = []
             words = "".join(spoken(model, tokenizer, ids, self.config, rng, ("\n",), mixture, said))
-            for part in beginnings(words.strip()):
-                yield Draft(part, judge(part), said)
+            for part, worth in judge(words.strip()):
+                yield Draft(part, worth, said)
         fits = [fit for fit in self._fits if is_exchange(fit.entry) and fit.score >= LEAST_FIT]
         for fit in fits[:MOST_FITS] if mixture else []:
-            for part in beginnings(fit.answer):
-                yield Draft(part, judge(part) + FITTING * fit.score, (), fit)
+            for part, worth in judge(fit.answer):
+                yield Draft(part, worth + FITTING * fit.score, (), fit)
 
     def _judge_of(self, text: str, turns: Sequence[Tuple[str, str]], ids: Sequence[int],
-                  tokenizer: EvolvingTokenizer, model: GPT) -> Callable[[str], float]:
-        """Return the function that tells what a reply to the text is worth; below 0 is nothing."""
+                  tokenizer: EvolvingTokenizer, model: GPT
+                  ) -> Callable[[str], Iterator[Tuple[str, float]]]:
+        """Return the function that tells what the beginnings of a reply to the text are worth.
+
+        What is worth less than 0 is better left unsaid.
+        """
         memory, bare = self.memory, [END_OF_TEXT, *tokenizer.encode("A:")]
         topic = topic_of(memory, text, search(memory, text))
         borrowed = borrowed_stems(text, self._near or ())
@@ -10616,13 +10632,18 @@ class Organism:
                 seen[word] = word in asked or bool(memory.ids_holding([[word]], 1))
             return seen[word]
 
-        def worth(reply: str) -> float:
-            stems = _content(reply)
-            close = log(1.0 + sum(topic.get(stem, 0.0) for stem in stems - borrowed))
-            flow = flow_of(model, ids, bare, tokenizer.encode(f" {reply}\n")) if compiled else 0.0
-            return (may_lack + flow + TOPIC * close - BORROWED * len(stems & borrowed)
-                    - form_of(reply, known) - SAID_AGAIN * (reply in said))
-        return worth
+        def worths(reply: str) -> Iterator[Tuple[str, float]]:
+            parts = beginnings(reply)
+            flows = [0.0] * len(parts)
+            if compiled:
+                flows = flows_of(model, ids, bare, tokenizer.encode(f" {reply}\n"),
+                                 [len(tokenizer.encode(f" {part}")) for part in parts])
+            for part, flow in zip(parts, flows):
+                stems = _content(part)
+                close = log(1.0 + sum(topic.get(stem, 0.0) for stem in stems - borrowed))
+                yield part, (may_lack + flow + TOPIC * close - BORROWED * len(stems & borrowed)
+                             - form_of(part, known) - SAID_AGAIN * (part in said))
+        return worths
 
     def _may_lack(self, said: str, tokenizer: EvolvingTokenizer) -> float:
         """Return what a draft may lack and still be said, in nats a token, as boldness has it."""

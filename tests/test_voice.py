@@ -378,6 +378,20 @@ class Drafts(unittest.TestCase):
                          ["I am 3.5 years old.", "I am 3.5 years old. Are you?"])
         self.assertEqual(m.beginnings("你好。再见！"), ["你好。", "你好。再见！"])
         self.assertEqual(m.beginnings("no end"), ["no end"])
+        self.assertEqual(m.beginnings("Ask Dr. Moss. Now."), ["Ask Dr. Moss.", "Ask Dr. Moss. Now."])
+
+    def test_one_pass_judges_each_beginning_as_if_it_were_all_that_is_said(self):
+        shape = m.Shape.of(dataclasses.replace(m.Config(), n_layer=1, n_embd=16, n_head=2,
+                                               block_size=24))
+        model = m.GPT(shape, 60, m.choose_engine("python"), random.Random(3))
+        prompt, bare, said, stop = [0, 11, 12], [0], [21, 22, 23, 24, 25], 26
+        flows = m.flows_of(model, prompt, bare, [*said, stop], [2, 5])
+        for end, flow in zip((2, 5), flows):
+            alone = m.flows_of(model, prompt, bare, [*said[:end], stop], [end])
+            self.assertAlmostEqual(flow, alone[0], places=5)
+        self.assertNotAlmostEqual(*flows, places=3)
+        endless = m.flows_of(model, prompt, bare, said * 9, [2, 45])
+        self.assertEqual(len(endless), 2)
 
     def test_what_goes_round_in_circles_or_has_no_end_or_strange_words_is_worth_less(self):
         known = set("i am sorry that you are tired".split()).__contains__
