@@ -8597,7 +8597,8 @@ def spoken(model: GPT, tokenizer: EvolvingTokenizer, ids: Sequence[int], config:
 
 # A voice this small loses its thread within a sentence or two. So it drafts a reply several times,
 # with the exchanges that fit at hand to copy from, and says the draft, or the first sentences of
-# one, that is worth most: fluent, owed to what was asked, about the same things, and finished.
+# one, that is worth most: fluent, owed to what was asked, about the same things, and finished. What
+# exchanges answer is weighed beside them, also with a question to close it that another one asks.
 
 
 class Draft(NamedTuple):
@@ -8621,7 +8622,8 @@ def topic_of(memory: Memory, text: str, near: Sequence[Entry]) -> Dict[str, floa
 
 
 def _content(text: str) -> Set[str]:
-    return {word[:STEM_CHARS] for word in folded_words(text) if word not in PLAIN_WORDS}
+    return {word[:STEM_CHARS] for word in folded_words(text)
+            if word not in PLAIN_WORDS and base_of(word) not in PLAIN_WORDS}
 
 
 def beginnings(text: str) -> List[str]:
@@ -8631,6 +8633,52 @@ def beginnings(text: str) -> List[str]:
 
 
 _REPLY_END = re.compile(r"[.!?…][\"')»”’]*(?=\s|$)|[。！？]")
+
+
+def told_of(answer: str) -> str:
+    """Return an answer without the question that closes it."""
+    last = sentences_of(answer)[-1:]
+    return answer[:answer.rindex(last[0])].rstrip() if last and is_question(last[0]) else answer
+
+
+def asked_back(memory: Memory, text: str, fits: Iterable[Recall]) -> List[Recall]:
+    """Return questions that exchanges ask back and that may close another answer, best first.
+
+    They close what fits the text, or are themselves about the same; and point at nothing that only
+    their own exchange knows. Whether it is as the text says is not asked.
+    """
+    own = _content(text)
+    found = {fit.answer[len(told_of(fit.answer)):].strip(): fit for fit in fits}
+    for entry in filter(is_exchange, search(memory, text, NEAR_ENTRIES)):
+        said = [line[len(MARKERS[1]):] for line in entry.text.splitlines()
+                if line.startswith(MARKERS[1])]
+        for words in itertools.chain.from_iterable(map(sentences_of, said)):
+            found.setdefault(words, Recall(0.0, entry, words))
+    stems = {words: _content(words) for words in found if is_question(words)
+             and not POINTING_BACK & set(folded_words(words))}
+    weights = stem_weights(memory, own.union(*stems.values()))
+    backs = []
+    for words, held in stems.items():
+        if found[words].score or not held <= own or ASKING_WORDS & set(folded_words(words)):
+            both = _mass(_shared(own, held), weights)
+            whole = max(_mass(own, weights), _mass(held, weights))
+            score = max(found[words].score, both / whole if whole else 0.0)
+            backs.append(found[words]._replace(answer=words, score=score))
+    return sorted((back for back in backs if back.score >= LEAST_BACK), key=lambda b: -b.score)
+
+
+def grafted(memory: Memory, text: str, fits: Sequence[Recall], alone: bool) -> Iterator[Recall]:
+    """Yield what fits a text with another question to close it; or that alone, if it may stand so.
+    """
+    backs = asked_back(memory, text, fits)[:MOST_BACK]
+    heads = [fit for fit in fits if told_of(fit.answer) and fit.score >= LEAST_BACK]
+    for fit, back in itertools.product(heads, backs):
+        if back.answer not in fit.answer:
+            told = told_of(fit.answer)
+            space = "" if told.endswith(("。", "！")) else " "
+            yield Recall((fit.score + back.score) / 2.0, fit.entry, f"{told}{space}{back.answer}")
+    for back in backs if alone and not heads else []:
+        yield back._replace(score=back.score / 2.0)
 
 
 def flows_of(model: GPT, prompt: Sequence[int], bare: Sequence[int], said: Sequence[int],
@@ -8679,6 +8727,12 @@ LEAST_FIT = 0.2      # exchanges that fit less are not looked at
 EAGER = 0.9          # weight that the copyist has in a draft, beside what fits a text best
 DRAFTS = 10          # replies that are drafted
 MOST_FITS = 6        # answers of exchanges that are weighed beside them
+NOVEL = 1.0          # that no exchange says all of it
+LEAST_BACK = 0.4     # a question fits less than this: it is not asked back
+MOST_BACK = 8        # questions that are tried behind each answer
+NEAR_ENTRIES = 60    # entries that are searched for them
+POINTING_BACK = frozenset(
+    "he him his she her hers it its they them their theirs that there".split())
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
@@ -10554,10 +10608,11 @@ class Organism:
         said = {words for _, words in turns[-2 * FRESH_EXCHANGES:]}
         sure, fits = recollection(self.memory, text, rng, self.config.recall_score, rejected)
         self._fits, self._near = fits, [fit.entry for fit in fits if fit.score > 0.0]
-        if sure:
+        factual = asks_for_a_fact(text) or names_something(text)
+        if sure and not (is_exchange(sure.entry) and not factual and self.trusts_model()):
             yield from self._recalled(sure)
             return
-        if asks_for_a_fact(text) or names_something(text):  # what nobody told, nobody can know
+        if factual:  # what nobody told, nobody can know
             self.last = Reply("", "nothing")
             yield silence(text, rejected, said)
             return
@@ -10565,7 +10620,7 @@ class Organism:
         if self.trusts_model():
             self.last = Reply("", "model")
             fitting = [fit.entry for fit in fits if fit.score >= WEAK_SCORE]
-            for piece in self._model_pieces(text, turns, fitting, rng, rejected):
+            for piece in self._model_pieces(text, turns, fitting, rng, rejected, sure):
                 spoken_any = True
                 yield piece
         if not spoken_any and fits and fits[0].score >= WEAK_SCORE and is_exchange(fits[0].entry):
@@ -10579,9 +10634,10 @@ class Organism:
         yield from re.findall(r"\S+\s*", fit.answer)
 
     def _model_pieces(self, text: str, turns: Sequence[Tuple[str, str]], fitting: Sequence[Entry],
-                      rng: random.Random, rejected: Container[str] = ()) -> Iterator[str]:
+                      rng: random.Random, rejected: Container[str] = (),
+                      sure: Optional[Recall] = None) -> Iterator[str]:
         """Yield the best of some drafts, and note what moved it; nothing if none is worth it."""
-        drafts = [draft for draft in self._drafts(text, turns, fitting, rng)
+        drafts = [draft for draft in self._drafts(text, turns, fitting, rng, sure)
                   if draft.text and rejection(text, draft.text) not in rejected]
         best = max(drafts, key=attrgetter("worth"), default=None)
         if best is None or best.worth < 0.0:
@@ -10593,24 +10649,45 @@ class Organism:
         yield from re.findall(r"\S+\s*", best.text)
 
     def _drafts(self, text: str, turns: Sequence[Tuple[str, str]], fitting: Sequence[Entry],
-                rng: random.Random) -> Iterator[Draft]:
-        """Yield what could be said to a text: the voice's words, and those of exchanges."""
+                rng: random.Random, sure: Optional[Recall] = None) -> Iterator[Draft]:
+        """Yield what could be said to a text: words of exchanges; the voice's, if none is sure."""
         tokenizer, model, counts = self.tongue_for(f"H: {text}\nA:")
         ids = whole_prompt_ids(tokenizer, self.summary(), fitting, turns, text,
                                self.prompt_budget())
+        judge = self._judge_of(text, turns, ids, tokenizer, model.speaker(ids))
+        if self.config.mix:
+            yield from self._from_exchanges(text, turns, judge, sure)
+        if sure:
+            return
         sources = self._sources(text, tokenizer)
         mixture = self.mixture((words for _, words in sources), counts, EAGER)
         self.trace = Trace(model, tokenizer, ids, sources) if mixture else None
-        judge = self._judge_of(text, turns, ids, tokenizer, model.speaker(ids))
         for _ in range(DRAFTS if self.engine.name == "native" else INTERPRETED_DRAFTS):
             said: List[Said] = []
             words = "".join(spoken(model, tokenizer, ids, self.config, rng, ("\n",), mixture, said))
             for part, worth in judge(words.strip()):
                 yield Draft(part, worth, said)
-        fits = [fit for fit in self._fits if is_exchange(fit.entry) and fit.score >= LEAST_FIT]
-        for fit in fits[:MOST_FITS] if mixture else []:
+
+    def _from_exchanges(self, text: str, turns: Sequence[Tuple[str, str]],
+                        judge: Callable[[str], Iterable[Tuple[str, float]]],
+                        sure: Optional[Recall]) -> Iterator[Draft]:
+        """Yield answers of exchanges, beginnings of them, and those with another question behind.
+
+        One that is sure to fit is not cut short, and has only its equals beside it; but all that
+        fit are, where it was said a moment ago.
+        """
+        least, native = LEAST_FIT, self.engine.name == "native"
+        if sure:
+            again = told_of(sure.answer) in {told_of(words) for _, words in turns}
+            least = WEAK_SCORE if again else sure.score - NEAR_SCORE
+        fits = [fit for fit in self._fits if is_exchange(fit.entry) and fit.score >= least]
+        for fit in fits[:MOST_FITS]:
             for part, worth in judge(fit.answer):
-                yield Draft(part, worth + FITTING * fit.score, (), fit)
+                if not sure or part == fit.answer:
+                    yield Draft(part, worth + FITTING * fit.score, (), fit)
+        for fit in grafted(self.memory, text, fits[:MOST_FITS], not (sure or asks(text))):
+            *_, (part, worth) = judge(fit.answer)
+            yield Draft(part, worth + NOVEL * native + FITTING * fit.score, (), fit)
 
     def _judge_of(self, text: str, turns: Sequence[Tuple[str, str]], ids: Sequence[int],
                   tokenizer: EvolvingTokenizer, model: GPT
@@ -10642,7 +10719,8 @@ class Organism:
                 stems = _content(part)
                 close = log(1.0 + sum(topic.get(stem, 0.0) for stem in stems - borrowed))
                 yield part, (may_lack + flow + TOPIC * close - BORROWED * len(stems & borrowed)
-                             - form_of(part, known) - SAID_AGAIN * (part in said))
+                             - form_of(part, known) - SAID_AGAIN * any(
+                                 words.startswith(told_of(part) or part) for words in said))
         return worths
 
     def _may_lack(self, said: str, tokenizer: EvolvingTokenizer) -> float:

@@ -2,6 +2,7 @@
 import dataclasses
 import random
 import unittest
+from unittest import mock
 
 import macrogpt as m
 
@@ -406,6 +407,46 @@ class Drafts(unittest.TestCase):
         borrowed = m.borrowed_stems("My mother is ill.", entries)
         self.assertIn("fathe", borrowed)
         self.assertFalse({"ill", "mothe", "well"} & borrowed)
+
+    def test_an_answer_without_the_question_that_closes_it(self):
+        for answer, told in (("Hi! What is it?", "Hi!"), ("So? I see.", "So? I see."),
+                             ("Why?", ""), ("好。你呢？", "好。"), ("", "")):
+            self.assertEqual(m.told_of(answer), told)
+
+    def test_another_question_may_close_an_answer_where_it_is_about_the_same(self):
+        memory = memory_of(
+            exchange("Do you know the otter?", "I know its name. May I go on?"),
+            exchange("The otter is here.", "Good! What does the otter eat?"),
+            exchange("My uncle came.", "What did he tell you of the otter?"),
+            exchange("There it swims.", "I hear you. The otter?"),
+            exchange("The heron is here.", "Which lake does the heron like, of all the lakes?"),
+            *(exchange(f"Number {i} is here.", "Is it a number?") for i in range(80)))
+        fit = m.recall(memory, "Do you know the otter?", random.Random(1))[0]
+        self.assertEqual([found.answer for found in m.grafted(
+            memory, "Do you know the otter?", [fit], True)],
+            ["I know its name. What does the otter eat?"])
+        self.assertEqual([found.answer for found in m.grafted(memory, "an otter!", [], True)],
+                         ["What does the otter eat?"])
+        self.assertEqual(list(m.grafted(memory, "an otter!", [], False)), [])
+
+    def answers(self, text, turns, *exchanges):
+        """Return the answer of an organism that speaks by itself and knows some exchanges."""
+        being = m.Organism(m.Config(), memory_of(*exchanges), m.choose_engine("python"))
+        with mock.patch.object(being, "trusts_model", lambda: True), mock.patch.object(
+                being, "_may_lack", lambda *_: 0.0):
+            return "".join(being._answer(text, turns, random.Random(1)))
+
+    def test_small_talk_is_answered_in_another_way_when_it_comes_again_and_facts_are_not(self):
+        jokes = [exchange("tell me a joke", "A snail went home."),
+                 exchange("tell me another joke", "A book went to bed.")]
+        facts = [exchange("Where is the key?", "The key is in the barn. Is it dark?"),
+                 exchange("Where is the other key?", "The key hangs by the door.")]
+        for text, exchanges, changes in (("tell me a joke", jokes, True),
+                                         ("Where is the key?", facts, False)):
+            first = self.answers(text, [], *exchanges)
+            self.assertEqual(first, exchanges[0].partition("A: ")[2])
+            again = self.answers(text, [("owner", text), ("self", first)], *exchanges)
+            self.assertEqual(again != first, changes, again)
 
 
 if __name__ == "__main__":
