@@ -8079,16 +8079,34 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
     return (fits[0] if fits and fits[0].score >= least else None), fits
 
 
-def silence(text: str, rejected: Container[str] = (), said: Container[str] = ()) -> str:
+def silence(memory: Memory, text: str, rejected: Container[str] = (),
+            said: Container[str] = ()) -> str:
     """Return what to say when there is nothing to say: that it is kept, or that it is not known.
 
-    It is not said in words that were just said, nor in those that were rejected.
+    It is not said in words that were just said, nor in those that were rejected. Who has read
+    another language than English asks back what is not known, and says what is new of the rest.
     """
     asked = asks(text) or (not states_a_fact(text) and len(stems_of(text)) < 3)
-    ways = [words for words in (UNKNOWN_REPLIES if asked else KEPT_REPLIES)
-            if rejection(text, words) not in rejected]
+    ways: Sequence[str] = UNKNOWN_REPLIES if asked else KEPT_REPLIES
+    if not speaks_english(memory):
+        ways = [text.strip() if asked else heard_of(memory, text)]
+    ways = [words for words in ways if rejection(text, words) not in rejected]
     fresh = [words for words in ways if words not in said]
     return (fresh or ways or [UNKNOWN_REPLY])[0]
+
+
+def speaks_english(memory: Memory) -> bool:
+    """Return whether one entry in twenty has a very common English word, or there are few."""
+    enough = min(MOST_HELD, memory.about_count() // 20)
+    common = ("the", "you", "this", "what", "and")
+    return len(memory.ids_holding([common], max(1, enough))) >= enough
+
+
+def heard_of(memory: Memory, text: str) -> str:
+    """Return the last word of a text that no entry holds, or the text: what was heard, at least."""
+    words = [] if re.search(f"[{UNSPACED}]", text) else WORDS.findall(text[:MAX_ASKED_CHARS])
+    new = [w for w in words if not memory.ids_holding([[" ".join(folded_words(w))]], 1)]
+    return f"{new[-1][:1].upper()}{new[-1][1:]}." if new else text.strip()
 
 
 def stems_of(text: str) -> List[str]:
@@ -10614,7 +10632,7 @@ class Organism:
             return
         if factual:  # what nobody told, nobody can know
             self.last = Reply("", "nothing")
-            yield silence(text, rejected, said)
+            yield silence(self.memory, text, rejected, said)
             return
         spoken_any = False
         if self.trusts_model():
@@ -10627,7 +10645,7 @@ class Organism:
             yield from self._recalled(fits[0])
         elif not spoken_any:
             self.last = Reply("", "nothing")
-            yield silence(text, rejected, said)
+            yield silence(self.memory, text, rejected, said)
 
     def _recalled(self, fit: Recall) -> Iterator[str]:
         self.last = Reply("", "memory", fit.entry, fit.score)

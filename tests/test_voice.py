@@ -368,6 +368,27 @@ class Speaking(unittest.TestCase):
         self.assertGreater(len({"".join(said(seed)) for seed in range(4)}), 1)
 
 
+class Silence(unittest.TestCase):
+    """With nothing to say it acknowledges, in the language of what it has read."""
+
+    def said(self, text, *texts):
+        memory = memory_of(*texts)
+        return m.silence(memory, text)
+
+    def test_in_english_and_with_nothing_read_yet_it_has_words_for_it(self):
+        for texts in ((), ENGLISH * 5):
+            self.assertEqual(self.said("My lamp is called Quartz.", *texts), m.KEPT_REPLY)
+            self.assertEqual(self.said("Wie heißt mein Hund?", *texts), m.UNKNOWN_REPLY)
+
+    def test_in_another_language_it_says_what_it_heard(self):
+        german = [f"Der Hund Nummer {i} schläft." for i in range(40)]
+        for text, said in (("Mein Hund heißt Rex.", "Rex."), ("Wo ist Rex?", "Wo ist Rex?"),
+                           ("Der Hund schläft.", "Der Hund schläft."), ("Ich bin heute müde.", "Müde.")):
+            self.assertEqual(self.said(text, *german), said)
+        chinese = [exchange(f"{i}号小狗在哪里？", "它在睡觉。") for i in range(40)]
+        self.assertEqual(self.said("我的猫叫咪咪。", *chinese), "我的猫叫咪咪。")
+
+
 class Drafts(unittest.TestCase):
     """Replies are drafted, judged, and cut where they are still good."""
 
