@@ -10318,6 +10318,7 @@ sys.exit(importlib.import_module(os.path.splitext(name)[0]).trainer_main())
 BIG_ADDITION = 50
 MOST_REJECTED = 50  # replies from which bursts push the model away, the newest
 FRESH_EXCHANGES = 3  # in which it does not say twice that it knows nothing
+LATE_MESSAGES = 24   # in which it would rather not say the same twice
 NO_ORDER = (("force", False), ("steps", None), ("seconds", None))
 LEASE_SECONDS = 120.0
 REST_SECONDS = 20.0   # the longest that a trainer rests for one reply
@@ -10340,6 +10341,7 @@ class Organism:
         self.trace: Optional[Trace] = None
         self._near: Optional[List[Entry]] = None  # what recall found for the text at hand
         self._fits: List[Recall] = []
+        self._said: Set[str] = set()  # replies of late
         self._entry_counts, self._mixer = EntryCounts(), Mixer(config.ngram_order)
         self._native_counts = EntryCounts()
         self._native: Optional[Tuple[GPT, EvolvingTokenizer, GPT]] = None
@@ -10624,6 +10626,8 @@ class Organism:
         """Yield the answer's pieces and note in self.last where they come from."""
         rejected = self.memory.setting("rejected", [])
         said = {words for _, words in turns[-2 * FRESH_EXCHANGES:]}
+        of_late = self.memory.newest_messages(self.memory.session_id(self.session), LATE_MESSAGES)
+        self._said = {words for role, words in (*turns, *of_late) if role == "self"}
         sure, fits = recollection(self.memory, text, rng, self.config.recall_score, rejected)
         self._fits, self._near = fits, [fit.entry for fit in fits if fit.score > 0.0]
         factual = asks_for_a_fact(text) or names_something(text)
@@ -10658,7 +10662,7 @@ class Organism:
         drafts = [draft for draft in self._drafts(text, turns, fitting, rng, sure)
                   if draft.text and rejection(text, draft.text) not in rejected]
         best = max(drafts, key=attrgetter("worth"), default=None)
-        if best is None or best.worth < 0.0:
+        if best is None or best.worth < 0.0 and not sure:
             return
         if best.fit is not None:
             self.trace, self.last = None, Reply("", "memory", best.fit.entry, best.fit.score)
@@ -10672,9 +10676,9 @@ class Organism:
         tokenizer, model, counts = self.tongue_for(f"H: {text}\nA:")
         ids = whole_prompt_ids(tokenizer, self.summary(), fitting, turns, text,
                                self.prompt_budget())
-        judge = self._judge_of(text, turns, ids, tokenizer, model.speaker(ids))
+        judge = self._judge_of(text, ids, tokenizer, model.speaker(ids))
         if self.config.mix:
-            yield from self._from_exchanges(text, turns, judge, sure)
+            yield from self._from_exchanges(text, judge, sure)
         if sure:
             return
         sources = self._sources(text, tokenizer)
@@ -10686,18 +10690,16 @@ class Organism:
             for part, worth in judge(words.strip()):
                 yield Draft(part, worth, said)
 
-    def _from_exchanges(self, text: str, turns: Sequence[Tuple[str, str]],
-                        judge: Callable[[str], Iterable[Tuple[str, float]]],
+    def _from_exchanges(self, text: str, judge: Callable[[str], Iterable[Tuple[str, float]]],
                         sure: Optional[Recall]) -> Iterator[Draft]:
         """Yield answers of exchanges, beginnings of them, and those with another question behind.
 
         One that is sure to fit is not cut short, and has only its equals beside it; but all that
-        fit are, where it was said a moment ago.
+        fit are, where it was said of late. A judge that has no time to read prefers nothing new.
         """
         least, native = LEAST_FIT, self.engine.name == "native"
         if sure:
-            again = told_of(sure.answer) in {told_of(words) for _, words in turns}
-            least = WEAK_SCORE if again else sure.score - NEAR_SCORE
+            least = WEAK_SCORE if self._was_said(sure.answer) else sure.score - NEAR_SCORE
         fits = [fit for fit in self._fits if is_exchange(fit.entry) and fit.score >= least]
         for fit in fits[:MOST_FITS]:
             for part, worth in judge(fit.answer):
@@ -10707,8 +10709,11 @@ class Organism:
             *_, (part, worth) = judge(fit.answer)
             yield Draft(part, worth + NOVEL * native + FITTING * fit.score, (), fit)
 
-    def _judge_of(self, text: str, turns: Sequence[Tuple[str, str]], ids: Sequence[int],
-                  tokenizer: EvolvingTokenizer, model: GPT
+    def _was_said(self, reply: str) -> bool:
+        """Return whether a reply was said of late, but for what it asks back."""
+        return any(words.startswith(told_of(reply) or reply) for words in self._said)
+
+    def _judge_of(self, text: str, ids: Sequence[int], tokenizer: EvolvingTokenizer, model: GPT
                   ) -> Callable[[str], Iterator[Tuple[str, float]]]:
         """Return the function that tells what the beginnings of a reply to the text are worth.
 
@@ -10718,7 +10723,7 @@ class Organism:
         topic = topic_of(memory, text, search(memory, text))
         borrowed = borrowed_stems(text, self._near or ())
         may_lack = self._may_lack(text, tokenizer)
-        asked, said = set(folded_words(text)), {words for _, words in turns}
+        asked = set(folded_words(text))
         compiled = model.engine.name == "native"  # else there is no time to read it all again
         seen: Dict[str, bool] = {}
 
@@ -10737,8 +10742,8 @@ class Organism:
                 stems = _content(part)
                 close = log(1.0 + sum(topic.get(stem, 0.0) for stem in stems - borrowed))
                 yield part, (may_lack + flow + TOPIC * close - BORROWED * len(stems & borrowed)
-                             - form_of(part, known) - SAID_AGAIN * any(
-                                 words.startswith(told_of(part) or part) for words in said))
+                             - form_of(part, known)
+                             - SAID_AGAIN * (self._was_said(part) + (part in self._said)))
         return worths
 
     def _may_lack(self, said: str, tokenizer: EvolvingTokenizer) -> float:
