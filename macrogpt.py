@@ -8639,8 +8639,8 @@ def topic_of(memory: Memory, text: str, near: Sequence[Entry]) -> Dict[str, floa
     return {stem: weights[stem] * max(float(stem in own), share * held[stem]) for stem in weights}
 
 
-def _content(text: str) -> Set[str]:
-    return {word[:STEM_CHARS] for word in folded_words(text)
+def _content(text: str, chars: Optional[int] = STEM_CHARS) -> Set[str]:
+    return {word[:chars] for word in folded_words(text)
             if word not in PLAIN_WORDS and base_of(word) not in PLAIN_WORDS}
 
 
@@ -8665,14 +8665,14 @@ def asked_back(memory: Memory, text: str, fits: Iterable[Recall]) -> List[Recall
     They close what fits the text, or are themselves about the same; and point at nothing that only
     their own exchange knows. Whether it is as the text says is not asked.
     """
-    own = _content(text)
+    own = _content(text, None)
     found = {fit.answer[len(told_of(fit.answer)):].strip(): fit for fit in fits}
     for entry in filter(is_exchange, search(memory, text, NEAR_ENTRIES)):
         said = [line[len(MARKERS[1]):] for line in entry.text.splitlines()
                 if line.startswith(MARKERS[1])]
         for words in itertools.chain.from_iterable(map(sentences_of, said)):
             found.setdefault(words, Recall(0.0, entry, words))
-    stems = {words: _content(words) for words in found if is_question(words)
+    stems = {words: _content(words, None) for words in found if is_question(words)
              and not POINTING_BACK & set(folded_words(words))}
     weights = stem_weights(memory, own.union(*stems.values()))
     backs = []
