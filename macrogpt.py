@@ -7429,7 +7429,7 @@ def _only_describes(asked: Asked, term: Term, tokens: Sequence[Token], at: int) 
     # the sofa is not where the cat is: the cat is on it
     return asked.slot == "place" and term.vital and len(before) > 1 and (
         before[-1].word in DETERMINERS and before[-2].word in PREPOSITIONS
-        and before[-2].word != "to")
+        and before[-2].word != "to" and before[0].word != "now")  # from now on our choir
 
 
 def _owner_factor(term: Term, unit: Unit, at: int, asked: Asked) -> float:
