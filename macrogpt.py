@@ -3930,12 +3930,14 @@ class GPT:
         return x
 
     def _angles_of(self, first_pos: int, rows: int) -> array:
-        """Return the rotary angles of some rows; those asked for last are kept."""
-        if self._angles[0] != (first_pos, rows):
-            shape = self.shape
-            self._angles = (first_pos, rows), self.engine.buffer_of(rope_angles(
-                first_pos, rows, shape.head_dim, shape.rope_base))
-        return self._angles[1]
+        """Return the rotary angles of some rows; a window's, from where it begins, are kept."""
+        shape = self.shape
+        at, width = first_pos % shape.block_size, shape.head_dim
+        begin, room = first_pos - at, max(shape.block_size, at + rows)
+        if self._angles[0] != (begin, room):
+            self._angles = (begin, room), self.engine.buffer_of(rope_angles(
+                begin, room, width, shape.rope_base))
+        return self._angles[1][at * width:(at + rows) * width]
 
     def _head(self, x: VectorValue) -> VectorValue:
         """Return logits (T, V) for the last block's output (T, C)."""
@@ -3959,6 +3961,13 @@ class GPT:
         x = drop(self._embed(ids))
         return self._head(self._blocks(
             x, 0, lambda _, qkv: causal_attention(qkv, bounds, self.shape.n_head), drop))
+
+    def newest_logits(self, ids: Sequence[int], rows: int) -> VectorValue:
+        """Return the logits (rows, V) behind each of the newest ids; no gradients are kept."""
+        with self.engine.no_grad():
+            x = self._blocks(self._embed(ids), 0, lambda _, qkv: causal_attention(
+                qkv, (0, qkv.rows), self.shape.n_head))
+            return self._head(VectorValue(self.engine, rows, x.dim, x.data[-rows * x.dim:]))
 
     def loss(self, windows: Sequence[Sequence[int]], drop_rate: float = 0.0,
              rng: Optional[random.Random] = None) -> ScalarValue:
@@ -4016,7 +4025,7 @@ class GPT:
             if not 0 <= token < table.rows:
                 raise ValueError(f"id {token} for {table.rows} rows")
             x, place = table.row(token), cache.position
-            angles = self._angle_row(place)
+            angles = self._angles_of(place, 1)
             for layer, four in zip(cache.layers, weights):
                 engine.decode_block(x, *four, angles, layer.keys, layer.values, cache.room, dim,
                                     shape.n_head, shape.n_ff, place % block,
@@ -4026,12 +4035,6 @@ class GPT:
         engine.decode_head(x, table.data, logits, cache.room, dim, table.rows,
                            matrices["scale"].data[0], shape.norm_eps)
         return logits
-
-    def _angle_row(self, position: int) -> array:
-        """Return the rotary angles of one row, out of a whole block's."""
-        block, width = self.shape.block_size, self.shape.head_dim
-        at = position % block
-        return self._angles_of(position - at, block)[at * width:(at + 1) * width]
 
     def folded(self) -> Dict[str, MatrixParam]:
         """Return the matrices with every delta folded in, made anew when one of them changes."""
@@ -8560,13 +8563,12 @@ def reply_nats(model: GPT, before: Sequence[int], said: Sequence[int],
     They are as many as the window has.
     """
     ids = [*before, *said][-model.shape.block_size:]
-    with model.engine.no_grad():
-        logits = model.logits(ids[:-1])
-    nats = []
-    for row in range(max(0, len(ids) - 1 - len(said)), len(ids) - 1):
+    newest = ids[-len(said):] if len(said) < len(ids) else ids[1:]
+    logits, nats = model.newest_logits(ids[:-1], len(newest)), []
+    for row, token in enumerate(newest):
         scores = logits.row(row)
         whole = model.engine.softmax(scores[:], model.vocab_size)
-        nats.append((whole - scores[ids[row + 1]], whole - scores[stop]))
+        nats.append((whole - scores[token], whole - scores[stop]))
     return nats
 
 
@@ -8747,7 +8749,7 @@ DRAFTS = 10          # replies that are drafted
 MOST_FITS = 6        # answers of exchanges that are weighed beside them
 NOVEL = 1.0          # that no exchange says all of it
 LEAST_BACK = 0.4     # a question fits less than this: it is not asked back
-MOST_BACK = 8        # questions that are tried behind each answer
+MOST_BACK = 2        # questions that are tried behind each answer
 NEAR_ENTRIES = 60    # entries that are searched for them
 POINTING_BACK = frozenset(
     "he him his she her hers it its they them their theirs that there".split())
