@@ -8675,6 +8675,7 @@ def asked_back(memory: Memory, text: str, fits: Iterable[Recall]) -> List[Recall
         for words in itertools.chain.from_iterable(map(sentences_of, said)):
             found.setdefault(words, Recall(0.0, entry, words))
     stems = {words: _content(words, None) for words in found if is_question(words)
+             and QUESTION_OPENINGS & set(folded_words(words)[:1])
              and not POINTING_BACK & set(folded_words(words))}
     weights = stem_weights(memory, own.union(*stems.values()))
     backs = []
@@ -8752,7 +8753,8 @@ LEAST_BACK = 0.4     # a question fits less than this: it is not asked back
 MOST_BACK = 2        # questions that are tried behind each answer
 NEAR_ENTRIES = 60    # entries that are searched for them
 POINTING_BACK = frozenset(
-    "he him his she her hers it its they them their theirs that there".split())
+    "he him his she her hers it its they them their theirs that there other another both".split())
+QUESTION_OPENINGS = ASKING_WORDS | AUXILIARIES
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
