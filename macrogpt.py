@@ -11043,7 +11043,8 @@ class Organism:
         self._rouse()
         while self._thread is not None and not (self.failed or self.barred):
             with self.changed:
-                if not self.at_work and self._plan() is None and not self._operation_due():
+                # in this order: what is operated on is to be learned again, and then is at work
+                if not self._operation_due() and self._plan() is None and not self.at_work:
                     return
                 self.changed.wait(0.1)
 
