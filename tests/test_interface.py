@@ -1,4 +1,4 @@
-"""Claims about section 14: streams, codes, options; on real processes: pipes, signals, terminals."""
+"""Claims about the INTERFACE: streams, codes, options; on real processes: pipes, signals, terminals."""
 import contextlib
 import json
 import os

@@ -196,8 +196,8 @@ class Architecture(LayoutCase):
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
         return "\n".join(cls.lines[first - 1:node.end_lineno])
 
-    def test_the_sections_stand_in_order_from_0_to_14(self):
-        self.assertEqual([s.number for s in self.sections], list(range(15)))
+    def test_the_sections_stand_in_order_from_0_to_17(self):
+        self.assertEqual([s.number for s in self.sections], list(range(18)))
 
     def test_every_line_that_looks_like_a_banner_is_one_framed_by_rules(self):
         opened = {s.line for s in self.sections}
@@ -358,6 +358,13 @@ class Effects(LayoutCase):
 
 
 class Style(LayoutCase):
+    def test_the_size_of_every_section_is_shown(self):
+        ends = [*(s.line - 2 for s in self.sections[1:]), len(self.lines)]
+        sizes = [end - s.line + 2 for s, end in zip(self.sections, ends)]
+        print("\n" + " ".join(f"{s.name} {n}" for s, n in zip(self.sections, sizes)),
+              f"file {len(self.lines) - 1}", flush=True)
+        self.assertGreater(min(sizes), 0)
+
     def test_lines_are_at_most_100_characters(self):
         self.none([(at, f"{len(line)} characters") for at, line in enumerate(self.lines, 1)
                    if len(line) > MAX_LINE_CHARS])

@@ -1,4 +1,4 @@
-"""Claims about section 11: what the one file keeps, refuses, finds, forgets and survives."""
+"""Claims about MEMORY: what the one file keeps, refuses, finds, forgets and survives."""
 import functools
 import os
 import random

@@ -1,4 +1,4 @@
-"""Claims about the counts that learn in one reading (section 11) and the one voice (section 12)."""
+"""Claims about the counts that learn in one reading and the one voice."""
 import json
 import math
 import random

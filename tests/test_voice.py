@@ -1,4 +1,4 @@
-"""Claims about section 12: what memory answers, what the model is shown, and where it stops."""
+"""Claims about RECALL and VOICE: what memory answers, what the model is shown, and where it stops."""
 import dataclasses
 import random
 import unittest
