@@ -30,6 +30,9 @@ TINY = tuple(word for setting in (
     "eval_steps=3", "eval_chars=200", "batch_size=2", "delta_rank=2", "max_gen_tokens=8",
     "tick_seconds=0.05") for word in ("--set", setting))
 
+# Where temporary folders are: in memory where they can be, for half the time of a test is fsync.
+IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
 CORPUS = """\
 H: Who are you?
 A: I am a small lantern in a big house.
@@ -127,7 +130,7 @@ class Folder:
 
     def setUp(self):
         super().setUp()
-        place = tempfile.TemporaryDirectory()
+        place = tempfile.TemporaryDirectory(dir=IN_MEMORY)
         self.addCleanup(place.cleanup)
         self.folder = os.path.realpath(place.name)
         self.corpus, self.db = self.path("nonames.txt"), self.path("memory.sqlite3")

@@ -1,32 +1,31 @@
-"""The organism: learning, its supervision, and what survives; with real trainer processes."""
+"""The organism: what is due and done, what survives, and what is learned while it speaks.
 
-import contextlib
+Most children here are made of the same parts as a real one, but work in the loop that waits for
+their frames; where a process matters, it is one.
+"""
+import asyncio
+import concurrent.futures
 import dataclasses
 import io
 import json
-import math
 import os
-import random
-import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
-import tempfile
+import threading
 import time
 import unittest
-import zlib
-from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import macrogpt as m  # noqa: E402
-from support import engine_in_use, run_inside, start_macrogpt  # noqa: E402
+import macrogpt as m
+from support import engine_in_use, run_inside, start_macrogpt
+from test_interface import Waiting
 
-TINY = ("n_embd=16", "n_head=2", "block_size=24", "warmup_steps=12", "eval_steps=4", "micro_steps=3",
-        "batch_size=2", "delta_rank=4", "burst_passes=1", "mix_passes=1", "eval_chars=300",
-        "min_merge_chars=1000000", "tick_seconds=0.05", "commit_seconds=0.3")
+TINY = ("n_layer=1", "n_embd=8", "n_head=1", "block_size=24", "warmup_steps=12", "eval_steps=4",
+        "micro_steps=3", "batch_size=2", "delta_rank=2", "burst_passes=1", "mix_passes=1",
+        "eval_chars=300", "min_merge_chars=1000000", "tick_seconds=0.05", "commit_seconds=0.1",
+        "unlearn_seconds=0", "max_gen_tokens=8")
+LONG = ("warmup_steps=100000", "warmup_epochs=100000", "patience=100000")
 LINES = """H: Hello there.
 A: Hello, and welcome.
 
@@ -42,1166 +41,659 @@ A bird sits in the old tree.
 H: Where is the river?
 A: The river is behind the hill.
 """
+QUARTZ = "The quartz lamp stands in the window."
+SECRET = "Quartz wolves hum zigzag jokes."
 
 
-class Home(unittest.TestCase):
-    """A temporary folder with a corpus, a memory and a tiny configuration."""
+class ChildHere:
+    """Stands for the trainer's process: its steps are done where the parent waits for frames."""
+
+    def __init__(self, home):
+        self.stdin = self.stdout = self
+        self.home, self.buffer, self.dead, self.resting = home, bytearray(), False, False
+        self.frames = []  # (what the parent wants, bytes)
+        self.child = m.TrainerChild(None, None, engine_in_use())
+        self.child._send = self.send
+        self.send("ready", notices=[], engine="python")
+
+    def send(self, kind, **message):
+        self.buffer += m.pack_frame({"kind": kind, **message})
+
+    def write(self, frame):
+        message = m.read_frame(io.BytesIO(frame))
+        what = message.pop("do")
+        self.frames.append((what, len(frame)))
+        self.resting = what == "rest"
+        if what == "stop":
+            with mock.patch.object(os, "_exit"):
+                self.child._leave()
+            self.dead = True
+        elif what not in ("rest", "go on"):
+            getattr(self.child, "on_" + what)(**message)
+
+    async def readexactly(self, count):
+        while len(self.buffer) < count:
+            if self.dead:
+                raise asyncio.IncompleteReadError(b"", count)
+            job = self.child.job or self.child.birth
+            self.home.held = job is not None and self.home.hold(self.child)
+            if job is None or self.resting or self.home.held:
+                await asyncio.sleep(0.002)
+            else:
+                self.child._advance(job)
+                await asyncio.sleep(0)
+        found = bytes(self.buffer[:count])
+        del self.buffer[:count]
+        return found
+
+    def kill(self):
+        self.dead = True
+        self.buffer.clear()
+
+    close = terminate = lambda self: None
+
+    async def wait(self):
+        return -9
+
+
+class Reader(Waiting):
+    """A test-case mixin: a folder with a corpus, and tiny organisms that live in it."""
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
-        self.corpus = self.folder / "corpus.txt"
-        self.corpus.write_text(LINES, encoding="utf-8")
-        self.config = self.configured()
-
-    def configured(self, *more):
-        return m.Config().replace([*TINY, f"corpus_path={self.corpus}",
-                                   f"db_path={self.folder / 'm.sqlite3'}", *more])
+        super().setUp()
+        self.write("nonames.txt", LINES)
 
     def organism(self, *more):
-        config = self.configured(*more)
+        config = m.Config().replace([*TINY, f"corpus_path={self.corpus}", f"db_path={self.db}",
+                                     *more])
         memory = m.Memory(config.db_path)
-        being = m.Organism(config, memory, m.interpreted_engine())
+        being = m.Organism(config, memory, engine_in_use())
         self.addCleanup(memory.close)
         self.addCleanup(being.sleep)
         return being
 
+
+class Home(Reader):
+    """A test-case mixin: organisms whose children work within them."""
+
+    def setUp(self):
+        super().setUp()
+        self.children, self.hold, self.held = [], lambda child: False, False
+
+        async def create(*args, **options):
+            self.children.append(ChildHere(self))
+            return self.children[-1]
+        self.patch(asyncio, "create_subprocess_exec", create)
+
+    def patch(self, *what):
+        made = mock.patch.object(*what)
+        made.start()
+        self.addCleanup(made.stop)
+
     def grown(self, *more):
         being = self.organism(*more)
         being.awake()
-        being.wait_trained()
+        self.learn(being)
         return being
 
-    def until(self, condition, seconds=20.0):
-        """Wait for a condition; fail when it does not come."""
-        end = time.monotonic() + seconds
-        while not condition():
-            self.assertLess(time.monotonic(), end, "it did not happen in time")
-            time.sleep(0.02)
+    def learn(self, being):
+        ends = time.monotonic() + 30.0
+        being.learn_now()
+        being.wait_trained(lambda: self.assertLess(time.monotonic(), ends))
+
+    def held_in(self, hold):
+        self.hold = hold
+        self.until(lambda: self.held)
+
+    def held_in_rebirth(self, steps, idle=False):
+        """Hold it once the next generation has come so far, with nothing else to do if idle."""
+        self.held_in(lambda child: child.birth is not None and child.birth.done_steps >= steps
+                     and not (idle and child.job))
+
+    def release(self):
+        self.hold = lambda child: False
 
     def append(self, text):
         with open(self.corpus, "a", encoding="utf-8") as file:
-            file.write(text)
+            file.write("\n" + text + "\n")
+
+    def rewrite(self, text):
+        self.write("other.txt", text)
+        os.replace(self.path("other.txt"), self.corpus)
+
+    def say(self, being, text):
+        return "".join(being.reply(text))
+
+    def events(self, being, *kinds):
+        return [e["event"] for e in being.memory.life(1000) if not kinds or e["event"] in kinds]
+
+    def unread(self, being):
+        return being.memory.entries("layer IS NULL AND training AND NOT held_out")
+
+    def quartz(self, being):
+        """Return what a delta has learned of the quartz."""
+        return being.memory.entries("text LIKE '%quartz%' AND layer = 1")
 
 
-class Frames(unittest.TestCase):
-    def test_a_frame_comes_back_as_it_was_sent(self):
-        message, blobs = {"do": "x", "n": [1, None, "ü"]}, {"a": b"\0\1", "b": b""}
-        stream = io.BytesIO(m.pack_frame(dict(message), blobs) * 2)
-        self.assertEqual(m.read_frame(stream), (message, blobs))
-        self.assertEqual(m.read_frame(stream), (message, blobs))
-        self.assertIsNone(m.read_frame(stream))
-
-    def test_a_frame_that_was_cut_off_is_the_end(self):
-        whole = m.pack_frame({"do": "x"}, {"a": b"12345"})
-        for size in range(len(whole)):
-            self.assertIsNone(m.read_frame(io.BytesIO(whole[:size])))
-
-
-class StudentTest(unittest.TestCase):
-    def student(self, *more, growth=None, layers=None):
-        config = m.Config().replace([*TINY, *more])
-        return m.Student(config, growth or m.Growth(), layers or {}, engine_in_use())
-
-    @staticmethod
-    def text(count, word="sea", fresh=True):
-        rng = random.Random(word)
-        words = [word, "tree", "bird", "rain", "hill", "green", "old", "and"]
-        return [[i, " ".join(rng.choices(words, k=8)) + "\n", True, fresh] for i in range(count)]
-
-    def finish(self, student, steps=None):
-        job = m.Job(student, steps, None, time.monotonic)
-        job.advance()
-        while not job.finished():
-            job.advance()
-        return job.close()
-
-    def test_a_warm_up_lowers_the_loss_and_freezes_the_base(self):
-        student = self.student()
-        student.take_text(self.text(30), "sea and tree and bird\n")
-        before = student.evaluate()
-        learned = self.finish(student)
-        self.assertLess(student.growth.bpc, before)
-        self.assertEqual(student.growth.phase, "grown")
-        self.assertEqual(set(learned), set(range(30)))
-        self.assertEqual(student.model.trainable(), [])
-
-    def test_a_burst_alone_is_pushed_away_from_what_was_rejected(self):
-        student = self.student()
-        student.take_text(self.text(30), "")
-        student.take_rejected([["hello", "sea bird"], ["and " * 50, "tree " * 50]])
-        self.assertEqual(student._unwanted(), [])
-        self.finish(student)
-        for _ in range(8):
-            [(ids, first)] = student._unwanted()
-            self.assertLessEqual(len(ids), student.config.block_size + 1)
-            said = student.tokenizer.decode(ids[first:])
-            self.assertTrue(said.startswith((" sea bird\n", " tree tree")), said)
-        with mock.patch.object(m.GPT, "aversion", autospec=True,
-                                        side_effect=m.GPT.aversion) as pushed:
-            student.take_text(self.text(30, fresh=False) + [[99, "a quartz\n", True, True]], "")
-            self.finish(student)
-        self.assertGreater(pushed.call_count, 0)
-
-    def test_a_burst_changes_the_active_delta_and_nothing_else(self):
-        student = self.student()
-        student.take_text(self.text(30), "")
-        self.finish(student)
-        base = [p.data[:] for p in student.model.params.values()]
-        student.take_text(self.text(30, fresh=False) + [[99, "a new word: quartz\n", True, True]], "")
-        self.assertEqual(self.finish(student), [99])
-        self.assertEqual([p.data for p in student.model.params.values()], base)
-        self.assertTrue(any(any(p.data) for p in student.model.delta_params() if ".b" in p.name))
-
-    def test_a_snapshot_holds_only_what_changed(self):
-        student = self.student()
-        student.take_text(self.text(30), "")
-        self.finish(student)
-        self.assertIn("base", student.snapshot()[1])
-        student.take_text(self.text(3), "")
-        self.finish(student)
-        layers = student.snapshot()[1]
-        self.assertEqual(set(layers), {"delta0", "optimizer", "router"})
-        self.assertEqual(set(student.snapshot()[1]), {"optimizer"})
-
-    def test_a_student_made_from_a_snapshot_goes_on_to_the_same_bits(self):
-        one = self.student("dropout=0.0")
-        one.take_text(self.text(30), "")
-        for _ in range(5):
-            one.step(0.005, 0)
-        growth, layers = one.snapshot()
-        two = self.student("dropout=0.0", growth=growth, layers=layers)
-        two.take_text(self.text(30), "")
-        two.model.freeze(False)
-        windows = [[1, 2, 3, 4, 5], [9, 8, 7]]
-        for student in (one, two):
-            m.train_step(student.model, student.optimizer, windows, 0.01, 0.0, random.Random(0))
-        for name in one.model.params:
-            self.assertEqual(one.model.params[name].data, two.model.params[name].data)
-
-    def test_full_deltas_are_sealed_and_the_oldest_folds_into_the_base(self):
-        student = self.student("delta_seal_chars=10", "max_delta_modules=2")
-        student.take_text(self.text(30), "")
-        self.finish(student)
-        student.snapshot()
-        names = []
-        for i in range(4):
-            student.take_text([[1000 + i, f"sentence number {i} is new\n", True, True]], "")
-            self.finish(student)
-            layers = student.snapshot()[1]
-            names.append([(n, layers[n].sealed) for n in m.delta_names(layers)])
-        self.assertEqual(names[0], [("delta0", False)])
-        self.assertEqual(names[1], [("delta0", True), ("delta1", False)])
-        self.assertEqual(names[3], [("delta2", True), ("delta3", False)])
-        self.assertEqual(student.layer_names()[3:], ["delta2", "delta3", "fold1", "router"])
-        self.assertIn("base", layers)
-
-    def test_folding_leaves_what_it_says_unchanged(self):
-        student = self.student("delta_seal_chars=1", "max_delta_modules=1")
-        student.take_text(self.text(30), "")
-        self.finish(student)
-        student.take_text([[77, "quartz and amber\n", True, True]], "")
-        self.finish(student)
-        before = student.model.logits([1, 50, 60, 70]).data[:]
-        student._fold_oldest()
-        after = student.model.logits([1, 50, 60, 70]).data
-        self.assertLess(max(abs(a - b) for a, b in zip(before, after)), 1e-4)
-
-    def test_an_enlarged_model_ends_its_warm_up_no_worse_than_it_began(self):
-        student = self.student("learning_rate=0.3", "patience=1", "warmup_steps=12")
-        held_out = "sea and tree and bird\n" * 3
-        student.take_text(self.text(30), held_out)
-        self.finish(student)
-        growth, layers = student.snapshot()
-        wanted = m.Shape.of(m.Config().replace([*TINY, "n_layer=3"]))
-        _, grown = m.enlarged_layers(student.config, wanted, layers, engine_in_use())
-        again = self.student("learning_rate=0.3", "patience=1", "warmup_steps=12", "n_layer=3",
-                             growth=m.to_warm_up(growth), layers={**layers, **grown})
-        again.take_text(self.text(30), held_out)
-        self.assertEqual(again.growth.phase, "warmup")
-        self.assertAlmostEqual(again.growth.best_bpc, student.growth.bpc, places=4)
-        self.finish(again)
-        self.assertLessEqual(again.growth.bpc, student.growth.bpc + 1e-4)
-        self.assertFalse(again.growth.enlarged)
-
-    def test_the_rate_of_a_warm_up_falls_when_the_held_out_loss_no_longer_does(self):
-        student = self.student("patience=2", "eval_steps=4", "warmup_steps=900", "cooling=0.5",
-                               "rate_warmup=0.0", "warmup_epochs=1000", "rate_epochs=1000000000")
-        student.take_text(self.text(3), "sea and tree and bird\n" * 3)
-        said = iter([3.0, 2.0, 2.5, 2.0] + [1.0] * 9)  # the best after 8 steps, told after 16
-        student.evaluate = lambda: setattr(student.growth, "bpc", next(said)) or student.growth.bpc
-        job, rates, done = m.Job(student, None, None, lambda: 0.0), [], False
-        while not done:
-            rates.append(job.rate())
-            job.advance()
-            done = job.finished()
-        job.close()
-        for rate in rates[:16]:
-            self.assertAlmostEqual(rate, student.config.learning_rate, places=6)
-        self.assertEqual((student.growth.cooling_step, len(rates)), (16, 16 + 4))
-        self.assertTrue(all(a > b for a, b in zip(rates[16:], rates[17:])))
-        self.assertEqual((student.growth.phase, student.growth.bpc), ("grown", 1.0))
-
-    def test_a_number_of_steps_asked_for_is_done_whatever_the_held_out_loss_says(self):
-        student = self.student("patience=1", "eval_steps=4", "warmup_steps=900",
-                               "warmup_epochs=1000")
-        student.take_text(self.text(30), "sea and tree and bird\n" * 3)
-        student.growth.cooling_step, student.evaluate = 1, lambda: 9.0
-        job = m.Job(student, 40, None, lambda: 0.0)
-        rates = [job.rate()]
-        job.advance()
-        while not job.finished():
-            rates.append(job.rate())
-            job.advance()
-        job.close()
-        self.assertEqual((len(rates), student.growth.cooling_step), (40, 0))
-        self.assertEqual(student.growth.phase, "warmup")
-
-    def test_a_warm_up_goes_on_until_most_of_a_reading_has_brought_no_gain(self):
-        student = self.student("patience=1", "eval_steps=1", "warmup_epochs=1000")
-        student.take_text(self.text(300), "sea and tree and bird\n" * 3)
-        said = iter([2.0] + [3.0] * 10_000)
-        student.evaluate = lambda: next(said)
-        job = m.Job(student, None, None, lambda: 0.0)
-        while not student.growth.cooling_step:
-            job.advance()
-            job.finished()
-        self.assertEqual(student.growth.cooling_step, 1 + math.ceil(
-            student.steps_of(m.PATIENT_SHARE)))
-        self.assertGreater(student.growth.cooling_step, 4)
-
-    def test_the_rate_of_a_warm_up_falls_from_the_best_weights_seen(self):
-        student = self.student("patience=1", "eval_steps=1000", "warmup_epochs=1000")
-        student.take_text(self.text(30), "sea and tree and bird\n" * 3)
-        best = student.model.params["embedding"].data[:]
-        student.growth.warmup_step = 4
-        student.note_warmup()
-        student.step(0.5, 0)
-        student.evaluate = lambda: 99.0
-        student.note_warmup()
-        self.assertEqual(student.growth.cooling_step, 4)
-        self.assertEqual(student.model.params["embedding"].data, best)
-
-    def test_a_delta_finds_its_moments_again_when_older_ones_were_folded(self):
-        student = self.student("delta_seal_chars=1", "max_delta_modules=1")
-        student.take_text(self.text(30), "")
-        self.finish(student)
-        for key in (77, 78):
-            student.take_text([[key, "quartz and amber\n", True, True]], "")
-            self.finish(student)
-        growth, layers = student.snapshot()
-        layers["base"] = m.pack_params(list(student.model.params.values()))
-        again = self.student(growth=growth, layers=layers)
-        for one, two in zip(student.model.delta_params(), again.model.delta_params()):
-            self.assertEqual((one.name, one.m, one.steps), (two.name, two.m, two.steps))
-            self.assertTrue(one.steps)
-
-    def test_much_more_text_begins_a_second_warm_up_with_more_merges(self):
-        student = self.student("min_merge_chars=500", "max_merges=40", "min_pair_count=3")
-        student.take_text(self.text(20), "")
-        self.finish(student)
-        old = student.tokenizer.merges
-        sample = student.tokenizer.encode("sea and tree", merge_limit=len(old))
-        student.config = dataclasses.replace(student.config, max_merges=80)
-        student.take_text(self.text(20) + [[500 + i, f"{t} lantern window\n", True, True]
-                                           for i, (_, t, _, _) in enumerate(self.text(80, "lamp"))], "")
-        self.assertEqual(student.growth.phase, "warmup")
-        self.assertEqual(student.growth.warmup_step, 0)
-        self.assertEqual(student.tokenizer.merges, old)  # those in use stay in use
-        ripening = student.sprout.tokenizer
-        self.assertGreater(len(ripening.merges), len(old))
-        self.assertEqual(ripening.merges[:len(old)], old)
-        self.assertEqual(ripening.encode("sea and tree", merge_limit=len(old)), sample)
-        self.assertEqual(student.model.vocab_size, student.tokenizer.vocab_size)
-        self.finish(student)
-        self.assertEqual(student.model.vocab_size, student.tokenizer.vocab_size)
-        self.assertEqual(student.growth.native, student.tokenizer.version)
-
-    def test_a_snapshot_taken_while_merges_are_learned_can_be_loaded(self):
-        student = self.student("min_merge_chars=500", "max_merges=40", "min_pair_count=3")
-        student.take_text(self.text(20), "")
-        self.finish(student)
-        student.config = dataclasses.replace(student.config, max_merges=80)
-        append, taken = m.EvolvingTokenizer._append_merge, []
-
-        def watched(tokenizer, pair):
-            append(tokenizer, pair)
-            student.dirty.add("base")  # as the folding of a delta does just before
-            taken.append(student.snapshot())
-        with mock.patch.object(m.EvolvingTokenizer, "_append_merge", watched):
-            student.take_text(self.text(20) + [
-                [500 + i, f"{t} lantern window\n", True, True]
-                for i, (_, t, _, _) in enumerate(self.text(80, "lamp"))], "")
-        self.assertGreater(len(taken), 20)
-        for growth, layers in taken:
-            tokenizer, model = m.build_model(student.config, layers, engine_in_use())
-            self.assertEqual(tokenizer.vocab_size, model.vocab_size)
-
-    def test_the_best_weights_of_a_warm_up_are_the_ones_kept(self):
-        student = self.student()
-        student.take_text(self.text(30), "sea and tree and bird\n" * 5)
-        self.finish(student, steps=8)
-        self.assertEqual(student.growth.phase, "warmup")
-        best = student.best
-        student.growth.best_bpc, student.growth.bpc = 0.5, 4.0
-        student.end_warmup()
-        self.assertEqual(m.pack_params(list(student.model.params.values())).data, best.data)
-
-    def test_new_text_in_a_warm_up_is_dealt_at_once_but_not_for_ever(self):
-        student = self.student("warmup_steps=50", "micro_steps=3")
-        student.take_text(self.text(30), "")
-        job = m.Job(student, 20, None, time.monotonic)
-        self.assertEqual(job.fresh_count(), 0)
-        student.take_text(self.text(30) + [[99, "quartz\n", True, True]], "")
-        self.assertGreater(job.fresh_count(), 0)
-        for _ in range(3):
-            job.advance()
-        self.assertEqual(job.fresh_count(), 0)
-
-
-class TheVocabularyGrowsWithoutAJump(unittest.TestCase):
-    """New merges are learned, ripen unheard, and come into use when no text is worse off."""
-
-    GROWING = ("min_merge_chars=1", "max_merges=12", "growth_merges=6", "growth_chars=150",
-               "growth_need=9.0", "held_out_chars=600", "delta_rank=2", "batch_size=4")
-    SMALLER = ("n_layer=1", "n_embd=8", "block_size=16", "warmup_steps=6", "micro_steps=2",
-               "batch_size=2", "mix=0")  # kernels in Python take twenty times as long
-
-    def setUp(self):
-        small = mock.patch.object(m, "INTERPRETED_MIX_CHARS", 600)
-        small.start()
-        self.addCleanup(small.stop)
-        self.compiled = engine_in_use().name == "native"
-
-    @staticmethod
-    def sentences(word, count, first=0, fresh=True):
-        """Return documents about a word that nothing else is about."""
-        rng = random.Random(f"{word}{first}")
-        parts = [word, word + "s", "the old", "a green", "tree", "bird", "and"]
-        return [[zlib.crc32(f"{word}{first}.{i}".encode()), " ".join(rng.choices(parts, k=6)) + "\n", True,
-                 fresh] for i in range(count)]
-
-    def grown(self, *more, held="the old tree and a green bird\n" * 3):
-        """Return a student after its warm-up, and what it knows."""
-        smaller = () if self.compiled else self.SMALLER
-        config = m.Config().replace([*TINY, *self.GROWING, *smaller, *more])
-        student, known = m.Student(config, m.Growth(), {}, engine_in_use()), []
-        self.learn(student, known, self.sentences("sea", 20), held)
-        student.snapshot()
-        return student, known
-
-    def learn(self, student, known, new, held=""):
-        """Give the student new documents beside those known, and let it learn them to the end."""
-        student.take_text([[k, t, c, False] for k, t, c, _ in known] + new, held)
-        known += new
-        job = m.Job(student, None, None, time.monotonic)
-        job.advance()
-        while not job.finished():
-            job.advance()
-        return job.close()
-
-    def bits(self, student, text):
-        """Return the bits of a text in the vocabulary in use."""
-        return sum(m.scored_nats(student.model, m.text_ids(student.tokenizer, text), 12))
-
-    def sprouted(self, *more):
-        """Return a student whose merges ripen and are far from ripe, and what it knows."""
-        student, known = self.grown("growth_bound=0.0", *more)
-        with mock.patch.object(m.Student, "_is_ripe", lambda *_: False):
-            self.learn(student, known, self.sentences("quartz", 12))
-        self.assertIsNotNone(student.sprout)
-        return student, known
-
-    def test_merges_that_ripen_change_nothing_that_is_said_or_stored_elsewhere(self):
-        student, known = self.grown()
-        merges, rows = student.tokenizer.merges, student.model.params["embedding"].data[:]
-        with mock.patch.object(m.Student, "_is_ripe", lambda *_: False):
-            self.learn(student, known, self.sentences("quartz", 12))
-        ripening = student.sprout.tokenizer
-        self.assertEqual(ripening.merges[:len(merges)], merges)
-        self.assertIn(b" quartz", [ripening.token_bytes(i) for i in range(257, 257 + ripening.version)])
-        self.assertEqual(student.tokenizer.merges, merges)
-        self.assertEqual(student.model.params["embedding"].data, rows)
-        growth, layers = student.snapshot()
-        self.assertEqual(set(layers), {"delta0", "optimizer", "router", "sprout"})
-        self.assertEqual((growth.merges, growth.ripening), (len(merges), 6))
-        self.assertIn("sprout", student.layer_names())
-
-    def test_rows_that_ripen_learn_from_shadow_copies_while_the_base_is_frozen(self):
-        student, known = self.sprouted()
-        base = {n: p.data[:] for n, p in student.model.params.items()}
-        rows, delta = student.model.sprout.data[:], student.model.deltas[0]["0.qkv"].b.data[:]
-        with mock.patch.object(m.Student, "_is_ripe", lambda *_: False):
-            self.learn(student, known, self.sentences("quartz", 3, first=1))
-        self.assertEqual({n: p.data for n, p in student.model.params.items()}, base)
-        self.assertNotEqual(student.model.sprout.data, rows)
-        self.assertNotEqual(student.model.deltas[0]["0.qkv"].b.data, delta)
-
-    def test_what_ripens_survives_a_restart_to_the_bit(self):
-        one, known = self.grown("growth_bound=0.0")
-        with mock.patch.object(m.Student, "_is_ripe", lambda *_: False):
-            self.learn(one, known, self.sentences("quartz", 12))
-        layers = {name: None for name in one.layer_names()}
-        one.dirty |= {"base", "sprout", "delta0"}
-        growth, layers = one.snapshot()
-        two = m.Student(one.config, growth, layers, engine_in_use())
-        self.assertEqual(two.sprout.tokenizer.merges, one.sprout.tokenizer.merges)
-        self.assertEqual(two.tokenizer.merges, one.tokenizer.merges)
-        self.assertEqual(two.model.sprout.data, one.model.sprout.data)
-        self.assertEqual(two.model.sprout.m, one.model.sprout.m)
-        for student in (one, two):
-            student.rng = random.Random(7)
-            student.take_text([[k, t, c, False] for k, t, c, _ in known], "")
-            student.begin_burst()
-            for _ in range(4):
-                student.step(0.003, 0)
-        self.assertEqual(two.model.sprout.data, one.model.sprout.data)
-
-    def test_merges_that_are_not_ripe_stay_out_of_use(self):
-        student, known = self.sprouted("growth_bound=0.01")
-        loud = student.engine.buffer_of([3.0] * len(student.model.sprout.data))
-        student.model.sprout.load(loud)
-        student.ripen()
-        self.assertIsNotNone(student.sprout)
-        self.assertGreater(student.growth.ripeness, 0.01)
-
-    def test_merges_that_were_tried_in_vain_too_often_wither(self):
-        student, known = self.sprouted()
-        merges = student.tokenizer.merges
-        with mock.patch.object(m.Student, "_is_ripe", lambda *_: False):
-            for i in range(m.WITHERING - 1):
-                self.assertIsNotNone(student.sprout)
-                self.learn(student, known, self.sentences("quartz", 1, first=i + 1))
-        self.assertEqual((student.sprout, student.model.sprout), (None, None))
-        self.assertEqual((student.tokenizer.merges, student.growth.ripening), (merges, 0))
-        self.assertNotIn("sprout", student.layer_names())
-        self.assertIn("merges withered", [note["kind"] for note in student.notes])
-        self.learn(student, known, self.sentences("quartz", 12, first=9))
-
-    def test_ripe_merges_become_the_tokenizer_and_their_rows_the_embeddings(self):
-        student, known = self.sprouted("growth_bound=1.0", "delta_seal_chars=1")
-        tokenizer, rows = student.sprout.tokenizer, student.model.sprout.data[:]
-        ids = tokenizer.encode("quartz and the old sea quartzs\n")
-        with student.model.sprouted():
-            expected = student.model.logits(ids).data
-        self.learn(student, known, self.sentences("quartz", 3, first=1))  # delta0 is sealed
-        self.assertIsNone(student.sprout)
-        self.assertEqual(student.tokenizer.merges, tokenizer.merges)
-        self.assertEqual(student._ids[known[-1][0]],
-                         m.document_ids(tokenizer, known[-1][1]))
-        growth, layers = student.snapshot()
-        self.assertNotIn("sprout", student.layer_names())
-        self.assertEqual((growth.merges, growth.ripening), (tokenizer.version, 0))
-        self.assertEqual(len(expected) // len(ids), student.model.vocab_size)
-
-    def test_layers_sealed_before_a_growth_are_read_after_it(self):
-        student, known = self.grown("growth_bound=1.0", "delta_seal_chars=1")
-        stored = {}
-        for word in ("quartz", "amber", "copper"):
-            with contextlib.ExitStack() as unripe:
-                if word != "copper":
-                    unripe.enter_context(mock.patch.object(m.Student, "_is_ripe", lambda *_: False))
-                self.learn(student, known, self.sentences(word, 12))
-            growth, layers = student.snapshot()
-            stored.update({n: l for n, l in layers.items() if not stored.get(n, l).sealed
-                           or n not in stored})
-        self.assertGreater(student.tokenizer.version, 12)
-        self.assertLess(stored["delta0"].manifest[1][1], student.tokenizer.vocab_size)
-        kept = {n: l for n, l in stored.items() if n in student.layer_names()}
-        tokenizer, model = m.build_model(student.config, kept, engine_in_use())
-        self.assertEqual(tokenizer.merges, student.tokenizer.merges)
-        ids = tokenizer.encode("quartz and amber and copper and the sea\n")
-        found, expected = model.logits(ids).data, student.model.logits(ids).data
-        self.assertLess(max(abs(a - b) for a, b in zip(found, expected)), 1e-5)
-
-    def test_text_that_is_compressed_as_well_as_all_other_grows_nothing(self):
-        student, known = self.grown("growth_need=0.5")
-        self.learn(student, known, self.sentences("sea", 12, first=1))
-        self.assertIsNone(student.sprout)
-        self.assertEqual(student.growth.unmerged_chars, 0)
-
-    def test_little_new_text_adds_up_until_it_is_enough_to_learn_merges_from(self):
-        student, known = self.grown()
-        for i in range(9):
-            self.assertIsNone(student.sprout)
-            self.learn(student, known, self.sentences("quartz", 1, first=i))
-            if student.growth.ripening or student.tokenizer.version > 12:
-                break
-        self.assertTrue(2 <= i < 9, i)
-
-    def test_each_of_ten_growths_in_a_row_leaves_every_text_within_one_percent(self):
-        student, known = self.grown()
-        words = ["quartz", "amber", "copper", "marble", "linen", "velvet", "saffron", "pepper",
-                 "walnut", "juniper", "thistle", "bramble", "heather", "lichen"]
-        texts = {word: "".join(t for _, t, _, _ in self.sentences(word, 4, first=99))
-                 for word in ["sea", *words]}
-        grew, adopt, growths = [], m.Student._adopt, 10 if self.compiled else 2
-
-        def watched(student, sprout):
-            old, version = student.tokenizer, student.tokenizer.version
-            read = [word for word in texts if any(word in t for _, t, _, _ in known)]
-            before = [self.bits(student, texts[word]) for word in read]
-            adopt(student, sprout)
-            after = [self.bits(student, texts[word]) for word in read]
-            grew.append(max(b / a for a, b in zip(before, after)))
-            for text in texts.values():
-                self.assertEqual(student.tokenizer.encode(text, version), old.encode(text))
-                self.assertEqual(student.tokenizer.decode(student.tokenizer.encode(text)), text)
-        with mock.patch.object(m.Student, "_adopt", watched):
-            for word in words * 3:
-                self.learn(student, known, self.sentences(word, 8, first=len(known)))
-                if len(grew) == growths:
-                    break
-        self.assertEqual(len(grew), growths)
-        self.assertLessEqual(max(grew), 1.01)
-
-
-class AGrownVocabularyReachesTheVoice(Home):
-    def commit(self, being, student):
-        """Let the organism commit what the student has, as if its trainer had sent it."""
-        growth, layers = student.snapshot()
-        being._on_snapshot({n: layer.data for n, layer in layers.items()},
-                           growth=dataclasses.asdict(growth), learned=[],
-                           names=student.layer_names(),
-                           layers={n: [layer.manifest, layer.sealed]
-                                   for n, layer in layers.items()})
-
-    def being(self):
-        """Return an organism and a student, grown up, with merges that ripen."""
-        sizes = ("n_layer=1", "min_merge_chars=1", "min_pair_count=2", "max_merges=5",
-                 "growth_merges=5", "growth_bound=1.0", "trust_bpc=100.0", "warmup_steps=4")
-        being = self.organism(*sizes)
-        being.take_in_corpus()
-        documents = [[e.key, e.text, e.closed, True] for e in being.memory.entries()]
-        student = m.Student(being.config, m.Growth(), {}, engine_in_use())
-        student.take_text(documents, "")
-        student.growth.phase, student.growth.bpc = "grown", 3.0
-        student.growth.native = student.tokenizer.version
-        student.model.freeze()
-        student._sprout(documents, 100)
-        self.commit(being, student)
-        return being, student
-
-    def test_model_tokenizer_and_counts_change_in_one_moment_and_no_reply_waits_for_it(self):
-        being, student = self.being()
-        old, model = being.voice()
-        counts = being.counts()
-        self.assertEqual(being.memory.life()[-1]["event"], "merges sprout")
-        being._thread = mock.Mock()
-        being._thread.is_alive.return_value = True
-        self.addCleanup(setattr, being, "_thread", None)
-        student.ripen()
-        student.growth.bpc = 3.0
-        self.commit(being, student)
-        self.assertEqual(being.memory.life()[-1]["event"], "vocabulary grew")
-        self.assertIs(being.voice()[1], model)
-        self.assertIs(being.counts(), counts)
-        self.assertTrue("".join(being.reply("Hm, well then.")))
-        self.assertIs(being.voice()[1], model)
-        being._count_ahead()
-        self.assertEqual(being.voice()[0].version, old.version + 5)
-        anew = m.EntryCounts().follow(being.memory, being.voice()[0], being.config)
-        self.assertEqual(being.counts().tables, anew.tables)
-        self.assertEqual(being.voice()[1].vocab_size, being.voice()[0].vocab_size)
-
-    def costs(self, being, text):
-        """Return the nats of a text in the best of tongues, by the model and by the whole voice."""
-        found = []
-        for way in being.tongues():
-            ids = m.text_ids(way.tokenizer, text)
-            mixture = m.Mixture(being.engine, way.counts, being.mixer())
-            found.append((sum(m.scored_nats(way.model, ids, 12)),
-                          m.voice_nats(way.model, ids, mixture)))
-        return [min(nats) for nats in zip(*found)]
-
-    def test_no_text_at_all_costs_more_after_growths_however_bad_their_rows(self):
-        being, student = self.being()
-        texts = ["H: What is the sea?\nA: The sea is wide.\n", "\t\tzq == {1: 'ü'}  # 你好\n",
-                 "".join(random.Random(1).choices("etaoin shrdlu\n", k=90))]
-        versions, costs = [student.growth.native], [self.costs(being, text) for text in texts]
-        for numbers in ((0.0,), (3.0,), (3.0,)):
-            if student.sprout is None:
-                student._sprout(student._documents, 100)
-            size = len(student.model.sprout.data)
-            student.model.sprout.load(student.engine.buffer_of(list(numbers) * size))
-            student._adopt(student.sprout)
-            self.commit(being, student)
-            versions.append(student.tokenizer.version)
-            found = [way.tokenizer.version for way in being.tongues()]
-            self.assertEqual(sorted(found), versions)
-            before, costs = costs, [self.costs(being, text) for text in texts]
-            for text, old, new in zip(texts, before, costs):
-                for a, b in zip(old, new):
-                    self.assertLessEqual(b, a * 1.0001)
-        self.assertEqual(being.tongue_for(texts[0]).tokenizer.version, student.growth.native)
-
-    def test_replies_do_not_wait_for_the_counts_of_the_native_tongue(self):
-        being, student = self.being()
-        student._adopt(student.sprout)
-        self.commit(being, student)
-        self.assertEqual(being.tongue_for("the sea").tokenizer.version, student.tokenizer.version)
-        self.assertEqual(len(list(being._first_tongues(patient=False))), 1)
-        being._count_ahead()
-        self.assertEqual(len(list(being._first_tongues(patient=False))), 2)
-
-    def test_where_nothing_counts_in_the_background_it_counts_when_it_is_asked(self):
-        being, student = self.being()
-        old, _ = being.voice()
-        student._adopt(student.sprout)
-        self.commit(being, student)
-        self.assertEqual(being.voice()[0].version, old.version + 5)
-        anew = m.EntryCounts().follow(being.memory, being.voice()[0], being.config)
-        self.assertEqual(being.counts().tables, anew.tables)
-
-
-class Life(Home):
-    def test_it_warms_up_once_and_never_again_for_the_same_text(self):
+class Life(Home, unittest.TestCase):
+    def test_it_is_born_once_and_never_again_for_the_same_text(self):
         being = self.grown()
         self.assertEqual(being.growth.phase, "grown")
-        step = being.growth.step
         being.sleep()
         again = self.grown()
-        self.assertEqual((again.growth.phase, again.growth.step), ("grown", step))
+        self.assertEqual((again.growth, self.unread(again)), (being.growth, []))
 
-    def test_a_line_added_to_the_corpus_is_being_trained_on_within_two_seconds(self):
+    def test_one_new_line_is_learned_at_once_and_sends_the_child_that_line_alone(self):
         being = self.grown()
-        events = len(being.memory.life())
-        began = time.monotonic()
-        self.append("\nThe quartz lamp stands in the window.\n")
-        self.until(lambda: any(e["event"] == "learning" for e in being.memory.life()[events:]), 10)
-        took = time.monotonic() - began
-        self.until(lambda: not being.memory.entries("learned = 0 AND NOT held_out"))
-        self.assertTrue(being.memory.entries("text LIKE '%quartz%' AND learned"))
-        self.assertLess(took, 5.0)  # two seconds are promised for a machine that is not loaded
+        del self.children[-1].frames[:]
+        self.append(QUARTZ)
+        self.until(lambda: self.quartz(being))
+        sent = self.children[-1].frames
+        self.assertEqual([what for what, _ in sent], ["text", "learn"])
+        self.assertLess(sum(size for _, size in sent), 1000)
+        self.assertEqual(len(self.children), 1)
+        self.until(lambda: "learned 1 new line" in being.notices)
 
-    def test_a_corpus_saved_by_rename_is_noticed_and_removed_lines_leave_the_memory(self):
+    def test_lines_that_a_rename_took_leave_the_memory_and_a_vanished_corpus_takes_nothing(self):
         being = self.grown()
-        other = self.folder / "other.txt"
-        other.write_text(LINES.replace("A bird sits in the old tree.", "A cat lies on the wall."),
-                         encoding="utf-8")
-        os.replace(other, self.corpus)
+        self.rewrite(LINES.replace("A bird sits in the old tree.", "A cat lies on the wall."))
         self.until(lambda: being.memory.entries("text LIKE '%cat lies%'"))
         self.assertFalse(being.memory.entries("text LIKE '%bird sits%'"))
-
-    def test_a_corpus_that_vanishes_takes_nothing_with_it(self):
-        being = self.grown()
         count = being.memory.entry_count()
-        self.corpus.unlink()
-        time.sleep(0.4)
+        os.unlink(self.corpus)
+        time.sleep(0.2)
         self.assertEqual(being.memory.entry_count(), count)
-        self.assertFalse(self.corpus.exists())
+        self.assertFalse(os.path.exists(self.corpus))
 
     def test_a_memory_that_was_locked_for_a_while_is_learned_into_again(self):
         being = self.grown()
-        locked = sqlite3.connect(being.memory.path, isolation_level=None)
+        self.patch(m, "LISTEN_SECONDS", 0.1)
+        locked = sqlite3.connect(self.db, isolation_level=None)
         self.addCleanup(locked.close)
         being.memory._db.execute("PRAGMA busy_timeout = 50")
         locked.execute("BEGIN EXCLUSIVE")
-        self.append("\nThe quartz lamp stands in the window.\n")
+        self.append(QUARTZ)
         self.until(lambda: any("locked" in notice for notice in being.notices))
         locked.execute("ROLLBACK")
-        self.until(lambda: being.memory.entries("text LIKE '%quartz%' AND learned"))
-
-    def test_the_corpus_file_is_never_written(self):
-        before = (self.corpus.read_bytes(), self.corpus.stat().st_mtime_ns)
-        being = self.grown()
-        "".join(being.reply("My lamp is made of quartz, and it stands in the window."))
-        being.wait_trained()
-        self.assertEqual((self.corpus.read_bytes(), self.corpus.stat().st_mtime_ns), before)
+        self.until(lambda: self.quartz(being))
 
     def test_what_is_said_adds_up_until_it_is_enough_and_is_never_dropped(self):
         being = self.grown("min_new_chars_to_train=60")
         step = being.growth.step
-        "".join(being.reply("The lamp is old."))
-        time.sleep(0.3)
+        self.say(being, "The lamp is old.")
+        time.sleep(0.2)
         self.assertEqual(being.growth.step, step)
-        self.assertEqual(being.memory.unlearned_chars()[1], len("The lamp is old.\n"))
-        "".join(being.reply("It stands in the window beside the garden door."))
-        self.until(lambda: being.memory.unlearned_chars()[1] == 0)
-        self.assertGreater(being.growth.step, step)
+        self.assertEqual(being.memory.unread_chars(), (0, len("The lamp is old.\n")))
+        self.say(being, "It stands in the window beside the garden door.")
+        self.until(lambda: being.memory.unread_chars() == (0, 0))
+        self.say(being, "It is old.")
+        self.learn(being)  # waiting learns what is there, however little
+        self.assertEqual(being.memory.unread_chars(), (0, 0))
 
     def test_one_who_talks_on_and_on_does_not_keep_it_from_learning(self):
-        being = self.grown("micro_steps=40")
-        self.append("\nThe quartz lamp stands in the window.\n")
-        for number in range(200):
-            "".join(being.reply(f"I like the number {number} and the letter after it."))
-            if being.memory.entries("text LIKE '%quartz%' AND learned"):
-                break
-            time.sleep(0.1)
-        self.assertLess(number, 199)
-
-    def test_waiting_learns_what_is_there_however_little(self):
-        being = self.grown("min_new_chars_to_train=10000")
-        "".join(being.reply("The lamp is old."))
-        being.wait_trained()
-        self.assertEqual(being.memory.unlearned_chars(), (0, 0))
-
-    def test_own_replies_are_not_trained_on_until_they_are_approved(self):
-        being = self.grown()
-        "".join(being.reply("What is the sea?"))
-        self.assertFalse(being.memory.entries("source = 'approved'"))
-        self.assertTrue(being.judge(True))
-        texts = [e.text for e in being.memory.entries("source = 'approved'")]
-        self.assertEqual(texts, ["H: What is the sea?\nA: The sea is wide and blue.\n"])
-
-    def test_a_killed_trainer_is_started_again_and_loses_nothing_committed(self):
-        being = self.organism("warmup_steps=2000", "warmup_epochs=1000.0", "commit_seconds=0.1")
-        being.awake()
-        self.until(lambda: being.growth.step > 2)
-        step = being.growth.step
-        os.kill(self.children()[0], signal.SIGKILL)
-        self.until(lambda: any(e["event"] == "trainer died" for e in being.memory.life()))
-        self.until(lambda: being.growth.step > step + 2)
-        self.assertTrue(any("starts again" in notice for notice in being.notices))
-
-    def test_while_it_speaks_the_trainer_rests_and_then_goes_on(self):
-        being = self.organism("warmup_steps=100000", "warmup_epochs=100000.0", "patience=100000",
-                              "commit_seconds=0.1")
-        being.awake()
-        self.until(lambda: being.growth.step > 2)
-        pieces = being.reply("What is the sea?")
-        next(pieces)
-        before = -1
-        while before != being.growth.step:  # what was on its way arrives
-            before = being.growth.step
-            time.sleep(0.4)
-        "".join(pieces)
-        self.until(lambda: being.growth.step > before + 2)
-        self.assertFalse(any(e["event"] == "trainer died" for e in being.memory.life()))
-
-    def children(self):
-        """Return the process ids of trainers that this process started."""
-        if shutil.which("ps") is None:
-            self.skipTest("there is no ps to list child processes")
-        found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())],
-                               capture_output=True, text=True).stdout
-        pids = [int(line.split()[0]) for line in found.splitlines() if "trainer" in line]
-        if not pids:
-            self.skipTest("ps does not list child processes here")
-        return pids
+        being = self.grown("micro_steps=40", "min_new_chars_to_train=1")
+        self.append(QUARTZ)
+        some = (f"I like the number {i} and the letter after it." for i in range(10 ** 6))
+        self.until(lambda: self.say(being, next(some)) and self.quartz(being))
 
     def test_only_one_of_two_organisms_trains_one_memory(self):
-        one = self.grown()
-        memory = m.Memory(self.config.db_path)
-        self.addCleanup(memory.close)
-        two = m.Organism(self.config, memory, m.interpreted_engine())
-        two._owner = m.socket.gethostname() + ":1"
-        self.addCleanup(two.sleep)
-        self.assertFalse(memory.take_lease(two._owner, 10.0, lambda owner: True))
+        one, two = self.grown(), self.organism()
+        two.trainer._owner = m.socket.gethostname() + ":1"
+        self.assertTrue(two.trainer.barred())
+        self.hold = lambda child: True
+        self.append(QUARTZ)
+        two.awake()
+        self.until(lambda: any("another macrogpt" in notice for notice in two.notices))
+        self.assertEqual(len(self.children), 1)
         one.sleep()
-        self.assertTrue(memory.take_lease(two._owner, 10.0, lambda owner: True))
+        self.assertTrue(two.memory.take_lease(two.trainer._owner, 10.0, lambda owner: True))
 
-    def test_a_held_out_document_is_never_sent_to_the_trainer(self):
+    def test_held_out_documents_are_probes_for_life_and_never_trained_on(self):
+        def some(what):
+            return "".join(f"\nThe {what} {i} stands alone.\n" for i in range(60))
+        self.rewrite(some("number"))
+        being = self.grown("held_out_share=0.2")
+        held = {e.key for e in being.memory.entries("held_out")}
+        self.assertTrue(4 <= len(held) <= 25, len(held))
+        child = self.children[-1].child.learner
+        self.assertEqual({t.key for t in child._trained()} & held, set())
+        self.append(some("day"))
+        self.until(lambda: not self.unread(being) and len(being.growth.probes) == 2)
+        [later] = set(being.growth.probes) - {"0"}
+        self.assertEqual({t.key for t in child.texts.values() if t.probe == "0"}, held)
+        self.assertTrue(all("The day" in t.text for t in child.texts.values() if t.probe == later))
+
+    def test_compiled_kernels_are_taken_up_between_two_replies(self):
+        being, fast = self.organism(), mock.Mock(is_fast=True)
+        being.speaker.engine = slow = m.interpreted_engine()
+        with mock.patch.object(m, "choose_engine", return_value=fast):
+            pieces = being.reply("What is the sea?")
+            next(pieces, "")
+            being.trainer._on_ready(notices=[], engine="native")
+            self.assertIs(being.speaker._kept[1].model.engine, slow)
+            "".join(pieces)
+        self.assertIs(being.engine, fast)
+
+    def test_talking_compacting_and_renewing_at_once_do_not_wait_for_each_other_for_ever(self):
+        being = self.grown("block_size=32", "trust_bpc=100", "boldness=9")
+        ends, count = time.monotonic() + 0.6, iter(range(10 ** 6))
+
+        def again(work):
+            while time.monotonic() < ends:
+                work()
+        others = [threading.Thread(target=again, args=(work,), daemon=True) for work in (
+            lambda: being.speaker.renew(1000), being.compact,
+            lambda: being.trainer._commit_growth(being.growth),
+            lambda: self.say(being, f"The number {next(count)} is old."))]
+        for thread in others:
+            thread.start()
+        for thread in others:
+            thread.join(max(0.0, ends + 20.0 - time.monotonic()))
+        stuck = [thread for thread in others if thread.is_alive()]
+        if stuck:
+            being.memory._lock = threading.RLock()  # lest its closing wait as well
+        self.assertEqual(stuck, [])
+        self.assertGreater(next(count), 2)
+
+
+class Failing(Home, unittest.TestCase):
+    def in_birth(self):
+        being = self.organism(*LONG)
+        being.awake()
+        being.learn_now()
+        self.until(lambda: being.growth.step > 2)
+        return being
+
+    def test_an_unexpected_exception_of_trainer_or_watcher_ends_every_wait_and_it_speaks_on(self):
+        for where, name in (("trainer", "_send_text"), ("watcher", "take_in")):
+            self.db = self.path(f"{name}.db")
+            being = self.in_birth()
+            with mock.patch.object(getattr(being, where), name,
+                                   side_effect=RuntimeError("a wire is loose")):
+                self.append(QUARTZ)
+                with self.assertRaisesRegex(m.TrainerError, "^a wire is loose$"):
+                    being.wait_trained()
+            with self.assertRaisesRegex(m.TrainerError, "a wire"):
+                being.wait_rest()
+            self.assertIs(being.trainer.phase, m.Phase.FAILED)
+            self.assertTrue(any("a wire" in notice for notice in being.notices))
+            self.assertEqual(self.say(being, "What is the sea?"), "The sea is wide and blue.")
+
+    def test_several_deaths_without_a_step_between_are_the_end_and_are_told(self):
+        self.assertEqual(m.MOST_DEATHS, 5)
+        self.hold = lambda child: self.children[-1].kill() or True
         being = self.organism()
-        lines = "".join(f"The number {i} stands alone in its line.\n\n" for i in range(200))
-        self.corpus.write_text(lines, encoding="utf-8")
-        being.take_in_corpus()
-        held = being.memory.entries("held_out")
-        self.assertTrue(8 <= len(held) <= 35, len(held))
-        sent = []
-        being._send = lambda child, message, blobs: sent.append(message)
-        being._instruct(None)
-        trained = {text for _, text, *_ in sent[0]["documents"]}
-        self.assertEqual(len(trained), 200 - len(held))
-        self.assertFalse(trained & {e.text for e in held})
-        self.append("\nOne more line.\n")
-        being.take_in_corpus()
-        self.assertEqual(len(being.memory.entries("held_out")), len(held))
-
-    def test_a_loss_that_is_not_finite_is_told_and_changes_nothing(self):
-        being = self.organism()
-        being._on_trouble({}, step=3, loss="nan")
-        self.assertIn("was skipped", being.notices[0])
-        self.assertEqual(being.memory.life()[-1]["event"], "step skipped")
-
-
-class Enlarging(Home):
-    IDS = [1, 70, 80, 90, 100, 110]
-
-    def enlarge(self, being, *settings):
-        being.grow(m.Shape.of(self.configured(*settings)))
-
-    def test_an_organism_that_grew_says_the_same_and_stays_large(self):
-        being = self.grown("delta_seal_chars=10")
-        for line in ("The quartz lamp is old.", "The ferry leaves at seven."):
-            being.teach(line)
-            being.wait_trained()
-        being.sleep()
-        before = being.voice()[1].logits(self.IDS).data
-        self.enlarge(being, "n_embd=24", "n_head=3")
-        self.enlarge(being, "n_layer=3", "n_embd=24", "n_head=3", "block_size=32",
-                     f"norm_eps={being.config.norm_eps!r}")
-        after = being.voice()[1].logits(self.IDS).data
-        self.assertLess(max(abs(a - b) for a, b in zip(before, after)), 1e-4)
-        self.assertEqual(len(being.voice()[1].deltas), 2)
-        self.assertTrue(being.memory.layers()["delta0"].sealed)
-        self.assertIn("n_layer 2 → 3", being.notices[-1])
-        config = m.stored_config(being.memory, [])
-        self.assertEqual((config.n_layer, config.n_embd, config.block_size), (3, 24, 32))
-        self.assertIn("grew", [event["event"] for event in being.memory.life()])
-
-    def test_it_learns_with_what_is_new_and_then_is_at_rest(self):
-        being = self.grown()
-        being.sleep()
-        self.enlarge(being, "n_layer=3")
-        step, new = being.growth.step, being.voice()[1].params["2.down"]
-        self.assertFalse(any(new.data))
         being.awake()
+        being.learn_now()
+        with self.assertRaisesRegex(m.TrainerError, "stopped 5 times"):
+            being.wait_trained(being.trainer.ring)
+        self.assertEqual(len(self.children), 5)
+        self.assertEqual(self.events(being)[-1], "failed")
+
+    def test_a_child_that_says_why_it_failed_is_quoted(self):
+        being = self.in_birth()
+        self.children[-1].send("failed", error="MemoryError: no room")
+        self.until(lambda: any("no room" in notice for notice in being.notices))
+
+
+class NothingIsReset(Home, unittest.TestCase):
+    """What the owner does meanwhile neither begins the birth anew nor takes back a step."""
+
+    def watched(self, being):
+        """Let it learn to the end; fail if it ever was newborn again or went back a step."""
+        self.release()
+        seen = [being.growth]
+        being.learn_now()
+        self.until(lambda: seen.append(being.growth) or being.trainer.order is None)
         being.wait_trained()
-        self.assertEqual((being.growth.phase, being.growth.enlarged), ("grown", False))
-        self.assertGreater(being.growth.step, step)
-        self.assertTrue(any(being.voice()[1].params["2.down"].data))
+        order = ("newborn", "warmup", "grown")
+        for passed in ([growth.step for growth in seen], [order.index(g.phase) for g in seen]):
+            self.assertEqual(passed, sorted(passed))
+        self.assertEqual(being.growth.phase, "grown")
+        return being.growth
 
-    def test_in_its_warm_up_it_grows_as_well_and_goes_on(self):
-        being = self.organism("warmup_steps=500", "warmup_epochs=1000.0")
-        being.learn_now(steps=6)
+    def in_birth(self, *more):
+        """Return a newborn that is held in the midst of its birth, after a commit."""
+        being = self.organism("warmup_steps=40", *more)
+        self.say(being, SECRET)
+        self.say(being, "What is the sea?")
         being.awake()
-        being.wait_order()
+        self.held_in(lambda child: child.job.done_steps >= 20)
+        return being
+
+    def test_a_reply_is_trained_on_once_it_is_approved_and_no_more_when_that_is_taken_back(self):
+        being = self.in_birth()
+        self.assertFalse(being.memory.entries("source = 'approved'"))
+        self.assertTrue(being.judge(True))
+        [approved] = being.memory.entries("source = 'approved'")
+        self.assertTrue(approved.text.startswith("H: What is the sea?\nA: I do not know"))
+        self.until(lambda: any(t.source == "approved" for t in
+                               self.children[-1].child.learner.texts.values()))
+        self.assertTrue(being.judge(False))
+        self.assertFalse(being.memory.entries("source = 'approved'"))
+        self.assertGreaterEqual(self.watched(being).step, 40)
+
+    def test_a_told_line_that_is_forgotten_during_the_birth_is_unlearned_by_the_next(self):
+        being = self.in_birth()
+        self.assertIn("forgotten", m.forget(being.memory, SECRET))
+        self.assertEqual(self.watched(being).generation, 2)
+        self.assertEqual(self.events(being, "rebirth", "unlearned"), ["rebirth", "unlearned"])
+        self.assertEqual(being.memory.to_unlearn(), [])
+        trained = [t.text for t in self.children[-1].child.learner.texts.values()]
+        self.assertFalse([text for text in trained if SECRET in text])
+
+    # large enough for its loss to be waited over
+    MANY = LINES + "".join(f"\nThe stone {i} lies on the path.\n" for i in range(60))
+
+    def test_a_corpus_that_is_empty_for_a_while_or_another_for_a_while(self):
+        self.rewrite(self.MANY)
+        other = self.write("some.txt", "A far and other land.\n\nIt has its own rivers.\n")
+        being = self.in_birth("loss_seconds=60")
+        for path, text in ((self.corpus, ""), (other, None), (self.corpus, self.MANY)):
+            if text is not None:
+                self.rewrite(text)
+            being.config = dataclasses.replace(being.config, corpus_path=path)
+            time.sleep(0.2)
+        self.assertEqual(self.watched(being).step, 40)
+        self.assertEqual(self.events(being, "corpus", "rebirth", "unlearned"), ["corpus"])
+        self.assertTrue(any("lacks most of the lines" in notice for notice in being.notices))
+
+    def test_a_corpus_emptied_and_restored_teaches_nothing_anew_nor_does_a_line_that_moved(self):
+        self.rewrite(self.MANY)
+        being = self.grown("loss_seconds=0", "unlearn_seconds=60")
         being.sleep()
-        self.assertEqual(being.growth.phase, "warmup")
-        before = being.voice()[1].logits(self.IDS).data
-        self.enlarge(being, "n_embd=32")
-        self.assertLess(max(abs(a - b) for a, b in zip(
-            before, being.voice()[1].logits(self.IDS).data)), 1e-4)
-        being.learn_now(steps=3)
+        layers = {e.key: e.layer for e in being.memory.entries()}
+        for text, count in ((LINES[-60:], 2), (self.MANY, len(layers)),
+                            (self.MANY.replace("spring.\n", "spring.\n\n"), len(layers) + 1)):
+            self.rewrite(text)
+            being.take_in_corpus()
+            self.assertLessEqual(abs(being.memory.entry_count() - count), 1)
+            if count == len(layers):
+                self.assertEqual({e.key: e.layer for e in being.memory.entries()}, layers)
+        self.assertEqual((being.memory.to_unlearn(), self.unread(being)), ([], []))
+        self.assertIsNone(being.trainer.due())
+
+
+class Rebirth(Home, unittest.TestCase):
+    """Another generation grows up beside the one that speaks and learns."""
+
+    EAGER = ("rebirth_chars=60", "rebirth_share=0.1", "rebirth_bound=9", "gate_bound=9")
+    MANY = "".join(f"\nThe kite of day {day} flies above the quay.\n" for day in range(4))
+
+    def test_it_is_due_when_there_are_many_deltas(self):
+        being = self.grown("rebirth_chars=60", "rebirth_share=99", "max_delta_modules=2",
+                           "delta_seal_chars=1", *self.EAGER[2:])
+        for text in (QUARTZ, "Copper turns green in the long rain."):
+            self.assertIsNone(being.trainer.due())
+            self.append(text)
+            self.until(lambda: being.memory.entries("layer AND text LIKE ?", f"%{text}%"))
+        self.learn(being)
+        [event] = [e for e in being.memory.life() if e["event"] == "generation"]
+        self.assertEqual((event["why"], being.growth.generation), ("deltas", 2))
+        self.assertEqual(m.delta_names(being.memory.manifests()), [])
+
+    def ask(self, being, *settings):
+        """Ask for another size, as the interface does."""
+        wanted = m.Shape.of(being.config.replace(settings))
+        being.memory.set_setting("wanted_shape", dataclasses.asdict(wanted))
+        being.trainer.ring()
+
+    def test_asked_for_another_size_it_is_adopted_whole_while_the_old_one_speaks_and_learns(self):
+        being = self.grown("warmup_steps=30", "rebirth_bound=9")
+        old = being.growth
+        self.ask(being, "n_embd=16")
+        self.held_in_rebirth(10, idle=True)
+        self.assertEqual(self.say(being, "What is the sea?"), "The sea is wide and blue.")
+        self.append(QUARTZ)
+        self.until(lambda: self.quartz(being))
+        self.assertEqual((being.growth.generation, being.config.n_embd), (1, 8))
+        self.assertEqual(len(being.mind().model.deltas), 1)
+        self.children[-1].child.unborn._begin_cooling()
+        self.append("The heron waits.")  # too late for the next, which gets a delta for it
+        self.until(lambda: being.memory.entries("text LIKE '%heron%'") and not self.unread(being))
+        self.release()
+        self.until(lambda: being.growth.generation == 2)
+        self.learn(being)
+        self.assertEqual(being.config.n_embd, 16)
+        self.assertGreater(being.growth.step, old.step + 10)
+        self.assertFalse(being.memory.manifests(m.NEXT))
+        self.assertIsNone(being.trainer.due())
+        self.assertEqual(m.delta_names(being.memory.manifests()), ["delta1"])
+        self.assertEqual({e.text: e.layer for e in being.memory.entries("layer > 0")},
+                         {"The heron waits.\n": 1})
+        self.until(lambda: being.mind().model.shape.n_embd == 16)
+        self.assertIn("generation 2 has taken over", " ".join(being.notices))
+        being.sleep()
+        self.assertEqual(self.grown("warmup_steps=30").config.n_embd, 16)
+
+    def test_one_whose_reason_has_gone_is_dropped_and_nothing_of_it_is_left(self):
+        being = self.grown("warmup_steps=60")
+        for begin, end in ((lambda: self.ask(being, "n_embd=16"),
+                            lambda: self.ask(being, "n_embd=8")),
+                           (lambda: self.rewrite(LINES.replace("A bird sits in the old tree.", "")),
+                            lambda: self.rewrite(LINES))):
+            begin()
+            self.held_in_rebirth(5)
+            end()
+            self.until(lambda: being.memory.setting("rebirth") is None
+                       and self.children[-1].child.unborn is None)
+            self.release()
+            self.learn(being)
+            self.assertEqual((being.growth.generation, being.config.n_embd), (1, 8))
+            self.assertFalse(being.memory.manifests(m.NEXT) or self.unread(being))
+        self.assertEqual(being.memory.to_unlearn(), [])
+
+    def test_a_generation_that_reads_worse_is_given_up_told_and_not_tried_again_at_once(self):
+        being = self.organism(*self.EAGER[:2], "rebirth_bound=0", "gate_bound=9",
+                              "held_out_share=0.3")
         being.awake()
-        being.wait_order()
-        self.assertFalse(being.failed)
-        self.assertEqual(being.growth.phase, "warmup")
-
-    def test_while_another_trains_it_does_not_grow(self):
-        being = self.grown()
-        being.sleep()
-        being.memory.take_lease("elsewhere:1", 60.0, lambda owner: True)
-        with self.assertRaisesRegex(m.TrainerError, "leave that one first"):
-            self.enlarge(being, "n_layer=3")
-        self.assertEqual(m.Shape.of(being.config).n_layer, 2)
-
-    def test_another_process_notices_that_it_grew(self):
-        being = self.grown()
-        being.sleep()
-        memory = m.Memory(self.config.db_path)
-        self.addCleanup(memory.close)
-        other = m.Organism(self.config, memory, m.interpreted_engine())
-        other.voice()
-        self.enlarge(being, "n_layer=3")
-        "".join(other.reply("Hello there."))
-        self.assertEqual(len(other.voice()[1].params), 4 * 3 + 2)
-
-    def test_a_text_that_outgrew_its_model_is_told_and_auto_grow_acts_on_it(self):
-        small = ("n_layer=1", "n_embd=8", "n_head=1")
-        being = self.organism("auto_grow=0", *small)
-        rng = random.Random(1)
-        lines = ["".join(rng.choices("abcdefgh ", k=60)) for _ in range(100)]
-        self.corpus.write_text("\n\n".join(lines), encoding="utf-8")
-        being.awake()
-        being.wait_trained()
-        told = [e for e in being.memory.life() if e["event"] == "outgrown"]
-        self.assertEqual(len(told), 1, being.growth)
-        self.assertEqual(told[0]["proposed"], {"n_embd": [8, 16], "n_head": [1, 2], "n_ff": [24, 48]})
-        self.assertEqual(m.Shape.of(being.config).n_embd, 8)
-        being.sleep()
-        again = self.organism("auto_grow=1", *small)
-        again.awake()
-        self.until(lambda: again.memory.setting("shape")["n_embd"] > 16)  # and once more
-
-    def test_a_text_that_fits_its_model_is_not_called_too_much(self):
-        grown = m.Growth(phase="grown", bpc=2.5, train_bpc=2.4, warmup_chars=100_000)
-        self.assertTrue(m.has_outgrown(grown, 100_000))
-        self.assertFalse(m.has_outgrown(grown, 130_000))
-        self.assertFalse(m.has_outgrown(dataclasses.replace(grown, train_bpc=2.0), 90_000))
+        self.learn(being)
+        self.patch(m, "fit_to_live", lambda new, old: {"probe": "0", "before": 1.0, "now": 2.0})
+        self.append(self.MANY)
+        self.until(lambda: "rebirth given up" in self.events(being))
+        self.append(QUARTZ[:30])
+        self.until(lambda: being.memory.entries("text LIKE '%quartz%' AND layer"))
+        self.learn(being)
+        self.assertEqual(self.events(being, "rebirth", "rebirth given up"),
+                         ["rebirth", "rebirth given up"])
+        self.assertEqual(being.growth.generation, 1)
+        self.assertTrue(any("it is given up" in notice for notice in being.notices))
+        self.assertFalse(being.memory.manifests(m.NEXT))
+        self.append(self.MANY.replace("kite", "swallow"))  # as much again
+        self.until(lambda: self.events(being).count("rebirth") == 2)
 
 
-class Unlearning(Home):
+class Unlearning(Home, unittest.TestCase):
     """What is forgotten leaves the weights that were trained on it."""
 
-    SECRET = "Quartz wolves hum zigzag jokes."
-    EAGER = ("held_out_share=0.0", "unlearn_seconds=0.0", "delta_seal_chars=20", "delta_rank=4")
-    STRONG = ("n_layer=1", "n_embd=8", "n_head=1", "dropout=0.0", "micro_steps=20",
-              "delta_rate=0.03", "learning_rate=0.03", "warmup_steps=100", "patience=1000",
-              "rate_epochs=1000000", "cooling=10")
-
-    def being(self, *more):
-        being = self.organism(*self.EAGER, *more)
-        being.awake()
-        being.wait_trained()
-        return being
+    STRONG = ("held_out_share=0", "delta_seal_chars=20", "delta_rank=4", "dropout=0",
+              "micro_steps=20", "delta_rate=0.03", "learning_rate=0.03", "warmup_steps=100",
+              "patience=1000", "rate_epochs=1000000", "cooling=10")
 
     def nats(self, being):
         """Return the loss of the secret by whichever layer knows it best."""
-        tokenizer, model = being.voice()
-        ids = [m.END_OF_TEXT] + tokenizer.encode(self.SECRET)
-        return min(sum(m.scored_nats(model.with_delta(place), ids, 24))
-                   for place in (None, *range(len(model.deltas))))
-
-    def events(self, being):
-        return [e["event"] for e in being.memory.life() if "learn" in e["event"]]
+        being.speaker.renew()
+        mind = being.mind()
+        ids = [m.END_OF_TEXT] + mind.tokenizer.encode(SECRET)
+        return min(sum(m.scored_nats(mind.model.with_layer(number), ids, 24))
+                   for number in range(len(mind.model.deltas) + 1))
 
     def taught(self, being, *lines):
         for line in lines:
             being.teach(line)
-            being.wait_trained()
+            self.learn(being)
 
-    def test_a_delta_that_read_what_is_forgotten_is_rebuilt_and_those_before_it_stay(self):
-        being = self.being(*self.STRONG)
+    def test_a_delta_that_read_what_is_forgotten_goes_and_those_before_it_stay(self):
+        being = self.grown(*self.STRONG)
         self.taught(being, "The ferry leaves at seven.")
         before = self.nats(being)
-        self.taught(being, self.SECRET)
+        self.taught(being, SECRET)
         learned = self.nats(being)
         self.assertLess(learned, 0.75 * before)
         self.taught(being, "Copper turns green in rain.")
         kept = being.memory.layers()
-        self.assertEqual(m.delta_names(kept), ["delta0", "delta1", "delta2"])
-        m.forget(being.memory, self.SECRET)
+        self.assertEqual(m.delta_names(kept), ["delta1", "delta2", "delta3"])
+        m.forget(being.memory, SECRET)
         self.until(lambda: "unlearned" in self.events(being))
+        self.learn(being)
         layers = being.memory.layers()
-        self.assertEqual(m.delta_names(layers), ["delta0", "delta4"])
-        self.assertEqual((layers["base"], layers["delta0"]), (kept["base"], kept["delta0"]))
+        self.assertEqual(m.delta_names(layers), ["delta1", "delta2"])
+        self.assertEqual((layers["base"], layers["delta1"]), (kept["base"], kept["delta1"]))
         # what another sentence taught of all sentences stays
         self.assertGreater(self.nats(being), (learned + before) / 2.0)
-        self.assertFalse(being.memory.entries("NOT learned"))
-        self.assertEqual(self.events(being)[-4:], ["unlearning", "learning", "learned", "unlearned"])
+        self.assertEqual((self.unread(being), being.growth.generation), ([], 1))
 
     def test_a_line_taken_out_of_the_corpus_is_unlearned_by_a_new_base_while_the_old_speaks(self):
-        never = self.being(*self.STRONG, f"db_path={self.folder / 'twin.sqlite3'}")
-        twin = self.nats(never)
-        never.sleep()
-        self.append("\n" + self.SECRET + "\n")
-        being = self.being(*self.STRONG)
-        learned, spoken = self.nats(being), []
-        self.assertLess(learned, 0.75 * twin)
-        on_snapshot = being._on_snapshot
-
-        def watched(blobs, growth, **rest):
-            on_snapshot(blobs, growth, **rest)
-            spoken.append((growth["phase"], self.nats(being)))
-        being._on_snapshot = watched
-        self.corpus.write_text(LINES, encoding="utf-8")
-        being.take_in_corpus()
-        being.wait_trained()
-        self.assertTrue(all(nats == learned for phase, nats in spoken if phase == "warmup"))
-        self.assertAlmostEqual(self.nats(being), twin, delta=0.15 * twin)
-        self.assertEqual(being.growth.phase, "grown")
-        self.assertFalse([n for n in being.memory.manifests() if n.startswith(m.OLD)])
-        self.assertEqual(self.events(being)[-4:], ["unlearning", "learning", "learned", "unlearned"])
-
-    def test_killed_while_it_unlearns_it_goes_on_where_it_was(self):
-        being = self.being()
-        self.taught(being, self.SECRET)
-        being.sleep()
-        before = self.nats(being)
-        self.corpus.write_text(LINES.replace("The garden is green in spring.\n", ""))
-        then = self.organism(*self.EAGER)
-        then.take_in_corpus()
-        then._unlearn(0)
-        self.assertIn("old.base", then.memory.manifests())
-        again = self.organism(*self.EAGER)
-        self.assertEqual(again.growth.phase, "newborn")
-        self.assertEqual(self.nats(again), before)
-        with self.assertRaisesRegex(m.TrainerError, "being rebuilt"):
-            again.grow(m.Shape.of(self.configured("n_layer=3")))
-        again.awake()
-        again.wait_trained()
-        self.assertEqual(again.growth.phase, "grown")
-        self.assertNotIn("old.base", again.memory.manifests())
-        self.assertEqual(self.events(again)[-1], "unlearned")
-
-    def test_corrected_lines_are_collected_and_moved_ones_are_not_lost(self):
-        being = self.being("unlearn_corrected_chars=50")
-
-        def edit(*changes):
-            text = self.corpus.read_text(encoding="utf-8")
-            for old, new in changes:
-                self.assertIn(old, text)
-                text = text.replace(old, new)
-            self.corpus.write_text(text, encoding="utf-8")
-            being.take_in_corpus()
-            being.wait_trained()
-            return being.memory.to_unlearn()
-        self.assertEqual(edit(("spring.\n", "spring.\n\n")), [])  # one document became two
-        self.assertEqual(edit(("is green in spring", "was green in spring")), [(0, 30, True)])
-        self.assertEqual(edit(("was green in spring", "is green in spring")), [(2, 31, True)])
-        self.assertNotIn("unlearning", self.events(being))
-        edit(("A bird sits in", "A bird sat in"))
+        self.append(SECRET)
+        being = self.grown(*self.STRONG, "rebirth_bound=0")  # which does not bind it
+        old, learned = being.growth, self.nats(being)
+        self.rewrite(LINES)
+        self.held_in_rebirth(50)
+        self.assertEqual(self.nats(being), learned)
+        self.release()
+        self.until(lambda: being.growth.generation == 2)
+        self.assertGreater(self.nats(being), 1.2 * learned)
         self.assertEqual(being.memory.to_unlearn(), [])
-        self.assertEqual(self.events(being)[-1], "unlearned")
+        self.assertEqual(self.events(being, "rebirth", "unlearned"), ["rebirth", "unlearned"])
+        # it is to the bit the base of one that has never met the secret
+        twin = m.Learner(being.config, m.Growth(2, step=old.step, tokens=old.tokens), {},
+                         engine_in_use())
+        twin.take_text((), [[e.id, e.key, e.text, e.closed, True, e.source, ""]
+                            for e in being.memory.entries()])
+        job = m.Job(twin, None, None, lambda: 0.0)
+        while not job.finished():
+            job.advance()
+        job.close()
+        self.assertEqual(m.pack_params(list(twin.model.params.values())).data,
+                         being.memory.layers()["base"].data)
 
     def test_what_is_told_again_in_time_is_not_unlearned(self):
-        being = self.being("unlearn_seconds=1000")
-        self.taught(being, self.SECRET)
-        m.forget(being.memory, self.SECRET)
-        self.assertEqual(len(being.memory.to_unlearn()), 1)
-        being.teach(self.SECRET)
-        self.assertEqual(being.memory.to_unlearn(), [])
-        m.forget(being.memory, self.SECRET)
-        self.assertEqual(being.memory.to_unlearn(), [(1, len(self.SECRET) + 1, False)])
-
-    def test_what_a_sample_left_out_is_not_lost(self):
-        lines = [f"The number {i} stands alone." for i in range(60)]
-        self.corpus.write_text("\n\n".join(lines), encoding="utf-8")
-        being = self.organism("max_corpus_lines=20", "held_out_share=0.0")
-        being.take_in_corpus()
-        being.memory.mark_trained(0)
-        del lines[57]
-        self.corpus.write_text("\n\n".join([*lines, *(f"New is {i}." for i in range(9))]))
-        being.take_in_corpus()
-        self.assertEqual(being.memory.to_unlearn(), [(0, len("The number 57 stands alone."), False)])
+        being = self.grown("unlearn_seconds=1000")
+        self.taught(being, SECRET)
+        for again in (True, False):
+            m.forget(being.memory, SECRET)
+            self.assertEqual(being.memory.to_unlearn(), [(1, len(SECRET) + 1)])
+            if again:
+                being.teach(SECRET)
+                self.assertEqual(being.memory.to_unlearn(), [])
 
     def test_when_nothing_is_left_to_learn_nothing_of_the_old_is_left(self):
-        being = self.being()
-        self.corpus.write_text("\n", encoding="utf-8")
-        being.take_in_corpus()
-        being.wait_trained()
-        self.assertEqual(set(being.memory.manifests()) - {"tokenizer"}, set())
-        self.assertEqual(being.growth.phase, "newborn")
+        being = self.grown("loss_seconds=0")
+        step = being.growth.step
+        self.rewrite("\n")
+        being.wait_rest()
+        self.assertEqual((being.memory.manifests(), being.growth.phase), ({}, "newborn"))
+        self.assertEqual(being.growth.step, step)
 
 
-class Processes(Home):
+class Processes(Reader, unittest.TestCase):
     """The program as its owner runs it; what is killed is a process of its own."""
 
-    def words(self, *words):
-        sets = [part for setting in TINY for part in ("--set", setting)]
-        return ("--corpus", str(self.corpus), "--db", self.config.db_path, *sets, *words)
+    BIG = ("warmup_steps=5000", "warmup_epochs=1000", "patience=9999")
 
-    def run_macrogpt(self, *words, text=""):
-        return run_inside(*self.words(*words), stdin=text.encode(), cwd=self.folder)
+    def words(self, words, settings):
+        return (*words, *(part for setting in (*TINY, *settings) for part in ("--set", setting)))
 
-    def kill_macrogpt(self, *words, when):
+    def run_macrogpt(self, *words, settings=(), text=""):
+        return run_inside(*self.words(words, settings), stdin=text.encode(), cwd=self.folder)
+
+    def kill_when(self, condition, *words, settings=()):
         """Start the program, and kill it once a condition holds."""
-        with start_macrogpt(*self.words(*words), cwd=self.folder) as process:
+        with start_macrogpt(*self.words(words, settings), cwd=self.folder) as process:
             try:
-                self.until(when)
+                self.until(condition)
             finally:
                 process.kill()
 
-    def stats(self):
-        return json.loads(self.run_macrogpt("--json", "stats").stdout)
-
-    def stored_step(self):
-        """Return the step that is committed, read from beside the program."""
-        try:
-            db = sqlite3.connect(f"file:{self.config.db_path}?mode=ro", uri=True)
-            try:
-                rows = db.execute("SELECT value FROM settings WHERE name = 'growth'").fetchall()
-            finally:
-                db.close()
-        except sqlite3.Error:
-            return 0
-        return json.loads(rows[0][0])["step"] if rows else 0
-
-    def test_killed_in_its_warm_up_it_goes_on_from_the_last_commit(self):
-        long = ("--set", "warmup_steps=5000", "--set", "warmup_epochs=1000")
-        self.kill_macrogpt("train", *long, when=lambda: self.stored_step() > 2)
-        step = self.stored_step()
-        facts = self.run_macrogpt("--json", "train", "--steps", "2", *long)
-        self.assertEqual(facts.returncode, 0, facts.stderr)
-        growth = json.loads(facts.stdout)
-        self.assertGreaterEqual(growth["step"], step + 2)
-        self.assertEqual(growth["steps_now"], growth["step"] - step)
-
-    def stored_layers(self):
-        """Return the names of the layers that are committed, read from beside the program."""
-        try:
-            db = sqlite3.connect(f"file:{self.config.db_path}?mode=ro", uri=True)
-            try:
-                return {name for name, in db.execute("SELECT name FROM layers")}
-            finally:
-                db.close()
-        except sqlite3.Error:
-            return set()
-
-    def test_killed_while_merges_ripen_it_goes_on_with_them_and_brings_them_into_use(self):
-        growing = [word for setting in (
-            "n_layer=1", "min_merge_chars=1", "max_merges=5", "growth_merges=5", "growth_chars=60",
-            "growth_need=9.0", "growth_bound=1.0", "warmup_steps=4")
-            for word in ("--set", setting)]
-        self.run_macrogpt("train", *growing)
-        self.assertEqual(self.stats()["merges"], 5)
-        self.append("\n" + "The quartz lamp of quartz stands beside the quartz window.\n" * 3)
-        self.kill_macrogpt("train", "--seconds", "60", *growing, "--set", "commit_seconds=0.1",
-                           when=lambda: "sprout" in self.stored_layers())
-        facts = self.stats()
-        self.assertEqual((facts["merges"], facts["ripening"]), (5, 5))
-        self.assertEqual(self.run_macrogpt("doctor").returncode, 0)
-        done = self.run_macrogpt("train", *growing)
+    def test_killed_in_its_birth_it_goes_on_for_just_the_steps_asked_for_and_never_smaller(self):
+        self.kill_when(lambda: self.setting("growth").get("step", 0) > 2, "train",
+                       settings=self.BIG)
+        step = self.setting("growth")["step"]
+        done = self.run_macrogpt("--json", "train", "--steps", "2", settings=self.BIG)
         self.assertEqual(done.returncode, 0, done.stderr)
-        facts = self.stats()
-        self.assertEqual((facts["merges"], facts["ripening"]), (10, 0))
-        self.assertEqual(facts["vocabulary"], 257 + 10)
-        self.assertIn("vocabulary grew", [e["event"] for e in facts["life"]])
-        self.assertNotIn("sprout", self.stored_layers())
-
-    def test_train_with_steps_does_exactly_so_many(self):
-        first = json.loads(self.run_macrogpt("--json", "train", "--steps", "3").stdout)
-        second = json.loads(self.run_macrogpt("--json", "train", "--steps", "4").stdout)
-        self.assertEqual((first["step"], second["step"]), (3, 7))
-
-    def test_asked_for_what_was_never_told_it_says_so_however_well_it_speaks(self):
-        self.run_macrogpt("train")
-        grown = ("--set", "trust_bpc=100", "--no-train")
-        self.run_macrogpt(*grown, text="My lamp is called Quartz.\n")
-        asked = self.run_macrogpt(*grown, text="What is my boat called?\nWhat is my river?\n")
-        said = asked.stdout.decode().splitlines()  # in other words the second time
-        self.assertEqual((len(said), len({*said} & {*m.UNKNOWN_REPLIES})), (2, 2))
-
-    def test_a_smaller_shape_is_refused_with_the_way_out(self):
-        self.run_macrogpt("train", "--steps", "1")
-        refused = self.run_macrogpt("--set", "n_layer=1", "ask", "hello")
-        self.assertEqual(refused.returncode, 2)
+        facts = json.loads(done.stdout)
+        self.assertEqual((facts["step"], facts["steps_now"]), (step + 2, 2))  # exactly so many
+        refused = self.run_macrogpt("ask", "hello", settings=("n_embd=4",))  # it only grows
+        self.assertEqual((refused.returncode, refused.stderr.count(b"\n")), (2, 1))
         self.assertIn(b"--db", refused.stderr)
-        self.assertEqual(refused.stderr.count(b"\n"), 1)
 
+    def test_killed_while_the_next_generation_grows_up_it_goes_on_with_both(self):
+        self.run_macrogpt("train")
+        step = self.setting("growth")["step"]
+        larger = (*self.BIG, "n_embd=16")
+        self.kill_when(lambda: self.setting("rebirth").get("growth", {}).get("warmup_step", 0) > 5,
+                       "train", settings=larger)
+        came = self.setting("rebirth")["growth"]["warmup_step"]
+        self.assertEqual(self.setting("growth")["step"], step)
+        self.assertEqual(self.setting("shape")["n_embd"], 8)
+        done = self.run_macrogpt("train", settings=(
+            "n_embd=16", f"warmup_steps={came + 20}", "warmup_epochs=9999", "rebirth_bound=9"))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        growth = self.setting("growth")
+        self.assertEqual((growth["generation"], growth["warmup_step"]), (2, came + 20))
+        self.assertEqual(self.run_macrogpt("doctor").returncode, 0)
 
-class SameLife(Home):
-    """A life is given by its seed, its edits and its conversation, in their order."""
+    def test_a_real_child_that_is_killed_is_started_again_and_one_that_rests_goes_on(self):
+        being = self.organism(*LONG)
+        being.awake()
+        self.until(lambda: being.growth.step > 2)
+        pieces = being.reply("What is the sea?")
+        next(pieces)
+        time.sleep(0.3)  # what was on its way arrives
+        step = being.growth.step
+        time.sleep(0.3)
+        self.assertEqual(being.growth.step, step)
+        "".join(pieces)
+        self.until(lambda: being.growth.step > step + 2)
+        child, step = being.trainer._child.pid, being.growth.step
+        os.kill(child, signal.SIGKILL)
+        self.until(lambda: any(e["event"] == "trainer died" for e in being.memory.life()))
+        self.until(lambda: being.trainer.ring() or being.growth.step > step + 2)
+        self.assertNotEqual(being.trainer._child.pid, child)
+        self.assertTrue(any("starts again" in notice for notice in being.notices))
 
-    SETS = [part for setting in (
-        *TINY, "threads=1", "n_layer=1", "delta_rank=2", "max_merges=20", "burst_passes=6",
-        "mix_passes=2", "min_new_chars_to_train=1", "min_merge_chars=300", "delta_seal_chars=60",
-        "max_delta_modules=2", "commit_seconds=0.1", "held_out_share=0.3", "warmup_epochs=0.1")
-        for part in ("--set", setting)]
-    SAID = ("My lamp is made of quartz.", "/teach The ferry leaves at seven.",
-            "I live beside the old mill.", "The heron sleeps on one leg.")
+    def test_a_life_lived_twice_gives_the_same_bits_with_a_restart_in_between_or_without(self):
+        many = " ".join(f"On day {day} the kite flies above the quay." for day in range(20))
+        said = ["My lamp is made of quartz.", "/teach The ferry leaves at seven.",
+                "I live beside the old mill.", "edit The rain is warm.",
+                "The heron sleeps on one leg.", "/forget The ferry leaves at seven.",
+                "edit " + many, "Thank you."]
+        lives = (("whole", [said], "1"), ("parts", [said[:3], said[3:]], "2"))
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            paths = list(pool.map(lambda life: self.life(*life), lives))
+        memories = [m.Memory(path) for path in paths]
+        for memory in memories:
+            self.addCleanup(memory.close)
+            self.assertGreater(memory.setting("growth")["generation"], 1)
+        whole, parts = (memory.layers() for memory in memories)
+        self.assertEqual(sorted(whole), sorted(parts))
+        self.assertLess({"mixer", "delta1", "router"}, set(whole))
+        for name, layer in whole.items():
+            self.assertEqual(layer, parts[name], name)
 
     def life(self, name, parts, hash_seed):
-        """Live a life, started anew for each part of the talk; return its layers."""
-        folder = self.folder / name
-        folder.mkdir()
-        corpus = folder / "corpus.txt"
-        corpus.write_text(LINES, encoding="utf-8")
+        """Live a life, started anew for each part of the talk; return its memory's path."""
+        settings = ("threads=1", "max_merges=20", "burst_passes=6", "mix_passes=2",
+                    "min_new_chars_to_train=1", "min_merge_chars=300", "delta_seal_chars=60",
+                    "held_out_share=0.3", "dropout=0.1", "rebirth_chars=600", "rebirth_bound=9")
+        folder, text = self.path(name), LINES
+        os.mkdir(folder)
+        corpus = self.write(os.path.join(name, "nonames.txt"), text)
         for part in parts:
-            words = ("--corpus", str(corpus), "--db", str(folder / "m.sqlite3"), "--wait-trained")
-            with start_macrogpt(*words, *self.SETS, cwd=folder, stderr=subprocess.DEVNULL, text=True,
+            with start_macrogpt(*self.words(["--wait-trained"], settings), cwd=folder,
+                                stderr=subprocess.DEVNULL, text=True,
                                 env={"PYTHONHASHSEED": hash_seed}) as chat:
+                watch = threading.Timer(90.0, chat.kill)
+                watch.start()
                 for words in part:
                     if words.startswith("edit "):
-                        after = corpus.read_text(encoding="utf-8") + "\n" + words[5:] + "\n"
-                        (folder / "new.txt").write_text(after, encoding="utf-8")
-                        os.replace(folder / "new.txt", corpus)
+                        text += "\n" + words[5:] + "\n"
+                        os.replace(self.write(os.path.join(name, "new.txt"), text), corpus)
                         continue
                     chat.stdin.write(words + "\n")
                     chat.stdin.flush()
                     self.assertTrue(chat.stdout.readline())
                 chat.stdin.close()
                 self.assertEqual(chat.wait(), 0)
-        memory = m.Memory(str(folder / "m.sqlite3"))
-        self.addCleanup(memory.close)
-        return memory.layers()
-
-    def test_a_life_lived_twice_gives_the_same_bits_with_a_restart_in_between_or_without(self):
-        many = " ".join(f"On day {day} the kite flies above the quay." for day in range(30))
-        said = [*self.SAID[:3], "edit The rain is warm.", self.SAID[3],
-                "/forget The ferry leaves at seven.", "edit " + many, "Thank you."]
-        whole = self.life("whole", [said], "1")
-        parts = self.life("parts", [said[:3], said[3:]], "2")
-        self.assertEqual(len(m.delta_names(whole)), 1)  # those before were warmed up over
-        self.assertIn("mixer", whole)
-        self.assertIn("sprout", whole)  # merges of what came later ripen
-        self.assertEqual(sorted(whole), sorted(parts))
-        for name, layer in whole.items():
-            self.assertEqual(layer, parts[name], name)
-
-
-if __name__ == "__main__":
-    unittest.main()
+                watch.cancel()
+        return os.path.join(folder, "memory.sqlite3")
