@@ -7112,10 +7112,7 @@ COPIED_IDS = 150      # ids of each, from its beginning
 
 
 def summarise(memory: Memory, session: int, budget: int, keep: int = 1) -> int:
-    """Put all but the newest exchanges into a session's summary; return how many turns that were.
-
-    The messages themselves stay as they are.
-    """
+    """Sum up all but the newest exchanges of a session; return how many turns those were."""
     with memory.transaction():
         said = memory.prompt_messages(session)
         turns = exchanges_of(m for m in said if m.stage < SUMMED)
@@ -8949,11 +8946,6 @@ class Organism:
         """How far the generation that speaks has come."""
         return Growth.of(self.memory.setting("growth", {}))
 
-    @property
-    def engine(self) -> Engine:
-        """What it speaks with."""
-        return self.speaker.engine
-
     def _take_up_engine(self) -> None:
         """Speak with the kernels that the trainer has compiled, from the next reply on."""
         if not self.speaker.engine.is_fast:
@@ -9398,7 +9390,7 @@ def _chat_terminal(app: App) -> int:
     organism = wake(app)
     phase = {"grown": "grown up", "warmup": "still in its warm-up"}.get(
         organism.growth.phase, "newborn")
-    app.terminal.note(f"macrogpt {__version__} — {organism.engine.name} engine, "
+    app.terminal.note(f"macrogpt {__version__} — {organism.speaker.engine.name} engine, "
                       f"{model_size(organism)[0]:,} parameters, {phase}. /help for commands.")
     interrupted = False
     while True:
@@ -9833,7 +9825,7 @@ def stats_facts(app: App) -> Dict[str, Any]:
     growth, names = organism.growth, memory.manifests()
     parameters, vocabulary = model_size(organism)
     return {
-        "version": __version__, "engine": organism.engine.name, "parameters": parameters,
+        "version": __version__, "engine": organism.speaker.engine.name, "parameters": parameters,
         "vocabulary": vocabulary, "shape": dataclasses.asdict(Shape.of(app.config)),
         "layers": {"base": "base" in names, "deltas": len(delta_names(names)),
                    "max_deltas": app.config.max_delta_modules},

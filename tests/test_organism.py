@@ -272,7 +272,7 @@ class Life(Home, unittest.TestCase):
             being.trainer._on_ready(notices=[], engine="native")
             self.assertIs(being.speaker._kept[1].model.engine, slow)
             "".join(pieces)
-        self.assertIs(being.engine, fast)
+        self.assertIs(being.speaker.engine, fast)
 
     def test_talking_compacting_and_renewing_at_once_do_not_wait_for_each_other_for_ever(self):
         being = self.grown("block_size=32", "trust_bpc=100", "boldness=9")
