@@ -173,8 +173,8 @@ class Config:
     # two bounds far out: it is the held-out loss that ends a birth, where any text is held out
     warmup_steps: int = _setting(20_000, "most steps of the birth of a base", 1)
     warmup_epochs: float = _setting(40.0, "most times a birth reads its text", 0.1, 1e6)
-    rate_epochs: float = _setting(5.0, "epochs after which a warm-up's rate is at a half", 0.1)
-    cooling: float = _setting(0.4, "steps in which a warm-up's rate falls, as a share of those "
+    rate_epochs: float = _setting(5.0, "epochs after which a birth's rate is at a half", 0.1)
+    cooling: float = _setting(0.4, "steps in which a birth's rate falls, as a share of those "
                                    "before", 0.01, 10.0)
     micro_steps: int = _setting(32, "steps of the smallest burst after that", 1)
     batch_size: int = _setting(4, "windows in a full batch B", 1, 4096)
@@ -192,7 +192,7 @@ class Config:
     replay_share: float = _setting(0.5, "share of a burst's windows that repeat old text, where "
                                         "the active delta has much of it", 0.0, 1.0)
     burst_passes: float = _setting(6.0, "most times a burst reads what is new", 0.1, 1e6)
-    patience: int = _setting(4, "evaluations without a gain before a warm-up's rate falls", 1)
+    patience: int = _setting(4, "evaluations without a gain before a birth's rate falls", 1)
     eval_steps: int = _setting(50, "steps between held-out evaluations", 1)
     eval_chars: int = _setting(6000, "held-out characters in one evaluation", 100)
     # a line added to the corpus is always learned at once; this is for what is said in the chat
@@ -4840,7 +4840,6 @@ FULL_TEXT = """
 
 
 MAX_LIKE_FORMS = 900  # SQLite takes expressions of up to 1,000 levels
-MAX_QUERY_STEMS = 64  # a longer text is searched for by its first words
 WORD_LINE = re.compile(r"^(?:[=~!] ?\w|[^\W\dA-Z][\w. ]{0,40}: *[^\W\dA-Z][^.!?,A-Z\n]*$)", re.M)
 TOLD = ("chat", "taught")
 WORDS_MARK = "_words_"  # a word of every entry with lines of word knowledge
@@ -9388,7 +9387,7 @@ def _chat_terminal(app: App) -> int:
     """Read, reply, and stream, until the owner leaves."""
     prepare_readline(app)
     organism = wake(app)
-    phase = {"grown": "grown up", "warmup": "still in its warm-up"}.get(
+    phase = {"grown": "grown up", "warmup": "still being born"}.get(
         organism.growth.phase, "newborn")
     app.terminal.note(f"macrogpt {__version__} — {organism.speaker.engine.name} engine, "
                       f"{model_size(organism)[0]:,} parameters, {phase}. /help for commands.")
