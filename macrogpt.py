@@ -8605,7 +8605,9 @@ class Trainer:
     def _begin_rebirth(self, why: str) -> None:
         """Make room for a new generation, whose merges follow those of the present one."""
         memory, old = self.memory, self.growth
-        shape = memory.setting("wanted_shape") or dataclasses.asdict(Shape.of(self.config()))
+        wanted, refused = memory.setting("wanted_shape"), memory.setting("refused_shape")
+        shape = wanted if wanted not in (None, refused) else dataclasses.asdict(
+            Shape.of(self.config()))
         number = max(old.generation, memory.setting("generations", 0)) + 1  # given up ones, too
         growth = dataclasses.replace(old.heir(number), warmup_chars=old.warmup_chars)
         with memory.transaction():
