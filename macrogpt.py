@@ -67,7 +67,6 @@ import socket
 import sqlite3
 import stat
 import statistics
-import string
 import struct
 import subprocess
 import sys
@@ -424,6 +423,10 @@ def line_key(line: str, use: bytes = b"") -> int:
     return int.from_bytes(digest, "big", signed=True)
 
 
+# A line of word knowledge: = ~ or ! and words, or the name of a kind and its members.
+WORD_LINE = re.compile(r"^(?:[=~!] ?\w|[^\W\dA-Z][\w. ]{0,40}: *[^\W\dA-Z][^.!?,A-Z\n]*$)", re.M)
+
+
 @dataclasses.dataclass(frozen=True)
 class Document:
     """An exchange or a passage: clean lines that belong together.
@@ -443,6 +446,11 @@ class Document:
     def is_exchange(self) -> bool:
         """Whether all lines are spoken by `H:` or `A:`."""
         return all(line.startswith(MARKERS) for line in self.lines)
+
+    @property
+    def is_dictionary(self) -> bool:
+        """Whether all lines are word knowledge, which is looked up and not learned."""
+        return self.text[0] in "=~!" and all(map(WORD_LINE.match, self.lines))
 
     @functools.cached_property
     def key(self) -> int:
@@ -698,7 +706,7 @@ def training_share(documents: Iterable[Document], max_chars: int) -> Set[int]:
     of the others those with the smallest keys until it is full. Chance has no part in it, so an
     edit moves the choice by a document or so.
     """
-    chars = {document.key: len(document.text) for document in documents}
+    chars = {d.key: len(d.text) for d in documents if not d.is_dictionary}
     newest, filled = list(reversed(chars)), list(accumulate(reversed(chars.values())))
     if not newest or filled[-1] <= max_chars:
         return set(newest)
@@ -4840,7 +4848,6 @@ FULL_TEXT = """
 
 
 MAX_LIKE_FORMS = 900  # SQLite takes expressions of up to 1,000 levels
-WORD_LINE = re.compile(r"^(?:[=~!] ?\w|[^\W\dA-Z][\w. ]{0,40}: *[^\W\dA-Z][^.!?,A-Z\n]*$)", re.M)
 TOLD = ("chat", "taught")
 WORDS_MARK = "_words_"  # a word of every entry with lines of word knowledge
 TOLD_MARK = "_told_"  # a word of every statement of the owner, found fast among millions of others
@@ -5062,6 +5069,7 @@ class Memory:
         if source == "corpus" and WORD_LINE.search(document.text):
             mark.append(WORDS_MARK)
         joined = folded_words(" ".join(HYPHENED.findall(document.text)).replace("-", ""))
+        words = () if document.is_dictionary else (*folded_words(document.text), *joined)
         with self.transaction():
             self._rows("""
                 INSERT INTO entries(source, key, text, words, session_id, told_at, closed, recall,
@@ -5069,7 +5077,7 @@ class Memory:
                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT(source, key) DO UPDATE SET told_at = max(told_at, excluded.told_at)""",
                        source, document.key, document.text,
-                       " ".join(["", *folded_words(document.text), *joined, *mark]), session_id,
+                       " ".join(["", *words, *mark]), session_id,
                        self.clock() if told_at is None else told_at,
                        int(document.closed), int(recall), int(held_out), int(training))
 
@@ -5216,8 +5224,8 @@ class Memory:
     def first_of_newest(self, chars: int) -> int:
         """Return the id from which on entries may be counted: those hold at most chars in all."""
         total, first = 0, 0 if chars >= 8 else self.about_count() + 1
-        for first, size in self._rows("SELECT id, length(text) FROM entries WHERE NOT held_out "
-                                      "ORDER BY id DESC LIMIT ?", chars // 8):
+        for first, size in self._rows("SELECT id, length(text) FROM entries WHERE training "
+                                      "AND NOT held_out ORDER BY id DESC LIMIT ?", chars // 8):
             total += size
             if total > chars:
                 return first + 1
@@ -5255,11 +5263,6 @@ class Memory:
         """Yield the entries of these ids, in their order, some hundreds at a time."""
         for part in _parts(ids):
             yield from self.entries(f"id IN ({','.join('?' * len(part))})", *part)
-
-    def words_among(self, words: Sequence[str]) -> List[str]:
-        """Return which of the words occur in the memory; none where there is no full-text index."""
-        return [row[0] for part in _parts(words if self.has_fts else ()) for row in self._rows(
-            f"SELECT term FROM entries_words WHERE term IN ({','.join('?' * len(part))})", *part)]
 
     def file_bytes(self) -> int:
         """Return the size of the file."""
@@ -5485,10 +5488,10 @@ FADE = 16.0             # exchanges after which what was said counts half
 # Weights of the judge and the score from which a statement is quoted; the one from which it is
 # said is the owner's recall_score. Fitted by tests/fit_recall.py, which says on what.
 JUDGE = {
-    "quote": 0.022, "bias": -3.13, "tale": -5.06, "same": 2.07, "two": 1.34, "whole": 2.36,
-    "thing lost": -0.52, "new": -1.39, "empty": -1.33, "empty whole": -2.69, "half whole": -1.14,
-    "filled thing": 0.58, "I": 0.67, "yours": -1.95, "owner": 0.33, "other's": -1.00,
-    "rival": -1.38, "denied": 0.49}
+    "quote": 0.064, "bias": -2.74, "tale": -4.22, "same": 0.72, "mass": 0.63, "rare": 0.96,
+    "two": 1.06, "whole": 2.43, "thing lost": -0.46, "new": -1.04, "empty": -1.36,
+    "empty whole": -1.91, "half whole": -0.97, "filled thing": 0.48, "I": 0.58, "yours": -0.91,
+    "owner": 0.34, "other's": -1.10, "rival": -0.87, "denied": 0.13}
 
 # What is known of words, one format for all. A line begins with = where its words name the same
 # thing, with ~ where they are near, with ! where forms follow their base; or with names of a kind
@@ -5694,7 +5697,9 @@ unreal.en: used_to stopped quit almost nearly doubt if unless would wanted wants
  lost.fr: oublié, tells.en: that, tells.fr: que, whether.en: if whether, ob, si, si, wanted.en: name
  birthday age address number code password pin colour color size date time price, name nummer
  passwort adresse, nombre número contraseña, nom numéro, advice.en: might, soll sollte, debo, dois,
- forget.en: forget, vergiss, olvida, oublie, said.de: Du hast mir gesagt, Me dijiste, Tu m'as dit
+ forget.en: forget, vergiss, olvida, oublie, said.de: Du hast mir gesagt, Me dijiste, Tu m'as dit,
+ unknown.de: Das weiß ich noch nicht, Eso no lo sé todavía, Je ne le sais pas encore,
+ kept.de: Ich merke es mir, Lo guardo, Je le retiens
 short.en: 'm/am 're/are 've/have 'll/will 'd/would whats/what_is wheres/where_is whos/who_is
  hows/how_is whens/when_is im/i_am ive/i_have dont/do_not doesnt/does_not didnt/did_not isnt/is_not
  arent/are_not cant/can_not can't/can_not won't/will_not wont/will_not thats/that_is theres/there_is
@@ -5961,10 +5966,6 @@ class Line:
 
     def _owner(self, at: int) -> str:
         """Return whose the word at a place is: "my", "your", "other", a noun's stem, "the", ""."""
-        if at + 2 < len(self.words) and self.words[at + 1].word in ("of", "von", "de"):
-            ahead = [w for w in self.words[at + 2:at + 5] if "function" not in w.classes]
-            if ahead:
-                return ahead[0].stem
         for back in range(at - 1, max(-1, at - 4), -1):
             word = self.words[back]
             if word.word == "'s":
@@ -6091,8 +6092,7 @@ def analyzed(lex: Lexicon, text: str) -> Asked:
                 and not (i in at and len(at) > 1)] or line.telling)[:MAX_QUERY_TERMS]
     before = [_NO_WORD, *line.words]
     vital = {i for i in content if i not in at and (  # it names a thing or a person
-        line.caps[i] and i > 0 or line.owners[i] or before[i].word == "'s"
-        or "question" in before[i].classes or before[i].word.isdigit())}
+        line.caps[i] and i > 0 or line.owners[i] or before[i].word == "'s")}
     polar = bool(line.words) and "aux" in line.words[0].classes and "question" not in line.has
     return Asked(line, "person" if kind in lex.kinds["person"] else slot,
                  at | {i for i in content if kind and line.words[i].stem == kind},
@@ -6113,8 +6113,6 @@ class Unit(NamedTuple):
 ABBREVIATED = re.compile(r"(?:\b(?:mr|mrs|ms|dr|st|prof|no|vs|approx|e\.g|i\.e|a\.m|p\.m)|\b\w)\.$",
                          re.I)
 _BREAKS = re.compile(r"(?<=[.!?…;])[\"')\]]*\s+|(?<=[。！？।॥؟۔။។።])")
-_CLAUSES = re.compile(r",? (?:and|but|und|aber|y|et|mais) (?=(?:my|our|i|we|mein|meine|ich|mi|yo|"
-                      r"mon|ma|je)\b(?! (?:both|all)\b))|, (?=(?:my|our) )", re.I)
 _ANAPHORS = re.compile(r"(?:and |but )?(?:he|she|it|they|his|her|its|their|er|sie|il|elle)\b", re.I)
 _CORRECTS = re.compile(r"(?:no|nope|actually|sorry|wait|correction|i mean)"
                        r"(?:[,.!:; ]+(?:sorry|wait|i mean|actually)\b)*[,.!:; ]+", re.I)
@@ -6137,7 +6135,7 @@ def sentences_of(text: str) -> List[str]:
 
 
 def statements_of(text: str, lex: Optional[Lexicon] = None) -> List[str]:
-    """Return what a line states, sentence by sentence and clause by clause; not what it asks."""
+    """Return what a line states, sentence by sentence; not what it asks."""
     lex, told = lex or lexicon(), []  # type: Lexicon, List[str]
     for sentence in sentences_of(_MARKER.sub("", text)):
         if asks(sentence, lex) or _wish(lex, sentence):
@@ -6145,13 +6143,7 @@ def statements_of(text: str, lex: Optional[Lexicon] = None) -> List[str]:
         if told and _ANAPHORS.match(sentence):  # the one before it says whose "he" or "its" is
             told[-1] += " " + sentence
             continue
-        start = 0
-        for cut in _CLAUSES.finditer(sentence):
-            parts = sentence[start:cut.start()], sentence[cut.end():]
-            if all(lex.line(part).has & {"aux", "subject"} for part in parts):
-                told.append(parts[0])
-                start = cut.end()
-        told.append(sentence[start:])
+        told.append(sentence)
     return [part for part in told if part.strip(" .…!-—\"'")]
 
 
@@ -6225,16 +6217,8 @@ def _counted(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
 def _when(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
           first: Word, before: Word, word: Word, after: Word) -> int:
     """Return how surely a word is a time."""
-    time = lex.kinds["time"]
-    if word.stem in lex.kinds["unit"]:
-        led = "det" in before.classes and before.word != "the" or _is_number(lex, before)
-        return 1 + (led or before.word in ("next", "last", "per"))
-    if word.stem in time:
-        return 1 + ("function" not in word.classes or after is not _NO_WORD)
-    led = "prep" in before.classes or "prep" in first.classes and "det" in before.classes or (
-        before.word == "the" and word.stem in lex.kinds["ordinal"])
-    clock = not word.word.isalpha() and (not word.word.isdigit() or after.stem in time)
-    return _is_number(lex, word) * (1 + (led or clock))
+    return 2 * (word.stem in lex.kinds["time"] | lex.kinds["unit"]) or (
+        _is_number(lex, word) * (1 + ("prep" in before.classes)))
 
 
 def _where(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
@@ -6273,12 +6257,6 @@ def _named(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
         beside = at - 1 in used or at + 1 in used or at > 0 and line.caps[at - 1]
         aux = "aux" in before.classes or "aux" in after.classes
         return 2 if called or beside or aux else int("prep" not in before.classes)
-    if slot == "job":
-        named = telling and ("det" in before.classes and "aux" in first.classes or (
-            before.word in ("as", "als", "de", "comme")))
-        return 2 if named or word.stem in lex.kinds["work"] else int(telling)
-    if slot == "reason":
-        return 2 * (word.stem in lex.kinds["reason"])
     return int(telling or _is_number(lex, word))
 
 
@@ -6318,6 +6296,8 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
         "tale": unit.entry.source not in TOLD and not line.speaker and _leaning(unit.entry.text),
         "same": sum(asked.weights[i] for i in terms if near[i] == 4) / (
             sum(asked.weights[i] for i in terms) or 1.0),
+        "mass": sum(asked.weights[i] for i in terms if near[i]),
+        "rare": max((asked.weights[i] for i in terms if near[i] > 2), default=0.0),
         "two": len(used) > 1, "whole": whole, "thing lost": bool(vital) and not held,
         "new": min(3, sum(j not in used and "idle" not in line.words[j].classes
                           for j in line.telling)) / 3.0,
@@ -6326,7 +6306,8 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
         "filled thing": held and filled == 2,
         "I": "subject" in q.has and "subject" in line.has,
         "yours": "you" in q.has and not q.has & {"me"} and "you" not in line.has,
-        "owner": max(owned, default=0) > 0, "other's": min(owned, default=0) < 0,
+        "owner": max(owned, default=0) > 0,
+        "other's": min(owned, default=0) < 0 or bool(line.speaker) and "subject" in q.has,
         "rival": any(_has_rival(lex, q.words[i], line) for i in lost),
         "denied": ("not" in line.has) != ("not" in q.has)}
     return {name: float(value) for name, value in found.items()}, Judged(
@@ -6378,16 +6359,11 @@ def _role_clash(asked: Asked, line: Line, near: Dict[int, int], at: Dict[int, in
 def _owner_fit(asked: Asked, line: Line, i: int, at: int) -> int:
     """Return 1 where a thing is said to be whose it is asked to be, −1 where another's, or 0."""
     mine, theirs = asked.line.owners[i], line.owners[at]
-    ours = {word.stem for word in asked.line.words}
     if line.speaker and asked.line.caps[i]:  # what somebody says is said of himself
         return 1 if line.words[at].text in line.speaker else -1
     if mine == theirs and not line.speaker:
         return int(mine not in ("", "the"))
-    if mine in ("my", "your"):
-        return -1 if line.speaker or theirs not in ("", "the") and theirs not in ours else 0
-    if theirs in ("", "the", "my", "other") or theirs in ours:
-        return 0 if mine in ("", "the", "other", *(w.stem for w in line.words)) else -1
-    return -1 if mine else 0
+    return -int(mine in ("my", "your") and (bool(line.speaker) or theirs not in ("", "the")))
 
 
 def weighed(found: Dict[str, float], weights: Dict[str, float]) -> float:
@@ -6406,7 +6382,6 @@ def gathered(lex: Lexicon, memory: Memory, asked: Asked) -> Tuple[Asked, List[En
     weights, told = {}, set()  # type: Dict[int, float], Set[int]
     for i in asked.terms:
         ids, own = _held(memory, forms[i], [f for j in asked.terms if j != i for f in forms[j]])
-        ids = ids or set(memory.ids_holding([_slips(lex, memory, words[i])], MOST_HELD))
         rare = log(1.0 + total / (len(ids) + 0.5)) / log(1.0 + 2.0 * total)
         idle = "idle" in words[i].classes or not ids and i not in asked.vital
         weights[i] = rare * rare / (1 + idle)  # halved where it hardly tells, or nobody said it
@@ -6415,8 +6390,7 @@ def gathered(lex: Lexicon, memory: Memory, asked: Asked) -> Tuple[Asked, List[En
             mass[entry] += weights[i]
     if "me" in asked.line.has and all(i in asked.asking or "idle" in words[i].classes
                                       for i in asked.terms):  # Who am I?
-        for entry in memory.ids_holding([["i am", "i m", "my name"], [TOLD_MARK]], MOST_TOLD):
-            mass[entry] += 0.0
+        mass.update(dict.fromkeys(memory.ids_holding([[TOLD_MARK]], MOST_TOLD), 0.0))
     best = memory.entries_of(sorted(mass, key=lambda i: (-mass[i] - (i in told), -i))[:MOST_HELD])
     return asked._replace(weights=weights), [
         *[entry for entry in best if entry.source in TOLD][:MOST_TOLD],
@@ -6428,25 +6402,9 @@ def _held(memory: Memory, forms: Sequence[str], others: Sequence[str]) -> Tuple[
     ids = memory.ids_holding([forms], MOST_HELD)
     if len(ids) < MOST_HELD:
         return set(ids), set()
-    told = memory.ids_holding([forms, [TOLD_MARK]], MOST_HELD)
-    if others:
-        ids += memory.ids_holding([forms, others], MOST_HELD)
-        if len(told) == MOST_HELD:
-            told += memory.ids_holding([forms, others, [TOLD_MARK]], MOST_HELD)
-    return {*ids, *told}, set(told)
-
-
-def _slips(lex: Lexicon, memory: Memory, word: Word) -> List[str]:
-    """Return words of the memory that one slip of the finger may have made of this one."""
-    text = _unmarked(word.word)
-    if not 3 < len(text) < 20 or not text.isascii() or word.stem in lex.known:
-        return []
-    reach = range(1, len(text))
-    near = {text[:i] + text[i + 1:] for i in reach}
-    near |= {text[:i] + text[i:i + 2][::-1] + text[i + 2:] for i in reach}
-    near |= {text[:i] + c + text[i + cut:] for i in reach for cut in (0, 1)
-             for c in string.ascii_lowercase}
-    return memory.words_among(sorted(near))
+    told = {*memory.ids_holding([forms, [TOLD_MARK]], MOST_HELD),
+            *memory.ids_holding([forms, others or forms, [TOLD_MARK]], MOST_HELD)}
+    return {*ids, *told, *memory.ids_holding([forms, others or forms], MOST_HELD)}, told
 
 
 def judged(lex: Lexicon, asked: Asked, entries: Iterable[Entry]) -> List[Judged]:
@@ -6722,18 +6680,8 @@ def is_plain(word: str) -> bool:
 
 def search(memory: Memory, text: str, count: int = 20) -> List[Entry]:
     """Return the entries that hold most of what is telling in the text, best and newest first."""
-    stems = list(dict.fromkeys(stems_of(text)))[:MAX_ASKED_CHARS // MAX_QUERY_TERMS]
-    stems, total = [s for s in stems if not is_plain(s)] or stems, memory.about_count() + 1.0
-    held = {stem: memory.ids_holding([[stem + "*"]], 2 * MOST_HELD) for stem in stems}
-    mass: DefaultDict[int, float] = defaultdict(float)
-    for stem in sorted(stems, key=lambda s: (len(held[s]), s)):
-        ids = held[stem]
-        if len(ids) == 2 * MOST_HELD and mass:  # those of a common word that hold a rarer one too
-            rarer = [s + "*" for s in stems if len(held[s]) < len(ids)]
-            ids = ids + memory.ids_holding([[stem + "*"], rarer], 2 * MOST_HELD)
-        for i in set(ids):
-            mass[i] += log(1.0 + total / (len(ids) + 0.5))
-    return memory.entries_of(sorted(mass, key=lambda i: (-round(mass[i], 6), -i))[:count])
+    lex = lexicon_of(memory)
+    return gathered(lex, memory, analyzed(lex, text))[1][:count]
 
 
 def rejection(question: str, answer: str) -> str:
@@ -6743,20 +6691,14 @@ def rejection(question: str, answer: str) -> str:
     return f"{line_key(asked):x}:{line_key(' '.join(folded_words(answer))):x}"
 
 
-def silence(memory: Memory, text: str, rejected: Container[str] = (),
-            said: Container[str] = ()) -> str:
+def silence(text: str, rejected: Container[str] = (), said: Container[str] = ()) -> str:
     """Return what to say when there is nothing to say: that it is kept, or that it is not known.
 
-    It is not said in words that were just said, nor in those that were rejected. Who has read
-    another language than English asks back what is not known, and says the last new word.
+    It is not said in words that were just said, nor in those that were rejected.
     """
-    ways: Sequence[str] = UNKNOWN_REPLIES if asks(text) else KEPT_REPLIES
-    enough = min(MOST_HELD, memory.about_count() // 20)  # one entry in twenty has such a word
-    if len(memory.ids_holding([("the", "you", "this", "what", "and")], max(1, enough))) < enough:
-        heard = [] if asks(text) or re.search(f"[{UNSPACED}]", text) else [
-            word for word in WORDS.findall(text[:MAX_ASKED_CHARS])
-            if not memory.ids_holding([[" ".join(folded_words(word))]], 1)]
-        ways = [f"{heard[-1][:1].upper()}{heard[-1][1:]}." if heard else text.strip()]
+    lex, asking = lexicon(), asks(text)
+    own = " ".join(lex.phrases["unknown" if asking else "kept", lex.line(text).language])
+    ways = [f"{own}."] if own else [*(UNKNOWN_REPLIES if asking else KEPT_REPLIES)]
     ways = [words for words in ways if rejection(text, words) not in rejected]
     fresh = [words for words in ways if words not in said]
     return (fresh or ways or [UNKNOWN_REPLY])[0]
@@ -7146,7 +7088,8 @@ class EntryCounts:
         """Count what is new in the entries, about so many characters; return whether that is all.
         """
         while most_chars > 0.0:
-            fresh = self.memory.entries("e.id > ? AND NOT e.held_out", self._last_id, limit=200)
+            fresh = self.memory.entries("e.id > ? AND e.training AND NOT e.held_out",
+                                        self._last_id, limit=200)
             if not fresh:
                 return True
             for entry in fresh:
@@ -7216,7 +7159,7 @@ class Turn:
             yield from self._replied(Reply(like.answer, "exchange", like.entry, like.score))
         else:
             newest = {words for _, words in self.turns[-2 * FRESH_EXCHANGES:]}
-            yield silence(self.memory, text, self.rejected, newest)
+            yield silence(text, self.rejected, newest)
 
     def _forgotten(self, wish: str) -> str:
         """Forget the one statement that a wish means, or say which it may be."""
@@ -8382,7 +8325,7 @@ class Watcher:
         """Take documents out and in; many at once in several transactions, for a reply's sake."""
         memory, share = self.memory, training_share(corpus.documents, self.config().train_chars)
         with memory.transaction():
-            held = self._hold_out(added)
+            held = self._hold_out([document for document in added if document.key in share])
             read = self._lose_lines(gone, corpus)
             memory.remove_entries("corpus", gone)
             if added or gone:

@@ -59,7 +59,7 @@ def exchanged(rng, asked, nouns):
 
 def rows_of(group, memory, rng, read=False):
     """Yield (tag, question's polarity, [(signals, right, verdict)]) for each question of a group."""
-    told, lex, newest = m.Memory(":memory:"), m.lexicon(), memory.about_count()
+    told, lex, newest = m.Memory(":memory:"), m.lexicon_of(memory), memory.about_count()
     memory._db.backup(told._db)
     facts = [words.split("|")[0].strip() for tag, words in group if tag == "F"]
     size = 4 if read else 1  # as lines of a file, or as words of a chat

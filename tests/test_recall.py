@@ -216,7 +216,8 @@ class Talking(Folder, unittest.TestCase):
         asked = self.talk("What is the name of my cat?", "what's my cat called", "wifi password?",
                           "tell me where I live", "Do I have a dog?", apart=True)
         self.assertEqual(asked, ["Your cat is called Biscuit.", "Your cat is called Biscuit.",
-                                 "The wifi password is tulip42.", "You live in Bern.",
+                                 "The wifi password is tulip42.",
+                                 "Your name is Ada and you live in Bern.",
                                  "Yes. You have a dog named Rex."])
 
     def test_json_says_where_a_reply_came_from(self):
