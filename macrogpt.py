@@ -45,6 +45,7 @@ import codecs
 import collections
 import contextlib
 import dataclasses
+import datetime
 import enum
 import functools
 import hashlib
@@ -84,7 +85,7 @@ from itertools import accumulate, repeat
 from math import dist, exp, isfinite, log, sqrt
 from operator import add, attrgetter, itemgetter, mul
 from typing import (AbstractSet, Any, BinaryIO, Callable, Container, DefaultDict, Deque, Dict,
-                    Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set,
+                    Iterable, Iterator, List, Match, NamedTuple, Optional, Pattern, Sequence, Set,
                     TextIO, Tuple, Union)
 
 __version__ = "0.1.0"
@@ -4824,6 +4825,13 @@ MIGRATIONS: Tuple[str, ...] = (
         INSERT INTO settings(name, value) VALUES ('entries_taken', '1')
         ON CONFLICT(name) DO UPDATE SET value = CAST(value AS INTEGER) + 1; END;
     """,
+    # 5: the statement that one leans on ("She teaches."), the day on which it was told, as days go
+    # there, and the days that it names
+    """
+    ALTER TABLE entries ADD COLUMN about TEXT NOT NULL DEFAULT '';
+    ALTER TABLE entries ADD COLUMN days TEXT NOT NULL DEFAULT '';
+    CREATE INDEX entries_told ON entries(told_at) WHERE source IN ('chat', 'taught');
+    """,
 )
 
 # The stages of a message: stored; its facts are entries; a line of the session's summary; out of
@@ -4865,6 +4873,8 @@ class Entry(NamedTuple):
     recall: bool
     held_out: bool
     layer: Optional[int]
+    about: str = ""  # the statement that it leans on
+    days: str = ""   # "2026-05-03 2026-05-04..2026-05-04": when it was told, and what days it names
 
 
 class Message(NamedTuple):
@@ -5060,26 +5070,30 @@ class Memory:
 
     def add_entry(self, source: str, document: Document, session_id: Optional[int] = None,
                   recall: bool = True, held_out: bool = False,
-                  told_at: Optional[float] = None, training: bool = True) -> None:
+                  told_at: Optional[float] = None, training: bool = True, about: str = "",
+                  days: str = "") -> None:
         """Store a document, told now or at told_at; one told again only becomes recent.
 
-        Without training it can be recalled, and no layer reads it.
+        Without training it can be recalled, and no layer reads it. It is found by the words of what
+        it is about, too.
         """
         mark = [TOLD_MARK] if recall and source in TOLD else []
         if source == "corpus" and WORD_LINE.search(document.text):
             mark.append(WORDS_MARK)
         joined = folded_words(" ".join(HYPHENED.findall(document.text)).replace("-", ""))
-        words = () if document.is_dictionary else (*folded_words(document.text), *joined)
+        words = () if document.is_dictionary else (
+            *folded_words(document.text), *joined, *folded_words(about))
         with self.transaction():
             self._rows("""
                 INSERT INTO entries(source, key, text, words, session_id, told_at, closed, recall,
-                                    held_out, training)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-                ON CONFLICT(source, key) DO UPDATE SET told_at = max(told_at, excluded.told_at)""",
+                                    held_out, training, about, days)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                ON CONFLICT(source, key) DO UPDATE SET told_at = max(told_at, excluded.told_at),
+                    words = excluded.words, about = excluded.about, days = excluded.days""",
                        source, document.key, document.text,
                        " ".join(["", *words, *mark]), session_id,
                        self.clock() if told_at is None else told_at,
-                       int(document.closed), int(recall), int(held_out), int(training))
+                       int(document.closed), int(recall), int(held_out), int(training), about, days)
 
     def remove_entries(self, source: str, keys: Iterable[int]) -> None:
         """Remove documents of one source by key."""
@@ -5107,7 +5121,17 @@ class Memory:
         """Return entries in the order in which they came, filtered by an SQL condition on e."""
         rows = self._rows(f"SELECT {', '.join(Entry._fields)} FROM entries e WHERE {where} "
                           f"ORDER BY id LIMIT {int(limit)}", *values)
-        return [Entry(*row[:5], *map(bool, row[5:8]), row[8]) for row in rows]
+        return [Entry(*row[:5], *map(bool, row[5:8]), *row[8:]) for row in rows]
+
+    def told(self, where: str = "1", *values: Any) -> List[Entry]:
+        """Return what the owner told, oldest first, filtered by an SQL condition on e."""
+        return self.entries(f"e.source IN ('chat', 'taught') AND e.recall AND {where}", *values)
+
+    def last_told(self, session_id: Optional[int], count: int = 1) -> List[Entry]:
+        """Return what was told last in a session, oldest first."""
+        return self.told("e.id IN (SELECT id FROM entries WHERE session_id = ? AND recall AND "
+                         "source IN ('chat', 'taught') ORDER BY told_at DESC, id DESC LIMIT ?)",
+                         session_id, count)
 
     # which layer read what: 0 is the base, k the k-th delta
 
@@ -5478,6 +5502,7 @@ FEWEST_ENTRIES = 2000   # as if: in a small memory a word is rare by chance
 MOST_HELD = 100         # entries that one word brings, newest first
 MOST_TOLD = 20          # entries of the owner's that are looked at for a question
 MOST_READ = 10          # and of what was read
+MOST_LISTED = 12        # statements that are said one after another
 MOST_UNITS = 40         # sentences that are looked at closely
 MOST_TO_SCAN = 100_000  # entries, up to which words in a row are looked for (in 3 ms)
 MOST_FORMS = 60         # under which one word is looked for
@@ -5488,10 +5513,10 @@ FADE = 16.0             # exchanges after which what was said counts half
 # Weights of the judge and the score from which a statement is quoted; the one from which it is
 # said is the owner's recall_score. Fitted by tests/fit_recall.py, which says on what.
 JUDGE = {
-    "quote": 0.064, "bias": -2.74, "tale": -4.22, "same": 0.72, "mass": 0.63, "rare": 0.96,
-    "two": 1.06, "whole": 2.43, "thing lost": -0.46, "new": -1.04, "empty": -1.36,
-    "empty whole": -1.91, "half whole": -0.97, "filled thing": 0.48, "I": 0.58, "yours": -0.91,
-    "owner": 0.34, "other's": -1.10, "rival": -0.87, "denied": 0.13}
+    "quote": 0.070, "bias": -2.74, "tale": -4.20, "same": 0.73, "mass": 0.51, "rare": 1.30,
+    "two": 1.09, "whole": 2.43, "thing lost": -0.41, "new": -1.17, "empty": -1.06,
+    "empty whole": -2.05, "half whole": -0.95, "filled thing": 0.49, "I": 0.59, "yours": -0.92,
+    "owner": 0.28, "other's": -1.09, "rival": -0.80, "leant": 0.40}
 
 # What is known of words, one format for all. A line begins with = where its words name the same
 # thing, with ~ where they are near, with ! where forms follow their base; or with names of a kind
@@ -5517,16 +5542,16 @@ WORD_TABLE = """
  bin, floor storey level, parcel package packet, recycle recycling, buy purchase get from origin,
  leave depart departure go start set, leave park put place store hide keep lay lie stay sit stand,
  arrive arrival come land, come visit arrive pick collect appear, begin start opening, end finish
- close over stop, fahren fährt abfahrt abfahren, salir sale salida, partir part départ, legen liegen
- liegt steht, close shut, code password pin combination passcode passphrase, open unlock opening,
- study learn student university college school uni campus, study subject degree major, learn lesson
- class course, member belong membership, teach teacher, eat food meal dish diet, cook make dish bake
- recipe, drink beverage take, allergy allergic rash, ill sick disease illness dizzy, fear afraid
- scare frighten terrify phobia, hobby enjoy pastime, cost price pay expensive charge fee, kosten
- kostet preis, costar cuesta precio, coûter coûte prix, earn salary income wage pay, weight heavy
- kilo, tall height high centimetre centimeter foot metre, long length last duration take, far
- distance kilometre mile away, big size large, meet appointment see, appointment go see visit,
- travel trip holiday vacation journey go fly, trip outing excursion, flight plane fly, speak
+ close over stop, fahren fährt abfahrt abfahren, salir sale salida, partir part départ, legen
+ liegen liegt steht, close shut, code password pin combination passcode passphrase, open unlock
+ opening, study learn student university college school uni campus, study subject degree major,
+ learn lesson class course, member belong membership, teach teacher, eat food meal dish diet, cook
+ make dish bake recipe, drink beverage take, allergy allergic rash, ill sick disease illness dizzy,
+ fear afraid scare frighten terrify phobia, hobby enjoy pastime, cost price pay expensive charge
+ fee, kosten kostet preis, costar cuesta precio, coûter coûte prix, earn salary income wage pay,
+ weight heavy kilo, tall height high centimetre centimeter foot metre, long length last duration
+ take, far distance kilometre mile away, big size large, meet appointment see, appointment go see
+ visit, travel trip holiday vacation journey go fly, trip outing excursion, flight plane fly, speak
  language tongue, wear size, lose missing, write author writer book novelist, play instrument, sing
  song choir singer, give present gift, grow plant, sleep bed, wake alarm, dream want wish, plan
  intend want, topic theme subject about, team club, blood group type, pill tablet medicine
@@ -5550,87 +5575,88 @@ WORD_TABLE = """
  melody, photo painting portrait image picture, joke funny, quarrel argue argument fight, promise
  swear, win victory, prize award, dusk sunset, kit equipment, rule law, save saving, buyer sell buy
  purchase, handle care charge, run charge manage lead head, lead leader head chair, founder found
- establish open, theft steal thief rob, burn fire, flood overflow, leak drip, jam stuck block, crack
- break, tear rip, cut trim, build construct builder, design designer architect, invent inventor,
- depth deep, width wide breadth broad, death die, strength strong, warmth warm, choice choose,
- growth grow, loss lose, sale sell, belief believe, thought think, proof prove, speech speak, soak
- steep, glue paste, supper dinner, holiday vacation leave
+ establish open, theft steal thief rob, burn fire, flood overflow, leak drip, jam stuck block,
+ crack break, tear rip, cut trim, build construct builder, design designer architect, invent
+ inventor, depth deep, width wide breadth broad, death die, strength strong, warmth warm, choice
+ choose, growth grow, loss lose, sale sell, belief believe, thought think, proof prove, speech
+ speak, soak steep, glue paste, supper dinner, holiday vacation leave
 ! child children, man men, woman women, foot feet, tooth teeth, mouse mice, person people, wife
- wives, knife knives, live lives, leave leaves left leaving, go went gone goes, get got gotten, give
- gave given, take took taken, come came, see saw seen, meet met, teach taught, write wrote written,
- eat ate eaten, drink drank drunk, drive drove driven, fly flew flown flies, speak spoke spoken,
- keep kept, break broke broken, lose lost, sell sold, pay paid, grow grew grown, sleep slept, sing
- sang sung, swim swam, run ran running, win won, find found, build built, choose chose chosen, wear
- wore worn, ride rode ridden, hide hid hidden, hang hung, know knew known, send sent, think thought,
- steal stole stolen, wake woke, fall fell fallen, hold held, tell told, say said, become became,
- begin began begun, bring brought, catch caught, draw drew drawn, feel felt, fight fought, lend
- lent, lay laid, ring rang rung, spend spent, stand stood, sweep swept, throw threw thrown, buy
- bought, make made, do did done does doing, have had has, learn learnt, burn burnt, dream dreamt,
- lead led, feed fed, die died dies dying, lie lied lying lies, tie tied, deal dealt, mean meant, dig
- dug, freeze froze frozen, light lit, shoot shot, rise rose risen, shake shook shaken, strike
- struck, swear swore sworn, tear tore torn, bend bent, spill spilt, stick stuck, shine shone, wind
- wound, bind bound, breed bred, spoil spoilt, bear bore, blow blew blown, show shown, forgive
- forgave forgiven, old oldest eldest elder older, bite bitten, forget forgot forgotten, television
- tv, favourite fav fave favorite, birthday bday, christmas xmas, appointment appt, colour color, mum
- mom mommy, possess owns owned, programme program, dish dishes, heißen heißt heiße hieß, fahren
- fährt fuhr, sein ist war, mögen mag magst, essen isst gegessen, vivir vive vivo vives, nacer nació
- nací naciste, llamar llama llamo llamas, trabajar trabaja trabajo trabajas, costar cuesta cuestan,
- dormir duerme duermo, salir sale, avoir ai as a, naître né née, appeler appelle appelles, vivre vis
- vit, tengo tiene tienes
+ wives, knife knives, live lives, leave leaves left leaving, go went gone goes, get got gotten,
+ give gave given, take took taken, come came, see saw seen, meet met, teach taught, write wrote
+ written, eat ate eaten, drink drank drunk, drive drove driven, fly flew flown flies, speak spoke
+ spoken, keep kept, break broke broken, lose lost, sell sold, pay paid, grow grew grown, sleep
+ slept, sing sang sung, swim swam, run ran running, win won, find found, build built, choose chose
+ chosen, wear wore worn, ride rode ridden, hide hid hidden, hang hung, know knew known, send sent,
+ think thought, steal stole stolen, wake woke, fall fell fallen, hold held, tell told, say said,
+ become became, begin began begun, bring brought, catch caught, draw drew drawn, feel felt, fight
+ fought, lend lent, lay laid, ring rang rung, spend spent, stand stood, sweep swept, throw threw
+ thrown, buy bought, make made, do did done does doing, have had has, learn learnt, burn burnt,
+ dream dreamt, lead led, feed fed, die died dies dying, lie lied lying lies, tie tied, deal dealt,
+ mean meant, dig dug, freeze froze frozen, light lit, shoot shot, rise rose risen, shake shook
+ shaken, strike struck, swear swore sworn, tear tore torn, bend bent, spill spilt, stick stuck,
+ shine shone, wind wound, bind bound, breed bred, spoil spoilt, bear bore, blow blew blown, show
+ shown, forgive forgave forgiven, old oldest eldest elder older, bite bitten, forget forgot
+ forgotten, television tv, favourite fav fave favorite, birthday bday, christmas xmas, appointment
+ appt, colour color, mum mom mommy, possess owns owned, programme program, dish dishes, heißen
+ heißt heiße hieß, fahren fährt fuhr, sein ist war, mögen mag magst, essen isst gegessen, vivir
+ vive vivo vives, nacer nació nací naciste, llamar llama llamo llamas, trabajar trabaja trabajo
+ trabajas, costar cuesta cuestan, dormir duerme duermo, salir sale, avoir ai as a, naître né née,
+ appeler appelle appelles, vivre vis vit, tengo tiene tienes
 colour color farbe couleur: red orange yellow green blue purple violet pink brown black white grey
  gray gold silver beige turquoise blonde dark light mint teal rot gelb grün blau lila rosa braun
- schwarz weiß grau dunkelgrün hellblau rojo amarillo verde azul morado negro blanco gris rouge jaune
- vert bleu noir blanc, pet animal haustier tier mascota: bee cat dog hamster rabbit parrot horse
- pony canary turtle tortoise goldfish fish mouse snake lizard bird budgie gerbil ferret kitten puppy
- hen chicken cow goat sheep donkey ewe, sibling: brother sister, sibling hermano: hermano hermana,
- hija: hija hijo, weekend: saturday sunday, saturday sunday: weekend, son: boy, daughter: girl,
- girl: daughter, boy: son, child kid: son daughter, open unlock: code password pin combination key
- passcode, money cost price pay: euro dollar franc pound cent penny crown, spouse partner: husband
- wife marry, wife husband: marry, relative family: mother father brother sister aunt uncle cousin
- niece nephew son daughter grandmother grandfather grandma grandpa wife husband child, parent:
- mother father mum dad mom, instrument: piano guitar violin cello flute trumpet drum clarinet
- saxophone oboe harp viola accordion organ trombone bass ukulele banjo recorder keyboard bassoon
- horn, sport: football soccer tennis basketball volleyball hockey golf rugby cricket badminton
- swimming running climbing judo karate boxing rowing sailing cycling skiing handball squash fencing
- yoga, drink beverage: tea coffee water milk juice wine beer cola lemonade cocoa chocolate whisky
- gin, bird: parrot budgie canary chicken hen duck goose pigeon sparrow owl, fruit: apple pear banana
- orange cherry plum grape strawberry raspberry melon peach apricot mango, vegetable: carrot potato
- tomato onion cabbage spinach pea bean leek cucumber pumpkin broccoli, food dish meal: pizza pasta
- rice soup bread cheese lasagne curry salad cake sushi stew risotto noodle egg meat fish potato
- pancake porridge burger sandwich dumpling spaghetti paella, language: english german french italian
- spanish portuguese dutch danish swedish norwegian finnish russian polish czech greek turkish arabic
- hebrew chinese japanese korean hindi latin hungarian ukrainian, vehicle: car bike bicycle bus train
- tram van truck lorry motorbike scooter, limb: arm leg hand foot knee elbow shoulder hip ankle wrist
- finger toe eye ear tooth, season: spring summer autumn winter fall, flower: rose tulip daisy lily
- sunflower orchid daffodil, tree: oak apple birch pine cherry fir maple willow, time: quarterly
- fortnightly nightly hourly after afternoon always april august autumn before birthday breakfast
- century christmas clock daily dawn day december dinner dusk easter evening every february friday
- hour january july june lunch march may midday midnight minute monday month monthly morning never
- night noon november oclock october saturday second september since spring summer sunday sunrise
- sunset thursday today tomorrow tonight tuesday until wednesday week weekend weekly when winter year
- yearly yesterday uhr montag dienstag mittwoch donnerstag freitag samstag sonntag januar februar
- märz mai juni juli oktober dezember morgen abend mittag täglich jahr lunes martes miércoles jueves
- viernes sábado domingo enero febrero marzo abril mayo junio julio agosto septiembre octubre
- noviembre diciembre mañana tarde noche lundi mardi mercredi jeudi vendredi samedi dimanche janvier
- février mars avril juin juillet août septembre octobre novembre décembre heure matin soir midi,
- unit: second minute hour day week month year metre meter kilometre mile centimetre foot inch page
- degree percent litre gram kilo ton pound acre jahr tag stunde woche año día hora semana an jour
- heure semaine, place: abroad attic avenue cellar city country downstairs here home inside kitchen
- lane outside road square street town upstairs village, person: aunt boss boy boyfriend brother
- child colleague cousin dad daughter dentist doctor electrician everybody father friend girl
- girlfriend grandfather grandma grandmother grandpa husband lawyer man mom mother mum neighbour
- nephew niece nobody nurse parents partner people person plumber sister son teacher uncle wife woman
- mutter vater bruder schwester freund nachbarin madre padre hermano hermana amigo mère père frère
- sœur ami, number: couple dozen eight eighteen eighty eleven fifteen fifty five forty four fourteen
- half hundred million nine nineteen ninety once one seven seventeen seventy six sixteen sixty ten
- thirteen thirty thousand three twelve twenty twice two zero first third fourth fifth ein eins zwei
- drei vier fünf sechs sieben acht neun zehn elf zwölf uno dos tres cuatro cinco seis siete ocho
- nueve diez doce deux trois quatre cinq sept huit neuf dix onze douze, since: since until till seit
- bis desde hasta depuis, reason: because since so for to weil denn um porque para parce pour, aged:
- age edad old turn alt ans años, work: job employ profession teach drive study, ordinal: first
- second third fourth fifth sixth last, opposite: like/hate open/close left/right hot/cold first/last
- next/last old/new before/after arrive/leave start/end begin/end begin/finish morning/evening
- north/south east/west big/small up/down full/empty buy/sell married/single home/away front/back
+ schwarz weiß grau dunkelgrün hellblau rojo amarillo verde azul morado negro blanco gris rouge
+ jaune vert bleu noir blanc, pet animal haustier tier mascota: bee cat dog hamster rabbit parrot
+ horse pony canary turtle tortoise goldfish fish mouse snake lizard bird budgie gerbil ferret
+ kitten puppy hen chicken cow goat sheep donkey ewe, sibling: brother sister, sibling hermano:
+ hermano hermana, hija: hija hijo, weekend: saturday sunday, saturday sunday: weekend, son: boy,
+ daughter: girl, girl: daughter, boy: son, child kid: son daughter, open unlock: code password pin
+ combination key passcode, money cost price pay: euro dollar franc pound cent penny crown, spouse
+ partner: husband wife marry, wife husband: marry, relative family: mother father brother sister
+ aunt uncle cousin niece nephew son daughter grandmother grandfather grandma grandpa wife husband
+ child, parent: mother father mum dad mom, instrument: piano guitar violin cello flute trumpet drum
+ clarinet saxophone oboe harp viola accordion organ trombone bass ukulele banjo recorder keyboard
+ bassoon horn, sport: football soccer tennis basketball volleyball hockey golf rugby cricket
+ badminton swimming running climbing judo karate boxing rowing sailing cycling skiing handball
+ squash fencing yoga, drink beverage: tea coffee water milk juice wine beer cola lemonade cocoa
+ chocolate whisky gin, bird: parrot budgie canary chicken hen duck goose pigeon sparrow owl, fruit:
+ apple pear banana orange cherry plum grape strawberry raspberry melon peach apricot mango,
+ vegetable: carrot potato tomato onion cabbage spinach pea bean leek cucumber pumpkin broccoli,
+ food dish meal: pizza pasta rice soup bread cheese lasagne curry salad cake sushi stew risotto
+ noodle egg meat fish potato pancake porridge burger sandwich dumpling spaghetti paella, language:
+ english german french italian spanish portuguese dutch danish swedish norwegian finnish russian
+ polish czech greek turkish arabic hebrew chinese japanese korean hindi latin hungarian ukrainian,
+ vehicle: car bike bicycle bus train tram van truck lorry motorbike scooter, limb: arm leg hand
+ foot knee elbow shoulder hip ankle wrist finger toe eye ear tooth, season: spring summer autumn
+ winter fall, flower: rose tulip daisy lily sunflower orchid daffodil, tree: oak apple birch pine
+ cherry fir maple willow, time: quarterly fortnightly nightly hourly after afternoon always april
+ august autumn before birthday breakfast century christmas clock daily dawn day december dinner
+ dusk easter evening every february friday hour january july june lunch march may midday midnight
+ minute monday month monthly morning never night noon november oclock october saturday second
+ september since spring summer sunday sunrise sunset thursday today tomorrow tonight tuesday until
+ wednesday week weekend weekly when winter year yearly yesterday uhr montag dienstag mittwoch
+ donnerstag freitag samstag sonntag januar februar märz mai juni juli oktober dezember morgen abend
+ mittag täglich jahr lunes martes miércoles jueves viernes sábado domingo enero febrero marzo abril
+ mayo junio julio agosto septiembre octubre noviembre diciembre mañana tarde noche lundi mardi
+ mercredi jeudi vendredi samedi dimanche janvier février mars avril juin juillet août septembre
+ octobre novembre décembre heure matin soir midi, unit: second minute hour day week month year
+ metre meter kilometre mile centimetre foot inch page degree percent litre gram kilo ton pound acre
+ jahr tag stunde woche año día hora semana an jour heure semaine, place: abroad attic avenue cellar
+ city country downstairs here home inside kitchen lane outside road square street town upstairs
+ village, person: aunt boss boy boyfriend brother child colleague cousin dad daughter dentist
+ doctor electrician everybody father friend girl girlfriend grandfather grandma grandmother grandpa
+ husband lawyer man mom mother mum neighbour nephew niece nobody nurse parents partner people
+ person plumber sister son teacher uncle wife woman mutter vater bruder schwester freund nachbarin
+ madre padre hermano hermana amigo mère père frère sœur ami, number: couple dozen eight eighteen
+ eighty eleven fifteen fifty five forty four fourteen half hundred million nine nineteen ninety
+ once one seven seventeen seventy six sixteen sixty ten thirteen thirty thousand three twelve
+ twenty twice two zero first third fourth fifth ein eins zwei drei vier fünf sechs sieben acht neun
+ zehn elf zwölf uno dos tres cuatro cinco seis siete ocho nueve diez doce deux trois quatre cinq
+ sept huit neuf dix onze douze, since: since until till seit bis desde hasta depuis, reason:
+ because since so for to weil denn um porque para parce pour, aged: age edad old turn alt ans años,
+ work: job employ profession teach drive study, ordinal: first second third fourth fifth sixth
+ last, opposite: like/hate open/close left/right hot/cold first/last next/last old/new before/after
+ arrive/leave start/end begin/end begin/finish morning/evening north/south east/west big/small
+ up/down full/empty buy/sell married/single home/away front/back
 own me.en: my our mine ours, mein meine meinen meinem meiner meines unser unsere unserem, mi mis
  nuestro nuestra, mon ma mes notre nos, subject me.en: i we, ich wir, yo nosotros, je j nous, which
  question.en: what which, welche welcher welches welchen welchem was, qué cuál cuáles, quel quelle
@@ -5642,30 +5668,30 @@ own me.en: my our mine ours, mein meine meinen meinem meiner meines unser unsere
  forgot forgotten wonder wondering idea clue, vergessen, olvidé, advice aux.en: should shall could
  would, idle frame.en: forget give know remember remind say tell, tells function.de: dass, que,
  function.en: ago all already always another anybody anyone anything as be because been being best
- better bit both currently doing done down ever everything exactly having here hers him kind let lot
- lots many matter maybe might more most much often one ones only or other ought out perhaps quite
- rather really same somebody someone something sort still such than theirs them thing things today
- too type up very whatever while wrong yet hm moment left, oder sich euch unseren unserer ihren
- ihrem seinen seinem wurde werden hatte können um auch noch schon sehr da wenn so als denn mal viel
- viele gegen jetzt man seit bis alle, unos unas o él ella se era estás fue ni muy ya también lo le
- esta este eso ese como más, ou on se était été aux c cette ces y très plus aussi d qu, me.en: me us
- myself, mich mir uns, me nos soy estoy tengo, me m moi, you.en: you your yours yourself, du dich
- dir dein deine deinen deinem deiner, tú te tu tus eres, tu te t toi ton ta tes vous votre vos,
- other.en: his her their its, sein seine ihr ihre, su sus, son sa ses, det.en: the this that these
- those any no each every, der die das den dem des einem einer eines, el la los las del al, le la les
- des l du, prep.en: above across along around behind below beside between inside near next opposite
- outside during, hinter neben zwischen, bajo debajo detrás junto, derrière, not.en: not no never
- nobody nothing none without cannot nor, nicht kein keine keinen nie nichts, no nunca nada nadie,
- pas jamais rien ne n, aux.en: am is are was were do does did can will have has had may must, bin
- bist ist sind war waren habe hast hat haben kann kannst wird muss darf, es está son están soy estoy
- eres tengo tiene hay ha he puede, est es sont suis ai as a ont peut, question.en: who whom whose
- where when why how, wer wem wen wessen wo wann warum wieso wie wohin woher wogegen womit, quién
- quiénes dónde cuándo cómo cuánto cuánta cuántos cuántas, qui que quoi où quand comment combien
- pourquoi, pronoun.en: there it he she they this, es er sie das, pronoun.fr: il elle ce, leans.en:
- he she it they him them his her its their then but and so, idle.en: able ask be big come dear find
- folk get go good got guy happen have high keep little long look lovely make man mean need new nice
- originally own part person put take try use usual usually way whole, machen gehen kommen, hacer,
- faire
+ better bit both currently doing done down ever everything exactly having here hers him kind let
+ lot lots many matter maybe might more most much often one ones only or other ought out perhaps
+ quite rather really same somebody someone something sort still such than theirs them thing things
+ today too type up very whatever while wrong yet hm moment left, oder sich euch unseren unserer
+ ihren ihrem seinen seinem wurde werden hatte können um auch noch schon sehr da wenn so als denn
+ mal viel viele gegen jetzt man seit bis alle, unos unas o él ella se era estás fue ni muy ya
+ también lo le esta este eso ese como más, ou on se était été aux c cette ces y très plus aussi d
+ qu, me.en: me us myself, mich mir uns, me nos soy estoy tengo, me m moi, you.en: you your yours
+ yourself, du dich dir dein deine deinen deinem deiner, tú te tu tus eres, tu te t toi ton ta tes
+ vous votre vos, other.en: his her their its, sein seine ihr ihre, su sus, son sa ses, det.en: the
+ this that these those any no each every, der die das den dem des einem einer eines, el la los las
+ del al, le la les des l du, prep.en: above across along around behind below beside between inside
+ near next opposite outside during, hinter neben zwischen, bajo debajo detrás junto, derrière,
+ not.en: not no never nobody nothing none without cannot nor, nicht kein keine keinen nie nichts,
+ no nunca nada nadie, pas jamais rien ne n, aux.en: am is are was were do does did can will have
+ has had may must, bin bist ist sind war waren habe hast hat haben kann kannst wird muss darf, es
+ está son están soy estoy eres tengo tiene hay ha he puede, est es sont suis ai as a ont peut,
+ question.en: who whom whose where when why how, wer wem wen wessen wo wann warum wieso wie wohin
+ woher wogegen womit, quién quiénes dónde cuándo cómo cuánto cuánta cuántos cuántas, qui que quoi
+ où quand comment combien pourquoi, pronoun.en: there it he she they this, es er sie das,
+ pronoun.fr: il elle ce, leans.en: he she it they him them his her its their then but and so,
+ idle.en: able ask be big come dear find folk get go good got guy happen have high keep little long
+ look lovely make man mean need new nice originally own part person put take try use usual usually
+ way whole, machen gehen kommen, hacer, faire
 asks.name.en: name names named called nickname, name heißt heiße heißen, llama llamo llaman nombre,
  appelle appelles nom, asks.job.en: job profession occupation breed brand for_a_living for_work
  as_what do_$, als_was von_beruf beruf, en_qué_trabaja en_qué_trabajo de_qué_trabaja profesión,
@@ -5694,26 +5720,78 @@ unreal.en: used_to stopped quit almost nearly doubt if unless would wanted wants
  good_evening thanks say for_your_information anyway, hallo hi also ja nein übrigens sag, hola oye
  por_favor no, bonjour salut oui non dis, frame.en: told recall said show mention mentioned mind
  note, weißt weiß sagen sag erinnere erinnerst, sabes dime recuerdas recuérdame, sais dis rappelle,
- lost.fr: oublié, tells.en: that, tells.fr: que, whether.en: if whether, ob, si, si, wanted.en: name
- birthday age address number code password pin colour color size date time price, name nummer
+ lost.fr: oublié, tells.en: that, tells.fr: que, whether.en: if whether, ob, si, si, wanted.en:
+ name birthday age address number code password pin colour color size date time price, name nummer
  passwort adresse, nombre número contraseña, nom numéro, advice.en: might, soll sollte, debo, dois,
  forget.en: forget, vergiss, olvida, oublie, said.de: Du hast mir gesagt, Me dijiste, Tu m'as dit,
- unknown.de: Das weiß ich noch nicht, Eso no lo sé todavía, Je ne le sais pas encore,
- kept.de: Ich merke es mir, Lo guardo, Je le retiens
+ unknown.de: Das weiß ich noch nicht, Eso no lo sé todavía, Je ne le sais pas encore, kept.de: Ich
+ merke es mir, Lo guardo, Je le retiens
+day.en: today/0 tonight/0 this_morning/0 this_afternoon/0 this_evening/0 tomorrow/1 yesterday/-1
+ last_night/-1 the_day_after_tomorrow/2 the_day_before_yesterday/-2, heute/0 morgen/1 gestern/-1
+ übermorgen/2 vorgestern/-2, hoy/0 mañana/1 ayer/-1 anteayer/-2, aujourd'hui/0 demain/1 hier/-1,
+ weekday.en: monday/0 tuesday/1 wednesday/2 thursday/3 friday/4 saturday/5 sunday/6, montag/0
+ dienstag/1 mittwoch/2 donnerstag/3 freitag/4 samstag/5 sonntag/6, lunes/0 martes/1 miércoles/2
+ jueves/3 viernes/4 sábado/5 domingo/6, lundi/0 mardi/1 mercredi/2 jeudi/3 vendredi/4 samedi/5
+ dimanche/6, month.en: january/1 february/2 march/3 april/4 may/5 june/6 july/7 august/8
+ september/9 october/10 november/11 december/12 jan/1 feb/2 mar/3 apr/4 jun/6 jul/7 aug/8 sep/9
+ sept/9 oct/10 nov/11 dec/12, januar/1 februar/2 märz/3 april/4 mai/5 juni/6 juli/7 august/8
+ september/9 oktober/10 november/11 dezember/12, enero/1 febrero/2 marzo/3 abril/4 mayo/5 junio/6
+ julio/7 agosto/8 septiembre/9 octubre/10 noviembre/11 diciembre/12, janvier/1 février/2 mars/3
+ avril/4 mai/5 juin/6 juillet/7 août/8 septembre/9 octobre/10 novembre/11 décembre/12, span.en:
+ days/d day/d weeks/w week/w months/m month/m years/y year/y, tagen/d tage/d tag/d wochen/w woche/w
+ monaten/m monate/m monat/m jahren/y jahre/y jahr/y, días/d día/d semanas/w semana/w meses/m mes/m
+ años/y año/y, jours/d jour/d semaines/w semaine/w mois/m années/y année/y ans/y an/y, count.en:
+ a/1 an/1 one/1 two/2 three/3 four/4 five/5 six/6 seven/7 eight/8 nine/9 ten/10 eleven/11 twelve/12
+ a_couple_of/2 half_a_dozen/6 twenty/20 thirty/30 hundred/100, eine/1 einem/1 einer/1 ein/1 zwei/2
+ drei/3 vier/4 fünf/5 sechs/6 sieben/7 acht/8 neun/9 zehn/10, una/1 un/1 dos/2 tres/3 cuatro/4
+ cinco/5 seis/6 siete/7 ocho/8 nueve/9 diez/10, une/1 un/1 deux/2 trois/3 quatre/4 cinq/5 six/6
+ sept/7 huit/8 neuf/9 dix/10, nth.en: first/1 second/2 third/3 fourth/4 fifth/5 sixth/6 seventh/7
+ eighth/8 ninth/9 tenth/10 eleventh/11 twelfth/12 twentieth/20 thirtieth/30, side.en: last/-1
+ past/-1 previous/-1 next/1 coming/1 this/0, letzten/-1 letzte/-1 vorige/-1 nächsten/1 nächste/1
+ kommenden/1 diesen/0 diese/0, pasado/-1 pasada/-1 próximo/1 próxima/1 este/0 esta/0, dernier/-1
+ dernière/-1 prochain/1 prochaine/1 cette/0 ce/0, past.en: am/was is/was are/were has/had have/had
+ do/did does/did will/would can/could leaves/left leave/left comes/came come/came begins/began
+ starts/started goes/went go/went gets/got get/got takes/took i'm/I_was we're/we_were it's/it_was
+ he's/he_was she's/she_was they're/they_were, bin/war ist/war sind/waren habe/hatte hat/hatte
+ haben/hatten, soy/era es/era son/eran está/estaba tengo/tenía tiene/tenía, suis/étais est/était
+ sont/étaient ai/avais a/avait
+refers.en: he she it they him them his her its their, er ihn ihm sein seine seinem seinen, él ella,
+ il elle ils elles, stands.en: one ones, former.en: before old former formerly previous previously
+ originally at_first used_to in_the_past before_that, früher vorher alte alten altes, antes antiguo
+ antigua, avant ancien ancienne, ended.en: any_more anymore no_longer gave given sold away quit
+ cancelled lost threw got_rid stopped broke died, nicht_mehr kein_mehr verkauft gekündigt, ya_no
+ vendí vendimos, ne_plus vendu, corrects.en: no nope actually sorry wait correction i_mean i_meant
+ rather oops wrong mistyped misspelt out_of_date put_it_off mistake, nein doch ich_meine, no perdón
+ quiero_decir, non pardon je_veux_dire, goes_on.en: and what_about how_about, und was_ist_mit, y,
+ et, says.en: say said tell told mention mentioned, sagte gesagt erzählt, dije dicho contado, dit
+ raconté, lately.en: just last, gerade zuletzt, última último, dernier dernière, about.en:
+ know_about tell_me_about know_of tell_me_all_about remember_about say_about
+ tell_me_everything_about know_everything_about, über, sobre, sur, todo.en: to_do have_to_do
+ left_to_do, list.en: list lists, liste, lista, liste, puts.en: put add write note include, setz
+ setze schreib, pon añade apunta, mets ajoute, strikes.en: cross strike take remove delete tick
+ drop scratch, streich streiche, quita tacha, enlève raye, done.en: done bought packed finished
+ paid sent booked got ordered, erledigt gekauft, hecho comprado, fait acheté, more.en: heavier
+ older bigger larger taller longer higher wider deeper faster dearer more later, schwerer älter
+ größer länger teurer, less.en: lighter younger smaller shorter lower narrower cheaper slower less
+ fewer earlier, leichter jünger kleiner kürzer billiger, birth.en: born birthday, geboren, nacido
+ nací nació, né née, added.en: more another extra, weitere, otro otra más, encore autre
+ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, until.en: since until
+ till from by, seit bis ab, desde hasta, depuis dès, agenda.en: happen happened happening plan
+ plans planned going scheduled, dated.en: on in, am im, el en, le en
 short.en: 'm/am 're/are 've/have 'll/will 'd/would whats/what_is wheres/where_is whos/who_is
  hows/how_is whens/when_is im/i_am ive/i_have dont/do_not doesnt/does_not didnt/did_not isnt/is_not
- arent/are_not cant/can_not can't/can_not won't/will_not wont/will_not thats/that_is theres/there_is
- wasnt/was_not teh/the u/you ur/your wher/where waht/what wat/what, short.fr: j'/je l'/le d'/de
- qu'/que c'/ce m'/me s'/se n'/ne t'/te, ending.en: ies/i ied/i y/i ss/ss us/us is/is ing ed es s e,
- en er es em et te ten st n e s t, os/o as/a es s, es ées ée és er ez ent e s é, turn.en: i/you
- we/you me/you us/you my/your our/your mine/yours ours/yours myself/yourself ourselves/yourselves
- i'm/you_are i've/you_have i'll/you_will i'd/you_would im/you_are ive/you_have am/are we're/you_are
- we've/you_have we'll/you_will we'd/you_would your/my yours/mine yourself/myself you're/I_am
- you've/I_have you'll/I_will you'd/I_would, mein/dein meine/deine meinen/deinen meinem/deinem
- meiner/deiner meines/deines unser/euer bin/bist habe/hast ich/du mich/dich mir/dir, mi/tu mis/tus
- soy/eres estoy/estás tengo/tienes vivo/vives trabajo/trabajas nací/naciste me/te llamo/llamas yo/tú
- nuestro/vuestro nuestra/vuestra, mon/ton ma/ta mes/tes suis/es ai/as je/tu j'ai/tu_as me/te
- m'appelle/t'appelles notre/votre nos/vos
+ arent/are_not cant/can_not can't/can_not won't/will_not wont/will_not thats/that_is
+ theres/there_is wasnt/was_not teh/the u/you ur/your wher/where waht/what wat/what, short.fr: j'/je
+ l'/le d'/de qu'/que c'/ce m'/me s'/se n'/ne t'/te, ending.en: ies/i ied/i y/i ss/ss us/us is/is
+ ing ed es s e, en er es em et te ten st n e s t, os/o as/a es s, es ées ée és er ez ent e s é,
+ turn.en: i/you we/you me/you us/you my/your our/your mine/yours ours/yours myself/yourself
+ ourselves/yourselves i'm/you_are i've/you_have i'll/you_will i'd/you_would im/you_are ive/you_have
+ am/are we're/you_are we've/you_have we'll/you_will we'd/you_would your/my yours/mine
+ yourself/myself you're/I_am you've/I_have you'll/I_will you'd/I_would, mein/dein meine/deine
+ meinen/deinen meinem/deinem meiner/deiner meines/deines unser/euer bin/bist habe/hast ich/du
+ mich/dich mir/dir, mi/tu mis/tus soy/eres estoy/estás tengo/tienes vivo/vives trabajo/trabajas
+ nací/naciste me/te llamo/llamas yo/tú nuestro/vuestro nuestra/vuestra, mon/ton ma/ta mes/tes
+ suis/es ai/as je/tu j'ai/tu_as me/te m'appelle/t'appelles notre/votre nos/vos
 """
 
 
@@ -5734,6 +5812,7 @@ class Recall(NamedTuple):
     entry: Entry
     answer: str
     told: str = ""
+    others: Tuple[Entry, ...] = ()
 
 
 # words
@@ -5768,13 +5847,16 @@ class Lexicon:
             if name == "!":
                 self.odd.update(dict.fromkeys(words[1:], words[0]))
                 self.forms_of[words[0]] += words[1:]
-            elif kind in ("ending", "turn", "short", "opposite"):
+            elif kind in _PAIRED:
                 self.pairs[kind, language].update(
-                    (a, b.replace("_", " ")) for a, _, b in (w.partition("/") for w in words))
+                    word.replace("_", " ").partition("/")[::2] for word in words)
         self.endings = {language: sorted(pairs.items(), key=lambda pair: -len(pair[0]))
                         for (kind, language), pairs in self.pairs.items() if kind == "ending"}
         for number, (name, words) in enumerate(groups):
             self._take(f"{name}{number}", name, words)
+        self.dates = functools.lru_cache(None)(functools.partial(_date_forms, self))
+        self.dated = functools.lru_cache(1 << 12)(
+            lambda text: bool(days_in(self, text, datetime.date(2000, 1, 1))))
         self.loose = self.stems(("time", "place", "unit", "number", "work", "since", "reason"))
         self.known = {*self.senses, *self.kinds}.union(*self.kinds.values())
         for pair in self.pairs["opposite", ""].items():
@@ -5829,6 +5911,8 @@ class Lexicon:
         a, b = asked.stem, told.stem
         if asked.word == told.word:
             return 4
+        if "former" in asked.classes & told.classes:
+            return 3
         if a == b:  # schon is not schön; but whoever types no accents means the same
             plain = _unmarked(asked.word) == _unmarked(told.word)
             return 1 if plain and not (asked.word.isascii() or told.word.isascii()) else 4
@@ -5863,7 +5947,8 @@ class Lexicon:
 
     def phrase_at(self, words: Sequence[str], at: int, kind: str, language: str) -> int:
         """Return how many words from a place on are a phrase of a kind; 0 if none is."""
-        return max((len(phrase) for phrase in self.phrases[kind, language].get(words[at], ())
+        return max((len(phrase) for phrase in self.phrases[kind, language].get(
+            "".join(words[at:at + 1]), ())
                     if tuple(words[at:at + len(phrase)]) == phrase), default=0)
 
     def language_of(self, words: Sequence[str]) -> str:
@@ -5875,6 +5960,7 @@ class Lexicon:
 _NONE: AbstractSet[str] = frozenset()
 _NO_WORD = Word("", "", "", _NONE)
 _NEXT_LANGUAGE = {".en": ".de", ".de": ".es", ".es": ".fr"}
+_PAIRED = frozenset("ending turn short opposite day weekday month span count nth side past".split())
 _FUNCTIONS = frozenset("det aux question me you own other not whether pronoun subject".split())
 
 
@@ -5992,6 +6078,177 @@ class Line:
                 if lex.phrase_at(words, i, kind, self.language)}
 
 
+# when
+
+
+class When(NamedTuple):
+    """Days that a text names, the first and the last, where it does, and whether as seen from one.
+    """
+
+    first: datetime.date
+    last: datetime.date
+    start: int
+    end: int
+    form: str
+
+
+# Ways to name days; a word in capitals stands for what the table has under that name.
+_DATE_FORMS = (
+    ("iso", r"(\d{4})-(\d\d)-(\d\d)"),
+    ("day month", r"(?:the )?(\d{1,2})(?:st|nd|rd|th|\.)?(?: of| de)? (MONTH)"
+                  r"(?:,? (?:de )?(\d{4}))?"),
+    ("month day", r"(MONTH) (?:the )?(\d{1,2})(?:st|nd|rd|th)?(?![\d:])(?:,? (\d{4}))?"),
+    ("month", r"(?:DATED|UNTIL) (MONTH)(?: (\d{4}))?"),
+    ("year", r"(?:DATED|UNTIL) (\d{4})"),
+    ("nth", r"(?:DATED) the (NTH|\d{1,2}(?:st|nd|rd|th))(?: of (SIDE) month)?"),
+    ("ago", r"(?:(AGO) )?(COUNT|\d{1,3}) (SPAN)(?: (AGO))?"),
+    ("ahead", r"(?:AHEAD) (?:exactly |about )?(COUNT|\d{1,3}) (SPAN)"),
+    ("side", r"(?:DATED )?(SIDE) (SPAN|WEEKDAY|MONTH)"),
+    ("side", r"(SPAN) (SIDE)"),
+    ("day", r"(DAY)"),
+    ("weekday", r"(?:DATED )?(WEEKDAY)"))
+
+
+def _date_forms(lex: Lexicon, language: str) -> List[Tuple[str, Pattern[str]]]:
+    """Return the ways to name days in a language, compiled."""
+    def words(match: Match[str]) -> str:
+        kind = match[0].lower()
+        known = lex.pairs.get((kind, language)) or {
+            " ".join(p) for ps in lex.phrases[kind, language].values() for p in ps}
+        return "|".join(sorted(map(re.escape, known), key=len, reverse=True)) or "(?!)"
+    return [(name, re.compile(rf"(?<!\w){re.sub('[A-Z]{3,}', words, form)}(?!\w)", re.I))
+            for name, form in _DATE_FORMS]
+
+
+def days_in(lex: Lexicon, text: str, today: datetime.date) -> List[When]:
+    """Return the days that a text names, as seen from a day, in the order in which it does."""
+    words = [word.casefold() for word in _WORD.findall(text)]
+    language, found = lex.language_of(words), []  # type: str, List[When]
+    past = {*lex.pairs["past", language].values()}
+    passed = any(word in past or language == "en" and word.endswith("ed") for word in words)
+    for name, form in lex.dates(language):
+        for match in form.finditer(text):
+            groups = [group and group.casefold() for group in match.groups()]
+            with contextlib.suppress(ValueError, OverflowError):  # there is no 31 June
+                days = _days(lex, language, name, groups, today, passed)
+                if days and not any(w.start < match.end() and match.start() < w.end for w in found):
+                    found.append(When(*days, *match.span(), name))
+    return sorted(found, key=attrgetter("start"))
+
+
+_SEEN_FROM_TODAY = frozenset(("nth", "ago", "ahead", "side", "day", "weekday", "month"))
+
+
+def _days(lex: Lexicon, language: str, form: str, groups: Sequence[Any], today: datetime.date,
+          passed: bool) -> Optional[Tuple[datetime.date, datetime.date]]:
+    """Return the first and the last day of what a way to name days means; None for nothing."""
+    table = {word: value for kind in ("month", "weekday", "span", "side", "count", "nth", "day")
+             for word, value in lex.pairs[kind, language].items()}
+    values = [group and table.get(group, group.rstrip("sthndr") or group) for group in groups]
+    one, two = values[0], (values[1] if len(values) > 1 else None)
+    if form == "iso":
+        return (datetime.date(*map(int, values)),) * 2
+    if form in ("day month", "month day"):
+        day, month = map(int, values[:2] if form == "day month" else values[1::-1])
+        years = [int(values[2])] if values[2] else range(today.year - 1, today.year + 2)
+        return (min((datetime.date(year, month, day) for year in years),
+                    key=lambda date: abs(date - today)),) * 2
+    if form == "month":
+        late = (int(one) > today.month) if passed else -(int(one) < today.month)
+        return _stretch("m", 0, datetime.date(int(two or today.year - late), int(one), 1))
+    if form == "year":
+        return _stretch("y", 0, datetime.date(int(one), 1, 1))
+    if form == "nth":
+        month = _stretch("m", int(two or 0), today)[0]
+        day = month.replace(day=int(one))
+        return (day if two or day >= today or passed else
+                _stretch("m", 1, today)[0].replace(day=int(one)),) * 2
+    if form in ("ago", "ahead"):
+        if form == "ago" and not (groups[0] or groups[3]):
+            return None
+        count, unit = (-int(two), values[2]) if form == "ago" else (int(one), two)
+        exact = {"d": 1, "w": 7}.get(unit)
+        return (today + datetime.timedelta(exact * count),) * 2 if exact else (
+            _stretch(unit, count, today))
+    if form == "side":
+        side, what = (values if groups[0] in lex.pairs["side", language] else values[::-1])
+        if what in "dwmy":
+            return _stretch(what, int(side), today)
+        if groups[1] in lex.pairs["month", language]:
+            year = today.year + ((int(what) <= today.month) if side == "1" else
+                                 -(int(what) >= today.month) if side == "-1" else 0)
+            return _stretch("m", 0, datetime.date(year, int(what), 1))
+        return (_weekday(today, int(what), side == "-1"),) * 2
+    if form == "day":
+        return (today + datetime.timedelta(int(one)),) * 2
+    return (_weekday(today, int(one), passed),) * 2
+
+
+def _weekday(today: datetime.date, weekday: int, passed: bool) -> datetime.date:
+    """Return the last such day of the week before today, or the next one after it."""
+    ahead = (weekday - today.weekday() - 1) % 7 + 1
+    return today + datetime.timedelta(ahead - passed * (7 if ahead < 7 else 14))
+
+
+def _stretch(unit: str, count: int, today: datetime.date) -> Tuple[datetime.date, datetime.date]:
+    """Return the first and last day of the day, week, month or year that is so many away."""
+    if unit in "dw":
+        first = today + datetime.timedelta(count * (7 if unit == "w" else 1)
+                                           - today.weekday() * (unit == "w"))
+        return first, first + datetime.timedelta(6 * (unit == "w"))
+    months = 12 * (today.year + count * (unit == "y")) + (
+        today.month - 1 + count if unit == "m" else 0)
+    end = months + (1 if unit == "m" else 12)
+    return (datetime.date(months // 12, months % 12 + 1, 1),
+            datetime.date(end // 12, end % 12 + 1, 1) - datetime.timedelta(1))
+
+
+def named_days(lex: Lexicon, language: str, first: datetime.date, last: datetime.date,
+               today: datetime.date) -> str:
+    """Return how days are called today: tomorrow, on 9 May, in March 2025, in the week of 4 May."""
+    near = [word for word, days in lex.pairs["day", language].items()
+            if first == last == today + datetime.timedelta(int(days)) and abs(int(days)) < 2]
+    months = {int(value): word for word, value in reversed(lex.pairs["month", language].items())}
+    on, into = [*lex.phrases["dated", language]][:2] or ("on", "in")
+    month = months[first.month] if language in ("es", "fr") else months[first.month].capitalize()
+    dot = "." if language == "de" else ""
+    year = f" {first.year}" if first.year != today.year else ""
+    if near or first == last:
+        return near[0] if near else f"{on} {first.day}{dot} {month}{year}"
+    if (first, last) == _stretch("y", 0, first):
+        return f"{into} {first.year}"
+    if (first, last) == _stretch("m", 0, first):
+        return f"{into} {month}{year}"
+    return f"{into} the week of {first.day}{dot} {month}{year}"
+
+
+def as_of(lex: Lexicon, text: str, told: datetime.date, today: datetime.date) -> str:
+    """Return a statement of one day as it is said on another: "tomorrow" is then "on 9 May"."""
+    days = days_in(lex, text, told)
+    language = lex.language_of([word.casefold() for word in _WORD.findall(text)])
+    over = bool(days) and all(w.last < today for w in days) and any(w.last >= told for w in days)
+    for when in reversed(days):
+        week = 0 < (when.last - when.first).days < 7
+        if when.form in _SEEN_FROM_TODAY and (
+                told != today or when.form not in ("day", "weekday") and not week):
+            name = named_days(lex, language, when.first, when.last, today)
+            lead = text[when.start:when.end].split()[0].casefold()
+            if any((lead,) in ps for ps in lex.phrases["until", language].values()):
+                continue  # since March stays
+            if any((word,) in ps for ps in lex.phrases["until", language].values()
+                   for word in text[:when.start].casefold().split()[-1:]):
+                name = name.partition(" ")[2] or name  # until the week of 4 May
+            text = text[:when.start] + (name if when.start else name[:1].upper() + name[1:]) + (
+                text[when.end:])
+    if over:  # what was to come has been
+        pairs = lex.pairs["past", language]
+        word = re.search(r"(?<![\w'])(?:%s)(?![\w'])" % ("|".join(map(re.escape, pairs)) or "(?!)"),
+                         text, re.I)
+        if word:
+            text = text[:word.start()] + pairs[word[0].casefold()] + text[word.end():]
+    return text
+
+
 # what is asked
 
 
@@ -6006,6 +6263,7 @@ class Asked(NamedTuple):
     terms: Tuple[int, ...]        # its telling words
     vital: AbstractSet[int]       # those of them that name a thing or a person
     weights: Dict[int, float]
+    names: Dict[int, AbstractSet[str]] = {}  # stems of what else a thing or a person is called
 
 
 def opened(lex: Lexicon, text: str) -> Tuple[str, str]:
@@ -6061,6 +6319,8 @@ def asks(text: str, lex: Optional[Lexicon] = None) -> bool:
     if mode or is_question(text):
         return mode != "tell"
     line, stops = lex.line(rest), text.rstrip().endswith((".", "!"))
+    if lex.phrase_at([w.casefold() for w in _WORD.findall(text[:80])], 0, "about", line.language):
+        return True  # tell me about Ines.
     classes = [word.classes for word in line.words]
     if len(classes) < 2 or text.rstrip().endswith("!"):
         return False
@@ -6108,15 +6368,15 @@ class Unit(NamedTuple):
     entry: Entry
     line: Line
     when: str = ""
+    text: str = ""   # what was told
+    about: str = ""  # what that leans on, which stands before it in the line
 
 
 ABBREVIATED = re.compile(r"(?:\b(?:mr|mrs|ms|dr|st|prof|no|vs|approx|e\.g|i\.e|a\.m|p\.m)|\b\w)\.$",
                          re.I)
 _BREAKS = re.compile(r"(?<=[.!?…;])[\"')\]]*\s+|(?<=[。！？।॥؟۔။។።])")
-_ANAPHORS = re.compile(r"(?:and |but )?(?:he|she|it|they|his|her|its|their|er|sie|il|elle)\b", re.I)
-_CORRECTS = re.compile(r"(?:no|nope|actually|sorry|wait|correction|i mean)"
-                       r"(?:[,.!:; ]+(?:sorry|wait|i mean|actually)\b)*[,.!:; ]+", re.I)
-_BY_PRONOUN = re.compile(r"(?:it|he|she|they|that)(?:'s| is| was| are| were)(?: now)? ", re.I)
+_CLAUSES = re.compile(r",(?: (?:and|but|und|aber|y|et|mais))? | (?:and|but|und|aber|y|et|mais) ",
+                      re.I)
 _LOG_LINE = re.compile(r"([\[(]?\d[\w./:, -]{4,30}?[\])]?(?: -)? )?"
                        r"([^\W\d_][\w.'’-]*(?: [^\W\d_a-z][\w.'’-]*){0,2}): (\S.*)")
 _LOG_KEYS = (("date", "time", "timestamp", "at"), ("name", "from", "sender", "author", "user",
@@ -6134,17 +6394,62 @@ def sentences_of(text: str) -> List[str]:
     return pieces
 
 
+def leans(lex: Lexicon, line: Line) -> bool:
+    """Return whether a sentence needs the one before it: she teaches; the red one; in the barn."""
+    for at, word in enumerate(line.words):
+        if "refers" in word.classes or "stands" in word.classes and at - 1 in line.telling:
+            return True
+        if at in line.telling and (line.caps[at] or line.owners[at]) and (
+                word.stem not in lex.kinds["time"]):
+            return "stands" in _NONE.union(*(w.classes for w in line.words[at + 1:at + 2]))
+    return bool(line.words) and "prep" in line.words[0].classes and len(line.words) < 7 and (
+        not line.has & {"aux", "subject"})
+
+
 def statements_of(text: str, lex: Optional[Lexicon] = None) -> List[str]:
-    """Return what a line states, sentence by sentence; not what it asks."""
-    lex, told = lex or lexicon(), []  # type: Lexicon, List[str]
-    for sentence in sentences_of(_MARKER.sub("", text)):
-        if asks(sentence, lex) or _wish(lex, sentence):
-            continue
-        if told and _ANAPHORS.match(sentence):  # the one before it says whose "he" or "its" is
-            told[-1] += " " + sentence
-            continue
-        told.append(sentence)
-    return [part for part in told if part.strip(" .…!-—\"'")]
+    """Return what a line states, sentence by sentence and clause by clause; not what it asks."""
+    lex = lex or lexicon()
+    return [part for sentence in sentences_of(_MARKER.sub("", text))
+            if not asks(sentence, lex) and not _wish(lex, sentence)
+            for part in _clauses(lex, sentence) if part.strip(" .…!-—\"'")]
+
+
+def _clauses(lex: Lexicon, sentence: str) -> List[str]:
+    """Return the clauses of a sentence that have a subject and a verb of their own."""
+    start, found = 0, []
+    for cut in _CLAUSES.finditer(sentence):
+        one, other = lex.line(sentence[start:cut.start()]), lex.line(sentence[cut.end():])
+        named = bool(other.caps[:1]) and (other.caps[0] or bool(other.words[0].classes & {
+            "own", "refers"}))
+        verb = next((word for i, word in enumerate(other.words) if i and not other.caps[i]
+                     and not other.owners[i] and "'s" != word.word), _NO_WORD)
+        whole = "aux" in one.has or any(not one.caps[i] and not one.owners[i] for i in one.telling)
+        if named and whole and len(one.telling) > 1 and len(other.telling) > 1 and (
+                not verb.classes & _FUNCTIONS or "aux" in verb.classes):
+            found.append(sentence[start:cut.start()])
+            start = cut.end()
+    return [*found, sentence[start:]]
+
+
+def told_about(lex: Lexicon, last: Entry, text: str) -> str:
+    """Return the statement that a text leans on, which was told last; "" if it leans on none."""
+    first = statements_of(text, lex)[:1]
+    if not first or not leans(lex, lex.line(lex.opened(first[0])[0])):
+        return ""
+    told = clean_line(last.text, MAX_ASKED_CHARS)
+    return _gathering(lex, last.about, told) if last.about else told
+
+
+def _gathering(lex: Lexicon, about: str, text: str) -> str:
+    """Return what a next statement leans on: this too, where it says a name."""
+    named = any(lex.line(text).caps) and len(about) + len(text) < MAX_ASKED_CHARS
+    return f"{about} {text}{'.' * text[-1:].isalnum()}" if named else about
+
+
+def named_in(lex: Lexicon, lines: Sequence[str], today: datetime.date) -> str:
+    """Return a day, and the days that lines told on it name, as an entry keeps them."""
+    return " ".join([today.isoformat(), *(f"{when.first}..{when.last}" for line in lines
+                                          for when in days_in(lex, line, today))])
 
 
 def logged(line: str) -> Optional[List[str]]:
@@ -6174,26 +6479,80 @@ def _units_of(lex: Lexicon, entry: Entry, needles: Iterable[str]) -> Iterator[Un
             continue
         folded = _unmarked(text.casefold())
         if len(lines) < 3 or any(needle in folded for needle in needles):
+            about = entry.about
             for statement in statements_of(text, lex):
-                rest = lex.opened(statement)[0] if told else statement
-                yield Unit(entry, lex.line(rest.strip()))
+                rest = (lex.opened(statement)[0] if told else statement).strip()
+                if leans(lex, lex.line(rest)) and about:
+                    yield Unit(entry, lex.line(f"{about} {rest}"), text=rest, about=about)
+                    about = _gathering(lex, about, rest)
+                else:
+                    about = rest + "." * rest[-1:].isalnum()
+                    yield Unit(entry, lex.line(rest), text=rest)
+
+
+# who is who
+
+
+def _names_beside(lex: Lexicon, line: Line, at: int) -> List[Word]:
+    """Return the names that a sentence gives to what it names at a place: my cousin is Ines."""
+    glue, words = {"aux", "det", "asks.name", "other"}, line.words
+    glue = glue if line.owners[at] else glue | {"prep"}  # married to Ines
+    after = at + 1
+    while after < len(words) and not line.caps[after] and (
+            words[after].classes & glue or words[after].stem in lex.kinds["person"]):
+        after += 1
+    before = at - 2 - (words[at - 1].word == "'s") if line.owners[at] else -1  # Ines is my cousin
+    found = list(range(after, after + 4))
+    if before > 0 and "aux" in words[before].classes:
+        found += range(before - 1, max(-1, before - 4), -1)
+    run = [i for n, i in enumerate(found) if i < len(words) and line.caps[i] and (
+        n in (0, 4) or line.caps[found[n - 1]])]
+    return [words[i] for i in run if not ABBREVIATED.match(words[i].word + ".")]
+
+
+def _called(lex: Lexicon, memory: Memory, asked: Asked) -> Dict[int, AbstractSet[str]]:
+    """Return how the things and persons of a question are called, or whose they are, as told."""
+    names: Dict[int, AbstractSet[str]] = {}
+    for i in sorted(asked.vital):
+        word, owner, found = asked.line.words[i], asked.line.owners[i], set()
+        owners = {owner}.union(*(names[k] for k in names if asked.line.words[k].stem == owner))
+        ids = memory.ids_holding([lex.forms(word), [TOLD_MARK]], MOST_TOLD)
+        for unit in (u for entry in memory.entries_of(ids) for u in _units_of(lex, entry, ("",))):
+            line = unit.line
+            stems = {w.stem for w in line.words}
+            for at in line.telling:
+                if asked.line.caps[i] and line.owners[at] and any(
+                        w.stem == word.stem for w in _names_beside(lex, line, at)):
+                    found.add(line.words[at].stem)
+                elif lex.nearness(word, line.words[at]) > 1 and (
+                        line.owners[at] == owner if owner == "my" else owners & stems
+                        or owner in ("the", "") and not asked.line.caps[i]):
+                    found |= {w.stem for w in _names_beside(lex, line, at)}
+        names[i] = frozenset(found - {word.stem})
+    return names
 
 
 # how well a statement answers
 
 
-def _filling(lex: Lexicon, asked: Asked, line: Line, used: Container[int]) -> int:
-    """Return 2 where something new surely is of the type that is asked for, 1 for perhaps, or 0."""
-    if any(word.stem in lex.kinds.get(asked.kind, ()) for word in line.words):
+def _filling(lex: Lexicon, asked: Asked, line: Line, used: Container[int], before: int) -> int:
+    """Return 2 where something new surely is of the type that is asked for, 1 for perhaps, or 0.
+
+    It is not among the words before the statement itself, which it leans on.
+    """
+    if any(word.stem in lex.kinds.get(asked.kind, ()) for word in line.words[before:]):
         return 2
     if asked.kind and not asked.slot:
         return 0
+    if asked.slot == "span" and lex.dated(line.text) or asked.slot == "age" and any(
+            "birth" in word.classes for word in line.words) and lex.dated(line.text):
+        return 2
     test = {"time": _when, "place": _where, **dict.fromkeys(
         ("number", "amount", "measure", "age", "span"), _counted)}.get(asked.slot, _named)
     padded = [_NO_WORD, _NO_WORD, *line.words, _NO_WORD]
     return max((test(lex, asked.slot, line, used, at, *padded[at:at + 4])
                 for at, word in enumerate(line.words)
-                if at not in used or "prep" in word.classes), default=0)
+                if at >= before and (at not in used or "prep" in word.classes)), default=0)
 
 
 def _is_number(lex: Lexicon, word: Word) -> bool:
@@ -6268,29 +6627,33 @@ class Judged(NamedTuple):
     near: Dict[int, int]
     filled: int
     verdict: str
+    own: bool = True  # it has one of them itself, not only what it leans on
 
 
 def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], Judged]:
     """Return what there is to say about a question and a statement, by name, for the judge."""
     line, q = unit.line, asked.line
-    best = {i: max(((lex.nearness(q.words[i], line.words[j]), -j) for j in line.telling),
-                   default=(0, 0)) for i in asked.terms}
-    near, at = {i: grade for i, (grade, _) in best.items()}, {i: -j for i, (_, j) in best.items()}
+    near, at = _matched(lex, asked, line)
+    renamed = _renamed(asked, line, near, at)
+    before = len(lex.line(unit.about).words) if unit.about else 0
     used = {at[i] for i in near if near[i] > 2 * (i in asked.asking)}
-    filled = _filling(lex, asked, line, used)
+    filled = _filling(lex, asked, line, used, before)
     if len(used) < len(line.telling) and any(
             near[i] > 2 + (q.words[i].stem == asked.kind) for i in asked.asking & near.keys()):
         filled = 2  # the very word that asks is there, and something else
-    terms = [i for i in asked.terms if i not in asked.asking  # what asks need not be there
-             or near[i] and (near[i] > 2 or not filled)]
+    bare = bool(renamed) and not asked.polar and _only_names(lex, asked, line, used)
+    filled *= not bare
+    terms = [i for i in asked.terms if near[i] and (near[i] > 2 or not filled)
+             or i not in asked.asking and "former" not in q.words[i].classes]  # need not be there
     lost = [i for i in terms if not near[i]]
     vital = [i for i in terms if i in asked.vital]
-    owned = [_owner_fit(asked, line, i, at[i]) for i in vital if near[i]]
+    owned = [1 if i in renamed else _owner_fit(asked, line, i, at[i]) for i in vital if near[i]]
     verdict = _verdict(lex, asked, line, near, at, lost, min(owned, default=0), filled)
     if verdict:  # what stands in a missing word's place answers as well
         terms, lost = [i for i in terms if near[i]], []
     held, whole = bool(vital) and not set(vital) & set(lost), bool(used) and not lost
-    typed = bool(asked.slot or asked.kind) and not asked.polar
+    own = any(near[i] and at[i] >= before for i in near)
+    typed = bool(asked.slot or asked.kind or bare) and not asked.polar
     found = {
         "bias": True,
         "tale": unit.entry.source not in TOLD and not line.speaker and _leaning(unit.entry.text),
@@ -6309,9 +6672,37 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
         "owner": max(owned, default=0) > 0,
         "other's": min(owned, default=0) < 0 or bool(line.speaker) and "subject" in q.has,
         "rival": any(_has_rival(lex, q.words[i], line) for i in lost),
-        "denied": ("not" in line.has) != ("not" in q.has)}
+        "leant": before > 0 and not own}
     return {name: float(value) for name, value in found.items()}, Judged(
-        0.0, unit, near, filled, verdict)
+        0.0, unit, near, filled, verdict, own)
+
+
+def _matched(lex: Lexicon, asked: Asked, line: Line) -> Tuple[Dict[int, int], Dict[int, int]]:
+    """Return how near a statement comes to each term of a question, and where."""
+    best = {i: max(((lex.nearness(asked.line.words[i], line.words[j]), -j) for j in line.telling),
+                   default=(0, 0)) for i in asked.terms}
+    return {i: grade for i, (grade, _) in best.items()}, {i: -j for i, (_, j) in best.items()}
+
+
+def _only_names(lex: Lexicon, asked: Asked, line: Line, used: Container[int]) -> bool:
+    """Return whether a statement says only who is who, which is not what is asked."""
+    return asked.slot not in ("person", "name") and all(
+        line.caps[j] or j in used or line.words[j].stem in lex.kinds["person"]
+        or "asks.name" in line.words[j].classes for j in line.telling)
+
+
+def _renamed(asked: Asked, line: Line, near: Dict[int, int], at: Dict[int, int]) -> Set[int]:
+    """Note where a statement calls what is asked about by another name; return those words."""
+    found, words = set(), asked.line.words
+    for i, names in asked.names.items():
+        j = next((j for j in line.telling if line.words[j].stem in names and (
+            line.caps[j] or not asked.line.caps[i] or line.owners[j] == "my")), -1)
+        if near.get(i, 4) < 4 and j >= 0:
+            both = {i, *(k for k in near if not near[k] and words[k].stem == asked.line.owners[i])}
+            near.update(dict.fromkeys(both, 4))
+            at.update(dict.fromkeys(both, j))
+            found |= both
+    return found
 
 
 @functools.lru_cache(maxsize=1 << 10)
@@ -6361,7 +6752,9 @@ def _owner_fit(asked: Asked, line: Line, i: int, at: int) -> int:
     mine, theirs = asked.line.owners[i], line.owners[at]
     if line.speaker and asked.line.caps[i]:  # what somebody says is said of himself
         return 1 if line.words[at].text in line.speaker else -1
-    if mine == theirs and not line.speaker:
+    words = asked.line.words
+    if mine == theirs and not line.speaker or any(
+            theirs in names and words[k].stem == mine for k, names in asked.names.items()):
         return int(mine not in ("", "the"))
     return -int(mine in ("my", "your") and (bool(line.speaker) or theirs not in ("", "the")))
 
@@ -6388,11 +6781,16 @@ def gathered(lex: Lexicon, memory: Memory, asked: Asked) -> Tuple[Asked, List[En
         told |= own
         for entry in ids:
             mass[entry] += weights[i]
+    names = _called(lex, memory, asked)
+    for i, also in names.items():
+        for entry in memory.ids_holding([[f"{stem}*" for stem in sorted(also)], [TOLD_MARK]],
+                                        MOST_HELD):
+            mass[entry] += weights[i]
     if "me" in asked.line.has and all(i in asked.asking or "idle" in words[i].classes
                                       for i in asked.terms):  # Who am I?
         mass.update(dict.fromkeys(memory.ids_holding([[TOLD_MARK]], MOST_TOLD), 0.0))
     best = memory.entries_of(sorted(mass, key=lambda i: (-mass[i] - (i in told), -i))[:MOST_HELD])
-    return asked._replace(weights=weights), [
+    return asked._replace(weights=weights, names=names), [
         *[entry for entry in best if entry.source in TOLD][:MOST_TOLD],
         *[entry for entry in best if entry.source not in TOLD][:MOST_READ]]
 
@@ -6418,23 +6816,40 @@ def judged(lex: Lexicon, asked: Asked, entries: Iterable[Entry]) -> List[Judged]
                    if bare or any(each.near.values())), key=lambda each: -each.score)
 
 
-def newest_first(lex: Lexicon, found: List[Judged], least: float) -> List[Judged]:
+def _mends(lex: Lexicon, unit: Unit) -> bool:
+    """Return whether a statement says that what it leans on is so no longer."""
+    line = lex.line(unit.entry.text.strip() if unit.entry.source in TOLD else unit.text)
+    return any(line.has_phrase(lex, kind) for kind in ("ended", "corrects", "changed"))
+
+
+def newest_first(lex: Lexicon, found: List[Judged], least: float,
+                 former: bool = False, several: bool = False) -> List[Judged]:
     """Return statements with the newest of those first that may have taken the best one's place.
 
     It tells, as surely, of the same words of the question; where it says that something changed,
-    it need not be as sure.
+    it need not be as sure. Asked for what was before, the one before the newest is first; where
+    several may answer, only what is of the same person has taken a place.
     """
     if not found or found[0].unit.entry.source not in TOLD:
         return found
     top = found[0]
     fits = [each for each in found if each.unit.entry.source in TOLD and each.filled >= top.filled
             and all(each.near[i] > 2 for i in top.near if top.near[i] > 2)
-            and (each is top or each.score >= least or each.unit.line.has_phrase(lex, "changed"))]
-    best = max(fits, key=lambda each: (each.unit.entry.told_at, each.unit.entry.id))
-    if best.unit.entry is top.unit.entry:
+            and (each is top or each.score >= least or _mends(lex, each.unit)
+                 or each.own and each.unit.about.startswith(top.unit.text))
+            and (each is top or each.own or _mends(lex, each.unit))
+            and (not several or _subject(each.unit.line) == _subject(top.unit.line))]
+    fits.sort(key=lambda each: (each.unit.entry.told_at, each.unit.entry.id), reverse=True)
+    best = fits[min(former, len(fits) - 1)]
+    if best.unit.entry is top.unit.entry and not former:
         return found
     return [best._replace(score=max(top.score, best.score)),
-            *(each for each in found if each is not best)]
+            *(each for each in found if each not in fits)]
+
+
+def _subject(line: Line) -> str:
+    """Return the stem of the first thing or person that a statement names."""
+    return next((line.words[i].stem for i in line.telling if line.caps[i] or line.owners[i]), "")
 
 
 # what is said
@@ -6476,21 +6891,47 @@ def _turned_by_others(lex: Lexicon, word: str, last: str, before: Sequence[str],
             "you aren't": "am not", "you weren't": "wasn't"}.get(f"{speaker} {word}", word)
 
 
-def said_back(lex: Lexicon, unit: Unit) -> str:
-    """Return a statement as an answer: turned round where that can be done, with a full stop."""
-    line, text = unit.line, unit.line.text.strip().rstrip(" ,;:?")
+def said_back(lex: Lexicon, unit: Unit, today: Optional[datetime.date] = None) -> str:
+    """Return a statement as an answer: turned round where that can be done, and as of today.
+
+    What it leans on is said before it, save where it corrects that.
+    """
+    line, entry = unit.line, unit.entry
     if line.speaker:
-        when = f" ({unit.when})" if unit.when else ""
-        return f'{line.speaker}{when}: "{line.text.strip()}"'
+        return _said_in_log(lex, unit)
+    text = line.text
+    if unit.about and _mends(lex, unit):
+        text = unit.text
+    if today and entry.source in TOLD:
+        text = as_of(lex, text, told_day(entry), today)
+    plain = text
+    text = text.strip().rstrip(" ,;:?")
     ended = text[:1].upper() + text[1:] + ("" if text[-1:] in '.!…。।"' else ".")
-    if unit.entry.source not in TOLD and not line.has & {"me", "own"}:
+    if entry.source not in TOLD and not line.has & {"me", "own"}:
         return ended  # whoever "you" is in a file
     pairs, words = lex.pairs["turn", line.language], [word.word for word in line.words]
     if line.language != "en" and any("subject" in word.classes and not {
             *words[max(0, i - 1):i], *words[i + 1:i + 2]} & pairs.keys()
             for i, word in enumerate(line.words)):  # a verb would have to be turned as well
-        return f'{" ".join(lex.phrases["said", line.language])}: "{line.text.strip()}"'
+        return f'{" ".join(lex.phrases["said", line.language])}: "{plain.strip()}"'
     return turned(ended)
+
+
+def told_day(entry: Entry) -> datetime.date:
+    """Return the day on which something was told, as days went where that was."""
+    return datetime.date.fromisoformat(entry.days[:10]) if entry.days else (
+        datetime.date.fromtimestamp(entry.told_at))
+
+
+def _said_in_log(lex: Lexicon, unit: Unit) -> str:
+    """Return what somebody wrote in a log, with the day that he means by "yesterday"."""
+    line, today = unit.line, datetime.date.fromtimestamp(unit.entry.told_at)
+    written = days_in(lex, unit.when, today)
+    meant = [named_days(lex, "en", w.first, w.last, datetime.date.min) for w in days_in(
+        lex, line.text, written[0].first) if w.form in _SEEN_FROM_TODAY] if written else []
+    when = f" ({unit.when})" if unit.when else ""
+    return f'{line.speaker}{when}: "{line.text.strip()}"' + (
+        f" ({', '.join(meant)})" if meant else "")
 
 
 def _exchange_fits(lex: Lexicon, asked: Asked, text: str,
@@ -6553,6 +6994,335 @@ def _question_in(lex: Lexicon, text: str) -> str:
     return asking[-1] if asking else text[:MAX_ASKED_CHARS]
 
 
+# what a question leaves to the talk before it
+
+
+def in_context(lex: Lexicon, text: str, turns: Sequence[Tuple[str, str]], depth: int = 3) -> str:
+    """Return a question with what it leaves to the talk before it: And her brother?"""
+    text = _MARKER.sub("", text)
+    asked = [k for k, (role, _) in enumerate(turns) if role == "owner"]
+    line = lex.line(lex.opened(text)[0].strip() or text)
+    words = [word.word for word in line.words]
+    goes_on = lex.phrase_at(words, 0, "goes_on", line.language) if words else 0
+    leaning = next((i for i, word in enumerate(line.words) if "refers" in word.classes), -1)
+    named = [i for i in line.telling if i < leaning and (line.caps[i] or line.owners[i])]
+    if not asked or not depth or len(text) > MAX_ASKED_CHARS or named or (
+            not (asks(text, lex) or goes_on) or leaning < 0 and (not goes_on or "aux" in line.has)):
+        return text
+    k = asked[-1]
+    before = in_context(lex, turns[k][1], turns[:k], depth - 1)
+    reply = turns[k + 1][1] if k + 1 < len(turns) else ""
+    topic = _topic(lex, before, reply, line.words[leaning].word if leaning >= 0 else "")
+    if leaning >= 0 and topic:
+        word, ahead = line.words[leaning], leaning + 1 in line.telling
+        owns = "other" in word.classes and ahead
+        at = [m for m in _WORD.finditer(text) if m[0].casefold() == word.word][:1]
+        if at:
+            text = text[:at[0].start()] + topic + "'s" * owns + text[at[0].end():]
+    if not goes_on or "aux" in line.has:
+        return text
+    rest = " ".join(_WORD.findall(text)[goes_on:])
+    first = _topic(lex, before, "", "")  # what was asked of is now asked of another
+    return before.replace(first, rest, 1) if first and rest else text
+
+
+def _topic(lex: Lexicon, question: str, reply: str, pronoun: str) -> str:
+    """Return what a talk is about, as a question or its answer names it: Ines; my cousin; or "".
+
+    A thing comes before a person for what is no person; a name in the answer comes first where a
+    person or a name was asked for.
+    """
+    found: List[Tuple[bool, str]] = []
+    asked = analyzed(lex, question)
+    for text in (reply, question) if asked.slot in ("person", "name") else (question, reply):
+        text = turned(text) if text is reply else text
+        line, spans = lex.line(text), [m.span() for m in _WORD.finditer(text)]
+        if len(spans) != len(line.words):  # it's is two words
+            text = " ".join(word.text for word in line.words).replace(" 's", "'s")
+            spans = [m.span() for m in _WORD.finditer(text.replace("'s", " s"))]
+            text = text.replace("'s", " s") if len(spans) == len(line.words) else ""
+        for i in line.telling if text else ():
+            if line.caps[i] or line.owners[i] and line.owners[i] != "your":
+                start = i
+                while start and (line.caps[i] and line.caps[start - 1] or not line.caps[i] and (
+                        line.words[start - 1].classes & {"own", "det"}
+                        or line.words[start - 1].word == "'s"
+                        or line.words[start].word == "'s")):
+                    start -= 1
+                end = i
+                while end + 1 < len(line.words) and line.caps[i] and line.caps[end + 1]:
+                    end += 1
+                person = line.caps[i] or line.words[i].stem in lex.kinds["person"]
+                name = text[spans[start][0]:spans[end][1]].replace(" s ", "'s ")
+                if not (text is not question and name.casefold() in question.casefold()):
+                    found.append((bool(person), name))
+    thing = pronoun in ("it", "its", "es")
+    return next((name for person, name in found if person != thing),
+                found[0][1] if found else "")
+
+
+# what is asked of the memory as a whole
+
+
+def looked_up(lex: Lexicon, memory: Memory, text: str) -> Optional[Reply]:
+    """Return the answer to a question about all that was told: of a day, on a list, about Ines."""
+    if not asks(text, lex) and not {"list", "me"} <= lex.line(text).has:  # read me the list
+        return None
+    today = datetime.date.fromtimestamp(memory.clock())
+    asked = analyzed(lex, _question_in(lex, text))
+    for look in (_last_said, _told_then, _planned, _listed, _all_about, _compared, _counted_up):
+        found = look(lex, memory, asked, lex.line(text), today)
+        if found is not None:
+            units = list({unit.entry.id: unit for unit in found[1]}.values())
+            said = found[0] or " ".join(dict.fromkeys(said_back(lex, u, today) for u in found[1]))
+            entries = tuple(unit.entry for unit in units)
+            return Reply(said.strip(), "memory", entries[0], 1.0, entries) if entries else Reply(
+                UNKNOWN_REPLY, "nothing")
+    return None
+
+
+# Words of its own, or "" for what the statements say, and the statements; None where not asked.
+Looked = Optional[Tuple[str, List[Unit]]]
+
+
+def _what_holds(lex: Lexicon, entries: Iterable[Entry]) -> List[Unit]:
+    """Return the statements of entries, without those whose place a later one has taken."""
+    units = [unit for entry in entries for unit in _units_of(lex, entry, ("",))]
+    return [unit for k, unit in enumerate(units) if not any(
+        _replaces(lex, later.line, unit.line) for later in units[k + 1:])]
+
+
+def _says(asked: Asked) -> bool:
+    """Return whether a question is about what the owner told."""
+    return "subject" in asked.line.has and "says" in asked.line.has
+
+
+def _free_of(lex: Lexicon, asked: Asked, *classes: str) -> bool:
+    """Return whether a question names nothing but days, and words of these classes."""
+    free = {"idle", "says", "frame", "former", "agenda", *classes}
+    return not any(word.stem not in lex.kinds["time"] | lex.kinds["unit"]
+                   and not _is_number(lex, word) and not word.classes & free
+                   and word.word not in lex.pairs["side", asked.line.language]
+                   for i, word in enumerate(asked.line.words) if i in asked.line.telling)
+
+
+def _last_said(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
+             today: datetime.date) -> Looked:
+    """What was told last: What did I just say?"""
+    if not (_says(asked) and "lately" in asked.line.has and _free_of(lex, asked, "lately")) or (
+            days_in(lex, asked.line.text, today)):
+        return None
+    last = memory.told("e.told_at = (SELECT max(told_at) FROM entries WHERE recall AND "
+                       "source IN ('chat', 'taught'))")[-1:]
+    return "", [unit for entry in last for unit in _units_of(lex, entry, ("",))]
+
+
+def _told_then(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
+             today: datetime.date) -> Looked:
+    """What was told on some days, or when something was told: What did I tell you yesterday?"""
+    if not _says(asked):
+        return None
+    days = days_in(lex, asked.line.text, today)
+    if days and _free_of(lex, asked):
+        first = datetime.datetime.combine(days[0].first, datetime.time()).timestamp() - 86_400.0
+        last = datetime.datetime.combine(days[0].last, datetime.time()).timestamp() + 172_800.0
+        told = memory.told("e.told_at BETWEEN ? AND ?", first, last)
+        return "", _what_holds(lex, [e for e in told if days[0].first <= told_day(e) <= days[0].last
+                                     ])[-MOST_LISTED:]
+    if asked.slot == "time":
+        found = [each for each in _about(lex, memory, asked) if each.entry.source in TOLD][-1:]
+        day = [told_day(unit.entry) for unit in found] * 2
+        return (f"You told me {named_days(lex, 'en', day[0], day[1], today)}: "
+                f"{said_back(lex, found[0], today)}" if found else "", found)
+    return None
+
+
+def _planned(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
+             today: datetime.date) -> Looked:
+    """What was said to be on some days: What did I do on 7 May? What are my plans for tomorrow?"""
+    days = days_in(lex, asked.line.text, today)
+    if not days or asked.line.has & {"you", "advice", "says"} or asked.polar or (
+            asked.slot in ("time", "number") or not _free_of(lex, asked)):
+        return None
+    def names(entry: Entry) -> bool:
+        return any(part[:10] <= str(days[0].last) and str(days[0].first) <= part[12:]
+                   for part in entry.days.split()[1:])
+    return "", _what_holds(lex, filter(names, memory.told("e.days LIKE '% %'")))[-MOST_LISTED:]
+
+
+def _listed(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
+             today: datetime.date) -> Looked:
+    """What is on a list: What's on the packing list?"""
+    words = asked.line.words
+    at = next((i for i, word in enumerate(words) if "list" in word.classes), -1)
+    to_do = bool(raw.has_phrase(lex, "todo"))
+    if at < 0 and not to_do or asked.slot not in ("", "number", "job"):
+        return None
+    name = {words[i].stem for i in asked.line.telling if not to_do and (
+        i > at or at - 4 < i < at and (asked.line.owners[i] or i == at - 1))}
+    items, used = list_items(lex, memory, name, "todo" if to_do else "list")
+    if not used:
+        return None if to_do else ("", [])
+    if asked.polar:
+        here = any(words[i].stem in {lex.line(item).words[k].stem for k in lex.line(item).telling}
+                   for item in items for i in asked.terms if i != at)
+        return f"{'Yes' if here else 'No'}. On it: {_enumerated(items)}.", used
+    said = f"{len(items)}: " * (asked.slot == "number") + _enumerated(items)
+    return f"{said[:1].upper()}{said[1:]}.", used
+
+
+def _enumerated(items: Sequence[str]) -> str:
+    """Return items as one writes them: a, b and c."""
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else
+                        items or ["nothing"])
+
+
+def list_items(lex: Lexicon, memory: Memory, name: AbstractSet[str], kind: str = "list"
+               ) -> Tuple[List[str], List[Unit]]:
+    """Return what is on a list by now, and the statements that put it there or took it off.
+
+    "Packing list: tent and stove" begins one, "put a torch on it" and "cross the stove off" change
+    the one named or the one spoken of last, and what is "done" is off it.
+    """
+    items: List[str] = []
+    used: List[Unit] = []
+    ours = False
+    for entry in memory.told("e.id > ?", memory.about_count() - MOST_TO_SCAN):
+        for line in entry.text.splitlines():
+            unit = Unit(entry, lex.line(lex.opened(line)[0]), text=line)
+            head, colon, rest = line.partition(":")
+            stems = {word.stem for word in unit.line.words}
+            listed = bool(unit.line.has_phrase(lex, kind))
+            if listed:
+                ours = name <= stems or not name
+            adds = "puts" in (unit.line.words or [_NO_WORD])[0].classes or (
+                listed and not colon and "aux" in unit.line.has)
+            if colon and ours and listed:
+                items, used = _split_items(rest), [unit]
+            elif used and ours and adds and "strikes" not in unit.line.has:
+                items, used = [*items, *_split_items(_object(lex, unit.line))], [*used, unit]
+            elif used and (ours and "strikes" in unit.line.has or "done" in unit.line.has) and (
+                    "not" not in unit.line.has):
+                kept = [item for item in items if not {w.stem for w in lex.line(item).words if
+                        "function" not in w.classes} & {w.stem for w in unit.line.words}]
+                used += [unit] * (kept != items)
+                items = kept
+    return items, used
+
+
+def _split_items(text: str) -> List[str]:
+    """Return the items of an enumeration."""
+    parts = re.split(r"[,;]| (?:and|und|y|et) ", text.strip(" .!"))
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _object(lex: Lexicon, line: Line) -> str:
+    """Return what is put somewhere: a torch, of "put a torch on it"."""
+    start = int("puts" in line.words[0].classes)
+    ends = [i for i, word in enumerate(line.words) if i and word.classes & {"prep", "aux"}]
+    return " ".join(word.text for word in line.words[start:(ends or [len(line.words)])[0]])
+
+
+def _about(lex: Lexicon, memory: Memory, asked: Asked) -> List[Unit]:
+    """Return the statements that hold all that a question names, oldest first."""
+    asked, entries = gathered(lex, memory, asked)
+    skip = {"idle", "says", "frame", "about", "list"}
+    terms = [i for i in asked.terms if not asked.line.words[i].classes & skip and (
+        i not in asked.asking)]
+    own = bool(asked.line.has & {"own"})
+    found = [each.unit for each in judged(lex, asked, entries)
+             if terms and all(each.near[i] > 3 for i in terms) and (
+                 each.unit.entry.source in TOLD or each.unit.line.speaker
+                 or not own and not _leaning(each.unit.entry.text))]
+    return sorted(found, key=lambda unit: (unit.entry.told_at, unit.entry.id))
+
+
+def _all_about(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
+             today: datetime.date) -> Looked:
+    """All that holds of a person or a thing, the newest first: What do you know about Ines?"""
+    if not raw.has_phrase(lex, "about") and not _says(asked):
+        return None
+    line = asked.line
+    if line.words[-1].classes & {"me"}:
+        told = [unit for unit in _what_holds(lex, memory.told("e.id > ?", memory.about_count()
+                - MOST_HELD)) if unit.line.has & {"me", "own", "subject"}]
+        return "", told[::-1][:MOST_LISTED]
+    found = _about(lex, memory, asked)
+    units = [unit for k, unit in enumerate(found) if not any(
+        _replaces(lex, later.line, unit.line) for later in found[k + 1:])]
+    if not units and not any(line.caps[1:]) and not line.has & {"own"}:
+        return None  # tell me about the moon
+    return _one_by_one(lex, units[::-1][:MOST_LISTED], today), units[::-1][:MOST_LISTED]
+
+
+def _one_by_one(lex: Lexicon, units: Sequence[Unit], today: datetime.date) -> str:
+    """Return statements as one text, what some lean on before them and once only."""
+    held: Dict[str, List[Unit]] = {}
+    for unit in units:
+        base = unit.about or unit.text + "." * unit.text[-1:].isalnum()
+        held.setdefault(base, []).insert(0, unit)
+    said = []
+    for about, kin in held.items():
+        first = next((u for u in kin if not u.about), kin[0])
+        said.append(said_back(lex, first, today))
+        said += [said_back(lex, u._replace(line=lex.line(u.text), about=""), today)
+                 for u in kin if u is not first]
+    return " ".join(dict.fromkeys(said))
+
+
+def _compared(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
+             today: datetime.date) -> Looked:
+    """Which of two is more or less, where both were told in one unit: the crate or the trunk?"""
+    more, less = (kind in asked.line.has for kind in ("more", "less"))
+    parts = re.split(r",? (?:or|oder|o|ou) ", asked.line.text)
+    if not (more or less) or len(parts) != 2:
+        return None
+    found: List[Tuple[float, Unit, str]] = []
+    for part in (re.split(r", ", parts[0])[-1], parts[1]):
+        for unit in reversed(_about(lex, memory, analyzed(lex, part))):
+            values = [float(w.word.replace(",", ".")) for w in unit.line.words
+                      if re.fullmatch(r"\d+(?:[.,]\d+)?", w.word)] or [
+                          float(lex.pairs["count", "en"][w.word]) for w in unit.line.words
+                          if w.word in lex.pairs["count", "en"] and w.word not in ("a", "an")]
+            if values:
+                found.append((values[0], unit, part.strip(" ?.")))
+                break
+    if len(found) != 2 or found[0][0] == found[1][0]:
+        return None
+    _, _, name = (max if more else min)(found, key=itemgetter(0))
+    said = " ".join(dict.fromkeys(said_back(lex, unit, today) for _, unit, _ in found))
+    return f"{turned(name)[:1].upper()}{turned(name)[1:]}. {said}", [unit for _, unit, _ in found]
+
+
+def _counted_up(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
+             today: datetime.date) -> Looked:
+    """How many there are, over several statements: six chairs, two more; a cousin and another."""
+    if asked.slot not in ("number", "amount") or "you" in asked.line.has:
+        return None
+    at = next((i for i in asked.line.telling if i not in asked.asking), None)
+    thing = asked.line.words[at] if at is not None else _NO_WORD
+    total, counted, names = 0, [], {}  # type: int, List[Unit], Dict[str, Unit]
+    for unit in _about(lex, memory, asked) if at is not None else ():
+        line, here = lex.line(unit.text), 0
+        numbers = lex.pairs["count", line.language]
+        for j in (j for j in line.telling if (
+                line.words[j].stem in lex.kinds["unit"] | lex.kinds["money"]
+                if asked.slot == "amount" else lex.nearness(thing, line.words[j]) == 4)):
+            names.update((w.text, unit) for w in _names_beside(lex, line, j))
+            here += next((int(numbers.get(w.word, w.word)) for w in line.words[max(0, j - 3):j]
+                          if w.word.isdigit() or w.word in numbers and len(w.word) > 2), 0)
+        if here and unit.entry.source in TOLD:
+            added, ended = "added" in line.has, bool(line.has_phrase(lex, "ended"))
+            total = total + here if added else total - here if ended else here
+            counted = [*counted, unit] if added or ended else [unit]
+    if len(names) > max(1, total) and asked.slot == "number":
+        return f"{len(names)} that I know of: {_enumerated([*names])}.", [*names.values()]
+    if len(counted) > 1:
+        told = " ".join(dict.fromkeys(said_back(lex, unit, today) for unit in counted))
+        return f"{total}: {told}", counted
+    return None
+
+
 def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5) -> List[Recall]:
     """Return what fits the text, best first; equal exchanges in an order that rng decides."""
     lex, text = lexicon_of(memory), _MARKER.sub("", text)
@@ -6567,19 +7337,74 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5) ->
     fits.sort(key=lambda fit: (-round(fit.score, 2), rng.random()))
     if not asking:
         return fits
-    said = []
-    for each in newest_first(lex, judged(lex, asked, entries), least):
+    said, today = [], datetime.date.fromtimestamp(memory.clock())
+    found = newest_first(lex, judged(lex, asked, entries), least,
+                         bool(asked.line.has_phrase(lex, "former")), _wants_all(asked))
+    for each in found:
         line, unsure = each.unit.line, asked.polar and not each.verdict  # is quoted at most
+        told = f"{line.speaker}: {line.text}" if line.speaker else each.unit.text or line.text
         said.append(Recall(min(each.score, least / 2.0) if unsure else each.score, each.unit.entry,
-                           each.verdict + said_back(lex, each.unit),
-                           f"{line.speaker}: {line.text}" if line.speaker else line.text))
+                           each.verdict + said_back(lex, each.unit, today), told))
+    if found and found[0].score >= least:
+        said[0] = _with_others(lex, asked, found, said, least, today)
     return sorted([*said[:1], *fits, *said[1:]], key=lambda fit: -round(fit.score, 2))
 
 
+def _with_others(lex: Lexicon, asked: Asked, found: Sequence[Judged], said: Sequence[Recall],
+                 least: float, today: datetime.date) -> Recall:
+    """Return the best answer with those that answer beside it, and with what is to be reckoned."""
+    top, best = found[0], said[0]
+    if asked.slot in ("span", "age") and top.unit.entry.source in TOLD:
+        days = days_in(lex, top.unit.text, told_day(top.unit.entry))
+        return best._replace(answer=f"{best.answer} That is {_length(days[0].first, today)}.") if (
+            days and days[0].first < today) else best
+    if not _wants_all(asked):
+        return best
+    beside = [(each, fit) for each, fit in zip(found[1:], said[1:]) if fit.score >= least
+              and each.filled == top.filled and fit.entry.source in TOLD
+              and all(each.near[i] > 2 for i in top.near if top.near[i] > 2)
+              and not _replaces(lex, top.unit.line, each.unit.line)
+              and (asked.slot != "person" or _subject(each.unit.line) != _subject(top.unit.line))]
+    answers = dict.fromkeys([best.answer, *(fit.answer for _, fit in beside)])
+    return best._replace(answer=" ".join(answers), others=tuple(fit.entry for _, fit in beside))
+
+
+def _wants_all(asked: Asked) -> bool:
+    """Return whether several statements may answer side by side: Who plays chess? Which sports?"""
+    return not asked.polar and (asked.slot == "person" or bool(asked.kind) and not (
+        asked.vital - asked.asking))
+
+
+def _replaces(lex: Lexicon, new: Line, old: Line) -> bool:
+    """Return whether of two statements one has the other's place: all the same but for its value.
+    """
+    ours, theirs = ([line.words[i].stem for i in line.telling] for line in (new, old))
+    lost = [j for j in old.telling if old.words[j].stem not in ours]
+    got = [i for i in new.telling if new.words[i].stem not in theirs]
+    return bool(lost) and len(lost) < 3 and len(ours) > len(got) and any(
+        _same_sort(lex, new, i, old, j) for i in got for j in lost) and (
+            _subject(new) == _subject(old))
+
+
+def _length(first: datetime.date, last: datetime.date) -> str:
+    """Return the time between two days in the largest unit that suits it."""
+    days = (last - first).days
+    for size, unit in ((365, "year"), (30, "month"), (7, "week"), (1, "day")):
+        count = days // size
+        if count > 1 and (size != 7 or days % 7 == 0 or days > 27):
+            return f"{count} {unit}s"
+    return f"{days} day" + "s" * (days != 1)
+
+
 def recollection(memory: Memory, text: str, rng: random.Random, least: float,
-                 rejected: Container[str] = ()) -> Tuple[Optional[Reply], List[Recall]]:
+                 rejected: Container[str] = (), turns: Sequence[Tuple[str, str]] = ()
+                 ) -> Tuple[Optional[Reply], List[Recall]]:
     """Return what memory replies by itself to a text, or None; and all that fits, if not rejected.
     """
+    text = in_context(lexicon(), text, turns)
+    whole = looked_up(lexicon_of(memory), memory, text)
+    if whole and rejection(text, whole.text) not in rejected:
+        return whole, []
     fits = [fit for fit in recall(memory, text, rng, least)
             if not rejected or rejection(text, fit.answer) not in rejected]
     told = [fit for fit in fits if not is_exchange(fit.entry)]
@@ -6587,7 +7412,8 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
     best, alike = (fits[0].score if fits else 0.0 for fits in (told, said))
     factual = asks_for_a_fact(text)
     if best >= least and (factual or best >= alike):
-        return Reply(told[0].answer, "memory", told[0].entry, best), fits
+        return Reply(told[0].answer, "memory", told[0].entry, best,
+                     (told[0].entry, *told[0].others)), fits
     if alike >= least and (alike == 1.0 or not (factual or names_something(text))):
         return Reply(said[0].answer, "exchange", said[0].entry, alike), fits
     lex, mine = lexicon(), {"own", "me"}
@@ -6600,6 +7426,10 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
         return factual and not (mine & asked and not mine & lex.line(fit.told).has)
     near = list({fit.told: fit for fit in told[:2]
                  if fit.score >= JUDGE["quote"] and quotable(fit)}.values())
+    lines = [lex.line(fit.told) for fit in near]
+    if len(near) > 1 and near[0].entry.told_at > near[1].entry.told_at and (
+            _replaces(lex, *lines) or lines[0].has_phrase(lex, "changed")):
+        near = near[:1]
     if not near:
         return None, fits
     words = "I am not sure, but " + (
@@ -6620,27 +7450,68 @@ def states_a_fact(text: str) -> bool:
         and (len(line.telling) > 1 or "me" in line.has) for line in lines)
 
 
-def completed(text: str, turns: Sequence[Tuple[str, str]]) -> Optional[str]:
-    """Return a correction that leaves out what it is about as a whole sentence, or None.
+def mended(lex: Lexicon, recent: Sequence[Entry], text: str) -> Optional[str]:
+    """Return a statement told of late as a correction has it, or None: at nine; no, at ten.
 
-    "No, at ten" after "The ferry leaves at nine" says that the ferry leaves at ten.
+    What the correction names takes the place of what it denies, or of the last thing of its sort in
+    what was told last.
     """
-    found = _CORRECTS.match(text)
-    if not found or asks(text):
-        return None
-    rest = text[found.end():].rstrip(" .!")
-    pronoun = _BY_PRONOUN.match(rest)
-    for role, words in reversed(turns[-3:]):
-        said = [s for line in words.splitlines() for s in statements_of(line)]
-        before = (said[-1] if role == "owner" else turned(said[-1])).rstrip(" .!") if said else ""
-        about = re.match(r"(.{2,80}?) (is|are|was|were)\b(?: (?!not\b).*)$", before)
-        if pronoun and about and not _ANAPHORS.match(before):
-            return f"{about[1]} {about[2]} {rest[pronoun.end():]}."
-        opening = re.match(r"(at|on|in|to|from|with|for|by|under) ", rest)
-        place = before.rfind(f" {opening[1]} ") if opening else -1
-        if place > 0:
-            return f"{before[:place]} {rest}."
+    for entry in reversed(recent):
+        found = _mended(lex, entry.text.strip(), text, entry is recent[-1])
+        if found:
+            return found
     return None
+
+
+def _mended(lex: Lexicon, before: str, text: str, last: bool) -> Optional[str]:
+    opening = len(text) - len(lex.opened(text)[0])
+    new, old = lex.line(text[opening:]), lex.line(before)
+    if not before or asks(text, lex) or "subject" in new.has or "own" in new.has or not (
+            _corrects(lex, text) or "not" in new.has):
+        return None
+    words, denied = new.words, [i for i, word in enumerate(new.words) if "not" in word.classes]
+    gone = [j for i in denied for j, word in enumerate(old.words) if j in old.telling and any(
+        word.stem == w.stem for w in words[i + 1:i + 4])]
+    fresh = [i for i in new.telling if not (denied and denied[-1] < i and gone)]
+    if denied and not gone or not fresh or len(fresh) > 4 or not (gone or last):
+        return None
+    i = fresh[0]
+    at = gone[:1] or [j for j in reversed(old.telling) if _same_sort(lex, new, i, old, j)][:1]
+    lead = [j for j, word in enumerate(old.words) if "prep" in word.classes and i and
+            word.word == words[0].word]
+    if not at and (lead or "refers" in new.has or "det" in words[0].classes):
+        start = lead[-1] + 1 if lead else next((j + 1 for j, word in enumerate(old.words)
+                                                if j and "aux" in word.classes), 0)
+        at = [j for j in old.telling if j >= start > 0][:1]
+    if not at:
+        return None
+    spans, end = [], 0
+    for word in old.words:
+        start = before.find(word.text, end)
+        end = start + len(word.text)
+        spans.append((start, end))
+    if any(start < 0 for start, _ in spans):  # it's is two words
+        return None
+    end = i
+    while end + 1 in fresh or end + 2 in fresh and _is_number(lex, words[end + 2]):
+        end += 1
+    said = " ".join(words[k].text for k in range(i, end + 1))
+    return f"{before[:spans[at[0]][0]]}{said}{before[spans[at[0]][1]:]}".replace(" 's", "'s")
+
+
+def _corrects(lex: Lexicon, text: str) -> bool:
+    """Return whether a text begins as a correction does."""
+    words = [word.casefold() for word in _WORD.findall(text[:MAX_ASKED_CHARS])] or [""]
+    return lex.phrase_at(words, 0, "corrects", lex.language_of(words)) > 0
+
+
+def _same_sort(lex: Lexicon, one: Line, i: int, other: Line, j: int) -> bool:
+    """Return whether two words are of one sort: numbers or times, names, or of one kind."""
+    a, b = one.words[i], other.words[j]
+    timely = [_is_number(lex, w) or w.stem in lex.kinds["ordinal"] | lex.kinds["time"]
+              for w in (a, b)]
+    return a.stem != b.stem and (all(timely) or not any(timely) and (
+        one.caps[i] and other.caps[j] or b.stem in lex.rivals.get(a.stem, ())))
 
 
 def asks_for_a_fact(text: str) -> bool:
@@ -7144,7 +8015,7 @@ class Turn:
             yield from self._replied(Reply(self._forgotten(wish_to_forget(text)), "tool"))
             return
         sure, self.fits = recollection(self.memory, text, self.rng, mind.config.recall_score,
-                                       self.rejected)
+                                       self.rejected, self.turns)
         factual = asks_for_a_fact(text) or names_something(text)
         if sure and (sure.source != "exchange" or factual or not mind.trusted):
             yield from self._replied(sure)
@@ -8913,15 +9784,10 @@ class Organism:
         with self.trainer.paused():
             session = self.session_id()
             self._take_in_messages()
-            turns = [(m.role, m.text) for m in self.memory.prompt_messages(session)
-                     if m.stage < SUMMED]
             try:
                 yield from self.speaker.reply(text, session)
             finally:
                 self._after_turn(session)
-                whole = completed(text, turns)
-                if whole:
-                    self._remember(whole, "chat", session)
 
     def _take_in_messages(self) -> None:
         """Make entries of what the owner said, also of what a crash left lying, as of then."""
@@ -8962,9 +9828,21 @@ class Organism:
         lines = [piece for line in text.splitlines()
                  for piece in split_long_line(line, self._settings.max_line_chars)]
         if lines:
-            self.memory.add_entry(source, Document(tuple(lines), True), session, recall,
-                                  told_at=told_at)
+            self._add(lines, source, session, recall, told_at)
             self.trainer.text_changed(at_once=source != "chat")
+
+    def _add(self, lines: Sequence[str], source: str, session: Optional[int], recall: bool,
+             told_at: Optional[float]) -> None:
+        """Make an entry, with what it leans on and the days it names; mend what it corrects."""
+        memory, lex = self.memory, lexicon()
+        recent = memory.last_told(session, 5) if recall and source in TOLD else []
+        day = datetime.date.fromtimestamp(memory.clock() if told_at is None else told_at)
+        about = told_about(lex, recent[-1], lines[0]) if recent else ""
+        whole = mended(lex, recent, lines[0]) if recent and len(lines) == 1 else None
+        lines = [whole] if whole else lines
+        memory.add_entry(source, Document(tuple(lines), True), session, recall, told_at=told_at,
+                         about="" if whole else about,
+                         days=named_in(lex, lines, day) if recall else "")
 
     def teach(self, text: str) -> None:
         """Remember a sentence as a fact, and learn it soon."""

@@ -81,7 +81,7 @@ def rows_of(group, memory, rng, read=False):
     for tag, words, fact in questions:
         asked, entries = m.gathered(lex, told, m.analyzed(lex, m._question_in(lex, words)))
         rows = [(m.signals(lex, asked, unit)[0],
-                 unit.line.text.strip(" .") in fact and unit.entry.id > newest, verdict)
+                 unit.text.strip(" .") in fact and unit.entry.id > newest, verdict)
                 for unit, verdict in ((x.unit, x.verdict) for x in m.judged(lex, asked, entries))]
         # an exchanged question may be about another fact after all
         if tag != "X" or not any(found["whole"] for found, *_ in rows):
