@@ -81,6 +81,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import accumulate, repeat
 from math import dist, exp, isfinite, log, sqrt
 from operator import add, attrgetter, itemgetter, mul
@@ -245,6 +246,7 @@ class Config:
     max_gen_tokens: int = _setting(180, "longest reply in tokens", 1, 100_000)
     # voice
     recall_score: float = _setting(0.55, "match from which memory answers by itself", 0.0, 1.0)
+    due: int = _setting(1, "whether a chat begins with what was told for the day (0 or 1)", 0, 1)
     # a learner's words are readable from about 2.3; who is grown may speak up to half as much again
     trust_bpc: float = _setting(2.3, "held-out bits per character from which the model speaks", 0.0)
     # counts: 3 beat 2 by 0.03 bits per character on a million characters, 4 gained nothing
@@ -5773,11 +5775,15 @@ refers.en: he she it they him them his her its their, er ihn ihm sein seine sein
  paid sent booked got ordered, erledigt gekauft, hecho comprado, fait acheté, more.en: heavier
  older bigger larger taller longer higher wider deeper faster dearer more later, schwerer älter
  größer länger teurer, less.en: lighter younger smaller shorter lower narrower cheaper slower less
- fewer earlier, leichter jünger kleiner kürzer billiger, birth.en: born birthday, geboren, nacido
- nací nació, né née, added.en: more another extra, weitere, otro otra más, encore autre
-ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, until.en: since until
- till from by, seit bis ab, desde hasta, depuis dès, agenda.en: happen happened happening plan
- plans planned going scheduled, dated.en: on in, am im, el en, le en
+ fewer earlier, leichter jünger kleiner kürzer billiger, reckons.en: calculate compute sum makes
+ equal equals much reckon result, birth.en: born birthday, geboren, nacido nací nació, né née,
+ added.en: more another extra, weitere, otro otra más, encore autre
+ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, reckon.en: plus/+
+ and_add/+ added_to/+ minus/- less/- take_away/- times/* multiplied_by/* divided_by// over//
+ percent_of/%, plus/+ minus/- mal/* geteilt_durch// prozent_von/%, más/+ menos/- por/* entre//
+ dividido_por//, plus/+ moins/- fois/* divisé_par//, until.en: since until till from by, seit bis
+ ab, desde hasta, depuis dès, agenda.en: happen happened happening plan plans planned going
+ scheduled, dated.en: on in, am im, el en, le en
 short.en: 'm/am 're/are 've/have 'll/will 'd/would whats/what_is wheres/where_is whos/who_is
  hows/how_is whens/when_is im/i_am ive/i_have dont/do_not doesnt/does_not didnt/did_not isnt/is_not
  arent/are_not cant/can_not can't/can_not won't/will_not wont/will_not thats/that_is
@@ -5960,7 +5966,8 @@ class Lexicon:
 _NONE: AbstractSet[str] = frozenset()
 _NO_WORD = Word("", "", "", _NONE)
 _NEXT_LANGUAGE = {".en": ".de", ".de": ".es", ".es": ".fr"}
-_PAIRED = frozenset("ending turn short opposite day weekday month span count nth side past".split())
+_PAIRED = frozenset("ending turn short opposite day weekday month span count nth side past "
+                    "reckon".split())
 _FUNCTIONS = frozenset("det aux question me you own other not whether pronoun subject".split())
 
 
@@ -6544,8 +6551,7 @@ def _filling(lex: Lexicon, asked: Asked, line: Line, used: Container[int], befor
         return 2
     if asked.kind and not asked.slot:
         return 0
-    if asked.slot == "span" and lex.dated(line.text) or asked.slot == "age" and any(
-            "birth" in word.classes for word in line.words) and lex.dated(line.text):
+    if _began(lex, asked, line):
         return 2
     test = {"time": _when, "place": _where, **dict.fromkeys(
         ("number", "amount", "measure", "age", "span"), _counted)}.get(asked.slot, _named)
@@ -6553,6 +6559,13 @@ def _filling(lex: Lexicon, asked: Asked, line: Line, used: Container[int], befor
     return max((test(lex, asked.slot, line, used, at, *padded[at:at + 4])
                 for at, word in enumerate(line.words)
                 if at >= before and (at not in used or "prep" in word.classes)), default=0)
+
+
+def _began(lex: Lexicon, asked: Asked, line: Line) -> bool:
+    """Return whether a statement says since when something is, where it is asked how long."""
+    return lex.dated(line.text) and (asked.slot == "age" and "birth" in line.has or (
+        asked.slot == "span" and any(each.has_phrase(lex, kind) for kind, each in (
+            ("ago", asked.line), ("ago", line), ("until", line)))))
 
 
 def _is_number(lex: Lexicon, word: Word) -> bool:
@@ -6934,7 +6947,63 @@ def _said_in_log(lex: Lexicon, unit: Unit) -> str:
         f" ({', '.join(meant)})" if meant else "")
 
 
-def _exchange_fits(lex: Lexicon, asked: Asked, text: str,
+# tools
+
+
+def reckoned(lex: Lexicon, text: str) -> Optional[str]:
+    """Return what the sum in a text comes to, exactly, or None if there is none: 17 plus 4."""
+    languages = dict.fromkeys((lex.line(text[:MAX_ASKED_CHARS]).language, "en"))
+    plain = re.sub(r"(?<=\d),(?=\d{3})", "", text[:MAX_ASKED_CHARS].casefold())
+    for kind, language in itertools.product(("reckon", "count"), languages):
+        for word, sign in sorted(lex.pairs[kind, language].items(), key=lambda p: -len(p[0])):
+            if kind == "reckon" or len(word) > 2:
+                plain = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", sign, plain)
+    number = r"\d{1,15}(?:\.\d{1,15})?"
+    found = re.search(rf"{number}(?:\s*[-+*/%x×÷]\s*{number}){{1,20}}", plain)
+    if not found:
+        return None
+    rest = lex.line(plain[:found.start()] + plain[found.end():])
+    if any(not rest.words[i].classes & {"idle", "frame", "reckons"} for i in rest.telling):
+        return None  # room 3-4
+    total, parts = Fraction(0), re.findall(rf"([-+*/%x×÷]?)\s*({number})", found[0])
+    term = Fraction(parts[0][1])
+    for sign, digits in parts[1:]:
+        value = Fraction(digits)
+        if sign in "/÷" and not value:
+            return None
+        if sign in "+-":
+            total, term = total + term, value if sign == "+" else -value
+        else:
+            term = term / value if sign in "/÷" else term * value / (100 if sign == "%" else 1)
+    total += term
+    exact = float(total) if total.denominator > 1 else int(total)
+    return f"{exact:.10g}" if total.denominator > 1 else str(exact)
+
+
+# What may stand in braces in an A: line, and what it says there; None where it has nothing to say.
+TOOLS: Dict[str, Callable[[Lexicon, Memory, str], Optional[str]]] = {
+    "time": lambda lex, memory, text: f"{_now(memory):%H:%M}",
+    "date": lambda lex, memory, text: f"{_now(memory).day} {_now(memory):%B %Y}",
+    "weekday": lambda lex, memory, text: f"{_now(memory):%A}",
+    "reckon": lambda lex, memory, text: reckoned(lex, text),
+    "facts": lambda lex, memory, text: str(len(memory.told()))}
+
+
+def _now(memory: Memory) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(memory.clock())
+
+
+def filled_in(lex: Lexicon, memory: Memory, answer: str, text: str) -> Optional[str]:
+    """Return an answer to a text with its {tools} filled, or None if one has nothing to say."""
+    for name in re.findall(r"\{(\w+)\}", answer):
+        said = TOOLS[name](lex, memory, text) if name in TOOLS else None
+        if said is None:
+            return None
+        answer = answer.replace(f"{{{name}}}", said)
+    return answer
+
+
+def _exchange_fits(lex: Lexicon, memory: Memory, asked: Asked, text: str,
                    found: Iterable[Entry]) -> Iterator[Recall]:
     """Yield the answers of the corpus's exchanges, by how like their question is to the text."""
     line, folded = lex.line(text), folded_words(text)
@@ -6946,8 +7015,10 @@ def _exchange_fits(lex: Lexicon, asked: Asked, text: str,
             if (asker, teller) == ("H", "A") and answer:
                 score = 1.0 if folded_words(words) == folded else min(
                     0.98, _likeness(lex, line, lex.line(words), telling))
-                # what is said further on hangs on what was said before
-                yield Recall(score / 2.0 if place else score, entry, answer)
+                said = filled_in(lex, memory, answer, text)
+                if said is not None:  # what is said further on hangs on what was said before
+                    yield Recall(score / 2.0 if place else score, entry, said,
+                                 answer if said != answer else "")
 
 
 def _likeness(lex: Lexicon, a: Line, b: Line, telling: Dict[str, float]) -> float:
@@ -7255,6 +7326,27 @@ def _all_about(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
     return _one_by_one(lex, units[::-1][:MOST_LISTED], today), units[::-1][:MOST_LISTED]
 
 
+def about(memory: Memory, text: str) -> Reply:
+    """Return all that holds of what a text names, said shortly, and the entries that say so."""
+    lex, today = lexicon_of(memory), datetime.date.fromtimestamp(memory.clock())
+    units = _about(lex, memory, analyzed(lex, text))[::-1][:MOST_LISTED]
+    if not units:
+        return Reply(UNKNOWN_REPLY, "nothing")
+    entries = tuple({unit.entry.id: unit.entry for unit in units}.values())
+    return Reply(_one_by_one(lex, units, today), "memory", entries[0], 1.0, entries)
+
+
+def due(memory: Memory) -> str:
+    """Return what was told of today on a day before, in one line; "" if nothing was."""
+    lex, today = lexicon_of(memory), datetime.date.fromtimestamp(memory.clock())
+    told = [entry for entry in memory.told("instr(substr(e.days, 11), ?)", today.isoformat())
+            if told_day(entry) < today]
+    said = [f"{said_back(lex, unit, today)} You told me "
+            f"{named_days(lex, 'en', *[told_day(unit.entry)] * 2, today)}."
+            for unit in _what_holds(lex, told)[-3:]]
+    return f"Today: {' '.join(said)}" if said else ""
+
+
 def _one_by_one(lex: Lexicon, units: Sequence[Unit], today: datetime.date) -> str:
     """Return statements as one text, what some lean on before them and once only."""
     held: Dict[str, List[Unit]] = {}
@@ -7333,7 +7425,7 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5) ->
         return []
     asked, entries = gathered(lex, memory, asked)
     alike = {entry.id: entry for entry in (*said_so(memory, text, asking), *entries)}
-    fits = list(_exchange_fits(lex, asked, text, alike.values()))
+    fits = list(_exchange_fits(lex, memory, asked, text, alike.values()))
     fits.sort(key=lambda fit: (-round(fit.score, 2), rng.random()))
     if not asking:
         return fits
@@ -7354,7 +7446,7 @@ def _with_others(lex: Lexicon, asked: Asked, found: Sequence[Judged], said: Sequ
                  least: float, today: datetime.date) -> Recall:
     """Return the best answer with those that answer beside it, and with what is to be reckoned."""
     top, best = found[0], said[0]
-    if asked.slot in ("span", "age") and top.unit.entry.source in TOLD:
+    if top.unit.entry.source in TOLD and _began(lex, asked, top.unit.line):
         days = days_in(lex, top.unit.text, told_day(top.unit.entry))
         return best._replace(answer=f"{best.answer} That is {_length(days[0].first, today)}.") if (
             days and days[0].first < today) else best
@@ -7396,13 +7488,24 @@ def _length(first: datetime.date, last: datetime.date) -> str:
     return f"{days} day" + "s" * (days != 1)
 
 
+def _sum(lex: Lexicon, memory: Memory, text: str) -> Optional[Reply]:
+    """Return the answer to a sum, in the words of an exchange that has a place for it."""
+    if not asks(text, lex) or reckoned(lex, text) is None:
+        return None
+    lines = [line[len(MARKERS[1]):].strip() for entry in memory.entries_of(
+        memory.ids_holding([["reckon"]], MOST_TOLD)) for line in entry.text.splitlines()
+        if line.startswith(MARKERS[1]) and "{reckon}" in line]
+    same = [line for line in lines if lex.line(line).language == lex.line(text).language]
+    return Reply(filled_in(lex, memory, (same or ["{reckon}."])[0], text) or "", "tool")
+
+
 def recollection(memory: Memory, text: str, rng: random.Random, least: float,
                  rejected: Container[str] = (), turns: Sequence[Tuple[str, str]] = ()
                  ) -> Tuple[Optional[Reply], List[Recall]]:
     """Return what memory replies by itself to a text, or None; and all that fits, if not rejected.
     """
     text = in_context(lexicon(), text, turns)
-    whole = looked_up(lexicon_of(memory), memory, text)
+    whole = _sum(lexicon_of(memory), memory, text) or looked_up(lexicon_of(memory), memory, text)
     if whole and rejection(text, whole.text) not in rejected:
         return whole, []
     fits = [fit for fit in recall(memory, text, rng, least)
@@ -7415,7 +7518,8 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
         return Reply(told[0].answer, "memory", told[0].entry, best,
                      (told[0].entry, *told[0].others)), fits
     if alike >= least and (alike == 1.0 or not (factual or names_something(text))):
-        return Reply(said[0].answer, "exchange", said[0].entry, alike), fits
+        return Reply(said[0].answer, "tool" if said[0].told else "exchange", said[0].entry,
+                     alike), fits
     lex, mine = lexicon(), {"own", "me"}
     asked = analyzed(lex, text).line.has  # without "you" it is not put to the program itself
 
@@ -8082,7 +8186,7 @@ class Turn:
         for _ in range(DRAFTS if model.engine.is_fast else INTERPRETED_DRAFTS):
             said: List[Said] = []
             words = "".join(spoken(model, tokenizer, ids, config, self.rng, mixture, said))
-            for part, worth in judge(words.strip()):
+            for part, worth in judge(words.strip()) if "{" not in words else ():
                 yield Draft(part, worth, said)
 
     def _from_exchanges(self, judge: Callable[[str], Iterable[Tuple[str, float]]],
@@ -10184,6 +10288,7 @@ def command_chat(app: App, words: List[str]) -> int:
 def _chat_piped(app: App) -> int:
     """Answer each line of stdin with exactly one line; a command gives one line or none."""
     wake(app)
+    tell_due(app)
     code = 0
     settled = app.organism().wait_rest if app.options.wait_trained else lambda: None
     for raw in iter(sys.stdin.buffer.readline, b"") if sys.stdin else ():
@@ -10206,6 +10311,13 @@ def _chat_piped(app: App) -> int:
     return code
 
 
+def tell_due(app: App) -> None:
+    """Say what was told for today, if the owner wants that."""
+    said = due(app.memory()) if app.config.due else ""
+    if said:
+        app.terminal.note(said)
+
+
 def _chat_terminal(app: App) -> int:
     """Read, reply, and stream, until the owner leaves."""
     prepare_readline(app)
@@ -10214,6 +10326,7 @@ def _chat_terminal(app: App) -> int:
         organism.growth.phase, "newborn")
     app.terminal.note(f"macrogpt {__version__} — {organism.speaker.engine.name} engine, "
                       f"{model_size(organism)[0]:,} parameters, {phase}. /help for commands.")
+    tell_due(app)
     interrupted = False
     while True:
         app.notices()
@@ -10339,9 +10452,17 @@ def _repl_memory(app: App, rest: str) -> List[str]:
         f"the memory holds nothing about {rest!r}"]
 
 
+def _repl_about(app: App, rest: str) -> List[str]:
+    if not rest:
+        raise UsageError("about takes a name or a thing; for example: /about my cousin")
+    return [about(app.memory(), rest).text]
+
+
 def _entry_line(entry: Entry) -> str:
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.told_at))
-    return f"{entry.id:6}  {entry.source:8} {when}  {' / '.join(entry.text.splitlines())}"
+    days = " ".join(part.partition("..")[0] for part in entry.days.split()[1:])
+    return (f"{entry.id:6}  {entry.source:8} {when}  {' / '.join(entry.text.splitlines())}"
+            + f" (of {days})" * bool(days) + f" (after: {entry.about})" * bool(entry.about))
 
 
 def _repl_why(app: App, rest: str) -> List[str]:
@@ -10350,7 +10471,8 @@ def _repl_why(app: App, rest: str) -> List[str]:
         return ["nothing has been said yet"]
     last = turn.reply
     if last.entry is not None:
-        return [f"it came from memory, match {last.score:.2f}:", _entry_line(last.entry)]
+        return [f"it came from memory, match {last.score:.2f}:", *(
+            _entry_line(entry) for entry in last.entries or (last.entry,))]
     if last.source == "voice":
         return why_lines(turn.trace, app.organism().growth.step)
     return ["nothing in the memory fitted, and the model has not learned enough to try"]
@@ -10524,6 +10646,7 @@ REPL_COMMANDS: Dict[str, Tuple[Callable[[App, str], List[str]], str, str]] = {
               "how large, how old, how good it is"),
     "log": (_repl_log, "", "what has happened in its life"),
     "memory": (_repl_memory, "TEXT", "search the memory"),
+    "about": (_repl_about, "TEXT", "all that was told about it"),
     "why": (_repl_why, "", "where the last reply came from"),
     "good": (lambda app, rest: _repl_judge(app, True), "", "approve the last reply"),
     "bad": (lambda app, rest: _repl_judge(app, False), "", "reject the last reply"),
@@ -10620,6 +10743,11 @@ def command_memory(app: App, words: List[str]) -> int:
     memory = app.memory()
     if action == "search" and rest:
         entries = search(memory, rest)
+    elif action == "about" and rest:
+        found = about(memory, rest)
+        app.report({"reply": found.text, "entries": [e._asdict() for e in found.entries]},
+                   [found.text])
+        return 0
     elif action == "list" and not rest:
         entries = memory.entries("e.source != 'corpus'")
     elif action == "forget" and rest:
@@ -10627,7 +10755,7 @@ def command_memory(app: App, words: List[str]) -> int:
         app.report({"said": done}, [done])
         return 0 if done.startswith("forgotten") else 1
     else:
-        raise UsageError("memory takes one of: search TEXT, list, forget TEXT-or-ID")
+        raise UsageError("memory takes one of: search TEXT, about TEXT, list, forget TEXT-or-ID")
     app.report({"entries": [{**e._asdict(), "learned": e.layer is not None} for e in entries]},
                [_entry_line(entry) for entry in entries] or ["nothing found"])
     return 0

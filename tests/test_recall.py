@@ -4,17 +4,22 @@ The sentences are in recall_sets.txt and recall_cases.txt. Thresholds lie a litt
 measured; what they were fitted on is in fit_recall.py, which holds whole groups out.
 """
 import contextlib
+import datetime
 import functools
 import itertools
 import json
 import os
 import random
+import re
 import time
 import unittest
+from unittest import mock
 
 import macrogpt as m
 import fit_recall
 from support import ROOT, Folder
+
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 @functools.lru_cache(maxsize=None)
@@ -279,3 +284,83 @@ class Speed(unittest.TestCase):
                     times.append(time.perf_counter() - begun)
                 best[count] = min(times)
         self.assertLess(best[10_000], 30.0 * best[100], best)
+
+def scenes():
+    """Yield the scenes of recall_ways.txt, each a list of (tag, words)."""
+    with open(os.path.join(HERE, "recall_ways.txt"), encoding="utf-8") as file:
+        for block in re.split(r"^G ", file.read(), flags=re.M)[1:]:
+            yield [line.partition(" ")[::2] for line in block.splitlines()[1:] if line]
+
+
+class Days(Folder, unittest.TestCase):
+    """A talk over days, with a clock that the test moves."""
+
+    def at(self, day, *lines, zone="UTC"):
+        """Return the replies, as (words, source), of a session at a time of a day in a zone."""
+        zones = mock.patch.dict(os.environ, TZ=zone)
+        zones.start()
+        self.addCleanup(zones.stop)
+        time.tzset()
+        self.addCleanup(time.tzset)
+        now = datetime.datetime.fromisoformat(day).timestamp()
+        ticks = itertools.count()
+        clock = (lambda: now + next(ticks) / 1e3,)
+        with mock.patch.object(m.Memory.__init__, "__defaults__", clock):
+            done = self.run_here("--no-train", "--json", stdin="\n".join(lines).encode() + b"\n")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.noticed = done.stderr.decode()
+        rows = [json.loads(line) if line[:1] == b"{" else {"reply": line.decode(), "source": ""}
+                for line in done.stdout.splitlines()]
+        return [(row["reply"], row["source"]) for row in rows]
+
+    def test_scenes_of_people_time_and_lists_mostly_come_out_right_and_little_is_invented(self):
+        right, asked, false, never = 0, 0, [], 0
+        for number, scene in enumerate(list(scenes())[::4]):
+            self.db, day, said = self.path(f"{number}.sqlite3"), "2026-03-01T12:00", []
+            for tag, words in [*scene, ("P", "")]:
+                if tag not in "DP":
+                    said.append((tag, words))
+                    continue
+                rows = self.at(day, *(w.split("|")[0].strip() for _, w in said)) if said else []
+                for (kind, line), (reply, source) in zip(said, rows):
+                    if kind == "Q":
+                        needs = line.split("|")[1].split(";")
+                        nots = "".join(line.split("|")[2:]).strip(" !").split(";")
+                        right += all(any(n.strip() in reply.lower() for n in need.split("/"))
+                                     for need in needs) and not any(
+                                         n and n.strip() in reply.lower() for n in nots)
+                        asked += 1
+                    elif kind == "U":
+                        never += 1
+                        false += [(line, reply)] * (source == "memory")
+                day, said = words or day, []
+        self.assertGreater(right, 0.7 * asked)
+        self.assertLessEqual(len(false), 0.1 * never, false)
+
+    def test_told_in_may_asked_in_june_over_the_turn_of_a_year_and_in_another_zone(self):
+        self.at("2026-05-08T23:30", "My flight to Oslo is tomorrow at nine.", zone="Europe/Berlin")
+        said = self.at("2026-05-09T07:00", "When is my flight?", zone="Europe/Berlin")
+        self.assertIn("Today: Your flight to Oslo is today at nine.", self.noticed)
+        self.assertIn("is today at nine", said[0][0])
+        self.at("2026-05-09T07:00", "hello", "/set due 0")
+        self.at("2026-05-09T08:00", "hello")
+        self.assertNotIn("Today:", self.noticed)
+        for day, words in (("2026-06-12T10:00", "was on 9 May at nine"),
+                           ("2027-01-02T10:00", "was on 9 May 2026 at nine")):
+            said = self.at(day, "When was my flight to Oslo?", zone="America/New_York")
+            self.assertEqual(said[0], (f"Your flight to Oslo {words}.", "memory"))
+
+    def test_sums_lists_and_all_that_is_known_and_why(self):
+        said = self.at("2026-05-08T09:00", "What is 12 times 12?", "Packing list: tent and stove",
+                       "Put a torch on it", "Cross the stove off", "What's on the packing list?",
+                       "My cousin is Ines.", "She teaches in Porto.", "Where does my cousin teach?",
+                       "/why", "What do you know about Ines?")
+        words = [reply for reply, _ in said]
+        self.assertEqual((words[0], said[0][1]), ("144.", "tool"))
+        self.assertEqual(words[4], "Tent and a torch.")
+        self.assertIn("Porto", words[7])
+        self.assertIn("Porto", words[-1])
+        about = self.run_here("--no-train", "memory", "about", "Ines")
+        self.assertIn(b"Porto", about.stdout)
+
+
