@@ -10237,7 +10237,7 @@ def wake(app: App) -> Organism:
         organism.take_in_corpus()
     else:
         organism.awake()
-        organism.watcher.read_once.wait(0.5)  # a huge corpus is read beside the first replies
+        organism.watcher.read_once.wait(0.3)  # a huge corpus is read beside the first replies
     if app.options.wait_trained and not app.options.no_train:
         bar = ProgressBar(app.terminal)
         organism.learn_now()
