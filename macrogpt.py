@@ -2884,6 +2884,36 @@ def embed(ids: Sequence[int], table: MatrixParam) -> VectorValue:
         g, wanted, table.grad_buffer(), rows, dim)))
 
 
+def pooled(x: VectorValue, owners: Sequence[int], rows: int) -> VectorValue:
+    """Return the sums (rows, C) of those rows of x (T, C) that have one owner each, below rows."""
+    engine, wanted, dim = x.engine, array("i", owners), x.dim
+    out = VectorValue(engine, rows, dim)
+    engine.scatter_rows(x.data, wanted, out.data, len(wanted), dim)
+
+    def x_learns(g: array) -> None:
+        back = engine.buffer(len(wanted) * dim)
+        engine.gather_rows(g, wanted, back, len(wanted), dim)
+        x.add_grad(back)
+    return out.of((x, x_learns))
+
+
+def compared(x: VectorValue, y: VectorValue, scale: float) -> VectorValue:
+    """Return scale · x·yᵀ (T, U) of x (T, C) and y (U, C)."""
+    engine, rows, inner, cols = x.engine, x.rows, x.dim, y.rows
+    packed, other = engine.pack(x.data, rows, inner), engine.pack(y.data, cols, inner)
+
+    def times(numbers: array) -> array:
+        out = engine.buffer(rows * cols)
+        engine.add_scaled(numbers, out, rows * cols, scale)
+        return out
+    raw, out = engine.buffer(rows * cols), VectorValue(engine, rows, cols)
+    engine.matmul_nt(packed, other, raw, rows, inner, cols)
+    engine.add_scaled(raw, out.data, rows * cols, scale)
+    return out.of(
+        (x, lambda g: engine.matmul_nn(times(g), other, x.grad_buffer(), rows, cols, inner)),
+        (y, lambda g: engine.matmul_tn(times(g), packed, y.grad_buffer(), cols, rows, inner)))
+
+
 def linear(x: VectorValue, w: MatrixParam) -> VectorValue:
     """Return x (T, C_in) · wᵀ, w (C_out, C_in): (T, C_out).  Raises ValueError on a mismatch."""
     if x.dim != w.dim:
@@ -4156,7 +4186,7 @@ def load_router(tokenizer: EvolvingTokenizer, layer: Layer) -> Router:
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
-# 11 · EXPERTS — three who guess, and one who weighs them   uses: 0 1 2 4 7 9 10
+# 11 · EXPERTS — three who guess, and one who weighs them   uses: 0 1 2 4 5 6 7 8 9 10
 # ──────────────────────────────────────────────────────────────────────────────────────
 #
 # Beside the GPT two others expect what comes next: counts of all that was read, which learn a text
@@ -4729,6 +4759,118 @@ def build_model(config: Config, layers: Dict[str, Layer], engine: Engine,
     return tokenizer, model
 
 
+# sentence vectors: what is said lies near what wants a like answer
+
+
+EAR_FEATURES = 8192   # buckets of hashed words, pairs of words, and four letters in a row
+EAR_DIM = 64
+EAR_LEAST = 64        # sayings, below which there is nothing to learn from
+EAR_EPOCHS = 12       # with compiled kernels: 18,000 sayings in 7 s; one without
+EAR_BATCH = 256       # exchanges; each answer is to be told from those of all the others
+EAR_RATE = 4e-3
+EAR_SHARPNESS = 12.0  # of the cosines, before the softmax
+EAR_DROP = 0.2        # share of the features of a saying that is not shown
+
+
+def features_of(text: str) -> array:
+    """Return the features of a text: its words, pairs of them, four letters in a row, hashed."""
+    words = folded_words(text)
+    parts = [*words, *map(" ".join, zip(words, words[1:]))]
+    parts += [f"<{word}>"[i:i + 4] for word in words for i in range(len(word) - 1)]
+    return array("i", [zlib.crc32(part.encode()) % EAR_FEATURES for part in parts] or [0])
+
+
+class Ear:
+    """Sentence vectors, learned by telling the answers of exchanges from one another.
+
+    A text is the sum of its features' vectors, then one linear map for what is said and another
+    for answers, of length 1. Source: contrast within a batch, CPC, arXiv:1807.03748.
+    """
+
+    def __init__(self, engine: Engine, rng: random.Random) -> None:
+        new = functools.partial(MatrixParam.normal, engine, rng=rng)
+        self.engine = engine
+        self.params = [new("ear", EAR_FEATURES, EAR_DIM, 0.1),
+                       *(new(f"ear.{use}", EAR_DIM, EAR_DIM, EAR_DIM ** -0.5)
+                         for use in ("said", "answered"))]
+
+    def _vectors(self, texts: Sequence[Sequence[int]], use: int) -> VectorValue:
+        ids = array("i", itertools.chain.from_iterable(texts))
+        owners = array("i", [at for at, features in enumerate(texts) for _ in features])
+        return rmsnorm(linear(pooled(embed(ids, self.params[0]), owners, len(texts)),
+                              self.params[use]))
+
+    def learn(self, pairs: Sequence[Tuple[str, str]], epochs: int, optimizer: AdamW,
+              rng: random.Random) -> None:
+        """Read (saying, answer) pairs so many times."""
+        known = [(features_of(said), features_of(answer)) for said, answer in pairs]
+        steps = epochs * (-(-len(known) // EAR_BATCH))
+        for step in range(steps):
+            batch = rng.sample(known, min(EAR_BATCH, len(known)))
+            said = self._vectors([[f for f in features if rng.random() >= EAR_DROP] or features
+                                  for features, _ in batch], 1)
+            answered = self._vectors([features for _, features in batch], 2)
+            pair = (said, answered) if step % 2 else (answered, said)
+            loss, _ = cross_entropy(compared(*pair, EAR_SHARPNESS / EAR_DIM), range(len(batch)))
+            backward(loss)
+            optimizer.step(self.params, scheduled_rate(EAR_RATE, step / steps, 0.1))
+
+    def heard(self, texts: Sequence[str]) -> array:
+        """Return the vectors (T, EAR_DIM) of what is said, of length 1, one after another."""
+        out = self.engine.buffer(0)
+        for at in range(0, len(texts), EAR_BATCH):
+            part = self._vectors(list(map(features_of, texts[at:at + EAR_BATCH])), 1)
+            room = self.engine.buffer(part.rows * EAR_DIM)
+            self.engine.add_scaled(part.data, room, len(room), EAR_DIM ** -0.5)
+            out.extend(room)
+        return out
+
+
+def sayings_of(text: str) -> List[Tuple[int, str, str]]:
+    """Return (place, saying, answer) of each saying in an exchange; none for a passage."""
+    document = Document(tuple(text.splitlines()), True)
+    turns = document.turns() if text and document.is_exchange else []
+    return [(place, said, answer) for place, ((asker, said), (teller, answer))
+            in enumerate(zip(turns, turns[1:])) if (asker, teller) == ("H", "A") and answer]
+
+
+def learned_ear(engine: Engine, texts: Sequence[Tuple[int, str]], epochs: int,
+                optimizer: AdamW, rng: random.Random) -> Optional[Layer]:
+    """Return sentence vectors learned from (key, text) documents, with those of all sayings."""
+    found = [(key, *said) for key, text in texts for said in sayings_of(text)]
+    if len(found) < EAR_LEAST:
+        return None
+    ear = Ear(engine, rng)
+    ear.learn([(said, answer) for _, _, said, answer in found], epochs, optimizer, rng)
+    vectors = ear.heard([said for _, _, said, _ in found])
+    places = array("q", itertools.chain.from_iterable((key, place) for key, place, _, _ in found))
+    numbers = b"".join(float_bytes(param.data) for param in ear.params) + float_bytes(vectors)
+    return Layer({"sayings": len(found)}, numbers + places.tobytes())
+
+
+class Sayings:
+    """All that was said to it in exchanges, as sentence vectors: it finds what is like a text."""
+
+    def __init__(self, engine: Engine, layer: Layer) -> None:
+        count, self.engine = layer.manifest["sayings"], engine
+        self.places = array("q", layer.data[-16 * count:])
+        self.ear = Ear(engine, random.Random(0))
+        numbers, at = floats_of(layer.data[:-16 * count]), 0
+        for param in self.ear.params:
+            size = param.rows * param.dim
+            param.load(engine.buffer_of(numbers[at:at + size]))
+            at += size
+        self.vectors = engine.buffer_of(numbers[at:])
+
+    def like(self, text: str, count: int = 30) -> List[Tuple[float, int, int]]:
+        """Return (cosine, key of the document, place in it) of the sayings most like a text."""
+        rows = len(self.places) // 2
+        out = self.engine.buffer(rows)
+        self.engine.row_product(self.vectors, self.ear.heard([text]), 0, out, 0, rows, EAR_DIM)
+        best = heapq.nlargest(count, range(rows), key=out.__getitem__)
+        return [(out[i], self.places[2 * i], self.places[2 * i + 1]) for i in best]
+
+
 # ──────────────────────────────────────────────────────────────────────────────────────
 # 12 · MEMORY — one file; copy it and you copied the being   uses: 0 1 7
 # ──────────────────────────────────────────────────────────────────────────────────────
@@ -5124,6 +5266,12 @@ class Memory:
         rows = self._rows(f"SELECT {', '.join(Entry._fields)} FROM entries e WHERE {where} "
                           f"ORDER BY id LIMIT {int(limit)}", *values)
         return [Entry(*row[:5], *map(bool, row[5:8]), *row[8:]) for row in rows]
+
+    def by_keys(self, keys: Sequence[int]) -> Iterator[Entry]:
+        """Yield the entries of the corpus, and approved ones, that have these keys."""
+        for part in _parts(keys):
+            yield from self.entries("e.source IN ('corpus', 'approved') AND e.recall AND e.key IN "
+                                    f"({','.join('?' * len(part))})", *part)
 
     def told(self, where: str = "1", *values: Any) -> List[Entry]:
         """Return what the owner told, oldest first, filtered by an SQL condition on e."""
@@ -6940,7 +7088,7 @@ def _said_in_log(lex: Lexicon, unit: Unit) -> str:
     """Return what somebody wrote in a log, with the day that he means by "yesterday"."""
     line, today = unit.line, datetime.date.fromtimestamp(unit.entry.told_at)
     written = days_in(lex, unit.when, today)
-    meant = [named_days(lex, "en", w.first, w.last, datetime.date.min) for w in days_in(
+    meant = [named_days(lex, "en", w.first, w.last, datetime.date(1, 6, 1)) for w in days_in(
         lex, line.text, written[0].first) if w.form in _SEEN_FROM_TODAY] if written else []
     when = f" ({unit.when})" if unit.when else ""
     return f'{line.speaker}{when}: "{line.text.strip()}"' + (
@@ -7004,8 +7152,13 @@ def filled_in(lex: Lexicon, memory: Memory, answer: str, text: str) -> Optional[
 
 
 def _exchange_fits(lex: Lexicon, memory: Memory, asked: Asked, text: str,
-                   found: Iterable[Entry]) -> Iterator[Recall]:
-    """Yield the answers of the corpus's exchanges, by how like their question is to the text."""
+                   found: Iterable[Entry], near: Dict[Tuple[int, int], float]
+                   ) -> Iterator[Recall]:
+    """Yield the answers of the corpus's exchanges, by how like their question is to the text.
+
+    near has the cosines of the sayings most like it, by the keys of exchanges and the places there;
+    where it has any, it counts four times as much as the words that are shared.
+    """
     line, folded = lex.line(text), folded_words(text)
     telling = {asked.line.words[i].stem: asked.weights[i] for i in asked.terms}
     for entry in filter(is_exchange, found):
@@ -7015,10 +7168,33 @@ def _exchange_fits(lex: Lexicon, memory: Memory, asked: Asked, text: str,
             if (asker, teller) == ("H", "A") and answer:
                 score = 1.0 if folded_words(words) == folded else min(
                     0.98, _likeness(lex, line, lex.line(words), telling))
+                if near and score < 1.0:
+                    score = min(0.98, (score + 4.0 * near.get((entry.key, place), 0.0)) / 5.0)
+                answer, strange = fitted_answer(lex, text, words, answer)
                 said = filled_in(lex, memory, answer, text)
                 if said is not None:  # what is said further on hangs on what was said before
-                    yield Recall(score / 2.0 if place else score, entry, said,
+                    yield Recall(score / (1.0 + (place > 0) + strange), entry, said,
                                  answer if said != answer else "")
+
+
+def fitted_answer(lex: Lexicon, text: str, saying: str, answer: str) -> Tuple[str, float]:
+    """Return an answer to a saying as one to a text, and the share of its words that do not fit it.
+
+    Where saying and text differ in one word that the answer repeats, the new word goes in: "I am
+    sorry about your fish" is said of the parrot, too.
+    """
+    old, new, line = lex.line(saying), lex.line(text), lex.line(answer)
+    ours, theirs = ({each.words[i].stem for i in each.telling} for each in (new, old))
+    strange = [i for i in line.telling if line.words[i].stem in theirs - ours]
+    if strange and len(old.words) == len(new.words):
+        places = [i for i, (a, b) in enumerate(zip(old.words, new.words)) if a.stem != b.stem]
+        if len(places) == 1 and all(line.words[i].word == old.words[places[0]].word
+                                    for i in strange):
+            word = new.words[places[0]].text
+            return re.sub(rf"\b{re.escape(old.words[places[0]].word)}\b", lambda m: (
+                word[:1].upper() + word[1:] if m[0][0].isupper() else word), answer,
+                flags=re.I), 0.0
+    return answer, len(strange) / max(1, len(line.telling))
 
 
 def _likeness(lex: Lexicon, a: Line, b: Line, telling: Dict[str, float]) -> float:
@@ -7415,7 +7591,11 @@ def _counted_up(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
     return None
 
 
-def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5) -> List[Recall]:
+Like = Callable[[str], List[Tuple[float, int, int]]]  # of a text: cosine, key, place of sayings
+
+
+def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
+           like: Optional[Like] = None) -> List[Recall]:
     """Return what fits the text, best first; equal exchanges in an order that rng decides."""
     lex, text = lexicon_of(memory), _MARKER.sub("", text)
     asking = asks(text, lex)
@@ -7425,7 +7605,10 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5) ->
         return []
     asked, entries = gathered(lex, memory, asked)
     alike = {entry.id: entry for entry in (*said_so(memory, text, asking), *entries)}
-    fits = list(_exchange_fits(lex, memory, asked, text, alike.values()))
+    near = {(key, place): cosine for cosine, key, place in (like(text) if like else ())}
+    for entry in memory.by_keys([key for key, _ in near]):
+        alike.setdefault(entry.id, entry)
+    fits = list(_exchange_fits(lex, memory, asked, text, alike.values(), near))
     fits.sort(key=lambda fit: (-round(fit.score, 2), rng.random()))
     if not asking:
         return fits
@@ -7500,15 +7683,15 @@ def _sum(lex: Lexicon, memory: Memory, text: str) -> Optional[Reply]:
 
 
 def recollection(memory: Memory, text: str, rng: random.Random, least: float,
-                 rejected: Container[str] = (), turns: Sequence[Tuple[str, str]] = ()
-                 ) -> Tuple[Optional[Reply], List[Recall]]:
+                 rejected: Container[str] = (), turns: Sequence[Tuple[str, str]] = (),
+                 like: Optional[Like] = None) -> Tuple[Optional[Reply], List[Recall]]:
     """Return what memory replies by itself to a text, or None; and all that fits, if not rejected.
     """
     text = in_context(lexicon(), text, turns)
     whole = _sum(lexicon_of(memory), memory, text) or looked_up(lexicon_of(memory), memory, text)
     if whole and rejection(text, whole.text) not in rejected:
         return whole, []
-    fits = [fit for fit in recall(memory, text, rng, least)
+    fits = [fit for fit in recall(memory, text, rng, least, like)
             if not rejected or rejection(text, fit.answer) not in rejected]
     told = [fit for fit in fits if not is_exchange(fit.entry)]
     said = [fit for fit in fits if is_exchange(fit.entry)]
@@ -7517,7 +7700,8 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
     if best >= least and (factual or best >= alike):
         return Reply(told[0].answer, "memory", told[0].entry, best,
                      (told[0].entry, *told[0].others)), fits
-    if alike >= least and (alike == 1.0 or not (factual or names_something(text))):
+    sure = (1.0 + 2.0 * least) / 3.0 if like and not factual else 1.0
+    if alike >= least and (alike >= sure or not (factual or names_something(text))):
         return Reply(said[0].answer, "tool" if said[0].told else "exchange", said[0].entry,
                      alike), fits
     lex, mine = lexicon(), {"own", "me"}
@@ -8084,6 +8268,7 @@ class Mind(NamedTuple):
     mixer: Mixer
     bpc: Optional[float]
     trusted: bool
+    sayings: Optional[Sayings] = None
 
     def mixture(self, texts: Iterable[Sequence[int]] = (), eager: float = 0.0) -> Optional[Mixture]:
         """Return the whole voice, which may copy from texts; None if the model is to be alone."""
@@ -8119,18 +8304,20 @@ class Turn:
             yield from self._replied(Reply(self._forgotten(wish_to_forget(text)), "tool"))
             return
         sure, self.fits = recollection(self.memory, text, self.rng, mind.config.recall_score,
-                                       self.rejected, self.turns)
+                                       self.rejected, self.turns,
+                                       mind.sayings.like if mind.sayings else None)
         factual = asks_for_a_fact(text) or names_something(text)
         if sure and (sure.source != "exchange" or factual or not mind.trusted):
             yield from self._replied(sure)
             return
-        if mind.trusted and not factual:  # what nobody told, nobody can know
+        if mind.trusted and not factual and (sure or not mind.sayings):  # nobody can know the rest
             best = self._best_draft(sure)
             if best is not None:
                 yield from re.findall(r"\S+\s*", best.text)
                 return
         like = next((fit for fit in self.fits if is_exchange(fit.entry)), None)
-        if not factual and like and like.score >= LEAST_FIT:
+        least = mind.config.recall_score if mind.sayings else LEAST_FIT
+        if not factual and like and like.score >= least:
             yield from self._replied(Reply(like.answer, "exchange", like.entry, like.score))
         else:
             newest = {words for _, words in self.turns[-2 * FRESH_EXCHANGES:]}
@@ -8298,7 +8485,11 @@ class Speaker:
         enough = config.trust_bpc * (1.5 if growth.phase == "grown" else 1.0)
         trusted = growth.phase != "newborn" and best is not None and best <= enough
         mixer = load_mixer(config, layers.get("mixer"))
-        mind = Mind(config, tokenizer, model, counted.counts, mixer, growth.bpc, trusted)
+        same = last is not None and last[0][1:2] == state[1:2] and last[1].sayings
+        sayings = Sayings(self.engine, layers["ear"]) if "ear" in layers and not (
+            same and same.places[:2].tobytes() == layers["ear"].data[
+                -16 * layers["ear"].manifest["sayings"]:][:16]) else same or None
+        mind = Mind(config, tokenizer, model, counted.counts, mixer, growth.bpc, trusted, sayings)
         return state, mind, counted
 
     def reply(self, text: str, session: int) -> Iterator[str]:
@@ -8391,7 +8582,7 @@ class Learner:
         self.optimizer, self.rng = AdamW.of(config), self._rng_of_now()
         self.tokenizer, self.model = build_model(config, layers, engine)
         self.router = self.model.router = self.model.router or Router(self.tokenizer)
-        self.best, self.mixer = layers.get("best"), layers.get("mixer")
+        self.best, self.mixer, self.ear = map(layers.get, ("best", "mixer", "ear"))
         self.texts: Dict[int, Text] = {}
         self.dirty: Set[str] = set()           # layers that changed since the last snapshot
         self.guard = threading.RLock()
@@ -8477,8 +8668,12 @@ class Learner:
         if chars >= self.config.min_merge_chars:
             tokenizer = EvolvingTokenizer(tokenizer.merges)
             tokenizer.learn_merges(texts, self._new_merges(chars), self.config.min_pair_count)
+        ear = learned_ear(self.engine, [(text.key, text.text) for text in self._trained()],
+                          EAR_EPOCHS if self.engine.is_fast else 1, self.optimizer, self.rng)
         with self.guard:
             self.tokenizer, self._ids, self.best, self.mixer = tokenizer, {}, None, None
+            self.ear = ear
+            self.dirty.add("ear")
             self.model = GPT(Shape.of(self.config), tokenizer.vocab_size, self.engine, self.rng)
             self.router = self.model.router = Router(tokenizer)
             self.growth = dataclasses.replace(self.growth, phase="warmup", warmup_chars=chars,
@@ -8720,6 +8915,8 @@ class Learner:
                 layers["best"] = self.best
             if self.mixer is not None and "mixer" in self.dirty:
                 layers["mixer"] = self.mixer
+            if self.ear is not None and "ear" in self.dirty:
+                layers["ear"] = self.ear
             if "router" in self.dirty:
                 layers["router"] = pack_router(self.router)
             for number, delta in enumerate(self.model.deltas, 1):
