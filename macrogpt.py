@@ -5967,6 +5967,7 @@ class Recall(NamedTuple):
     answer: str
     told: str = ""
     others: Tuple[Entry, ...] = ()
+    quote: str = ""
 
 
 # words
@@ -6626,13 +6627,18 @@ def _units_of(lex: Lexicon, entry: Entry, needles: Iterable[str]) -> Iterator[Un
         return
     logs = [logged(line) for line in lines]
     chat = sum(map(bool, logs)) > 1 or not told and not entry.closed
+    heard = ""
     for text, log in zip(lines, logs):
         if not told and WORD_LINE.match(text) and text[0] in "=~!":
             continue
-        if log and (chat or log[0]):
-            yield Unit(entry, lex.line(log[2], log[1]), log[0])
-            continue
         folded = _unmarked(text.casefold())
+        if log and (chat or log[0]):
+            parts = sentences_of(log[2])
+            said = " ".join(part for part in parts if not asks(part, lex))
+            if said and any(needle in folded or needle in heard.casefold() for needle in needles):
+                yield Unit(entry, lex.line(f"{heard} {said}".strip(), log[1]), log[0], log[2], heard)
+            heard = " ".join(part for part in parts[-1:] if is_question(part))  # is answered next
+            continue
         if len(lines) < 3 or any(needle in folded for needle in needles):
             about = entry.about
             for statement in statements_of(text, lex):
@@ -6796,7 +6802,7 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
     line, q = unit.line, asked.line
     near, at = _matched(lex, asked, line)
     renamed = _renamed(asked, line, near, at)
-    before = len(lex.line(unit.about).words) if unit.about else 0
+    before = len(lex.line(unit.about, line.speaker).words) if unit.about else 0
     used = {at[i] for i in near if near[i] > 2 * (i in asked.asking)}
     filled = _filling(lex, asked, line, used, before)
     if len(used) < len(line.telling) and any(
@@ -7089,9 +7095,9 @@ def _said_in_log(lex: Lexicon, unit: Unit) -> str:
     line, today = unit.line, datetime.date.fromtimestamp(unit.entry.told_at)
     written = days_in(lex, unit.when, today)
     meant = [named_days(lex, "en", w.first, w.last, datetime.date(1, 6, 1)) for w in days_in(
-        lex, line.text, written[0].first) if w.form in _SEEN_FROM_TODAY] if written else []
+        lex, unit.text, written[0].first) if w.form in _SEEN_FROM_TODAY] if written else []
     when = f" ({unit.when})" if unit.when else ""
-    return f'{line.speaker}{when}: "{line.text.strip()}"' + (
+    return f'{line.speaker}{when}: "{unit.text.strip()}"' + (
         f" ({', '.join(meant)})" if meant else "")
 
 
@@ -7616,10 +7622,14 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
     found = newest_first(lex, judged(lex, asked, entries), least,
                          bool(asked.line.has_phrase(lex, "former")), _wants_all(asked))
     for each in found:
-        line, unsure = each.unit.line, asked.polar and not each.verdict  # is quoted at most
-        told = f"{line.speaker}: {line.text}" if line.speaker else each.unit.text or line.text
-        said.append(Recall(min(each.score, least / 2.0) if unsure else each.score, each.unit.entry,
-                           each.verdict + said_back(lex, each.unit, today), told))
+        line, unit = each.unit.line, each.unit
+        names = [asked.line.words[i].text for i in asked.vital if asked.line.caps[i]]
+        unsure = asked.polar and not each.verdict or line.speaker and names and not any(
+            name in line.speaker for name in names)  # is quoted at most
+        said.append(Recall(
+            min(each.score, least / 2.0) if unsure else each.score, unit.entry,
+            each.verdict + said_back(lex, unit, today), unit.text or line.text, (),
+            said_back(lex, unit) if line.speaker else f'"{unit.text or line.text}"'))
     if found and found[0].score >= least:
         said[0] = _with_others(lex, asked, found, said, least, today)
     return sorted([*said[:1], *fits, *said[1:]], key=lambda fit: -round(fit.score, 2))
@@ -7722,7 +7732,7 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
         return None, fits
     words = "I am not sure, but " + (
         "you told me: " if near[0].entry.source in TOLD else "I have read: ") + " and ".join(
-            f'"{fit.told}"' for fit in near)
+            fit.quote for fit in near)
     if rejection(text, words) in rejected:
         return None, fits
     return Reply(words, "quote", near[0].entry, best, tuple(fit.entry for fit in near)), fits
