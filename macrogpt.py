@@ -4788,12 +4788,10 @@ class Ear:
     for answers, of length 1. Source: contrast within a batch, CPC, arXiv:1807.03748.
     """
 
-    def __init__(self, engine: Engine, rng: random.Random) -> None:
-        new = functools.partial(MatrixParam.normal, engine, rng=rng)
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.params = [new("ear", EAR_FEATURES, EAR_DIM, 0.1),
-                       *(new(f"ear.{use}", EAR_DIM, EAR_DIM, EAR_DIM ** -0.5)
-                         for use in ("said", "answered"))]
+        self.params = [MatrixParam(engine, "ear", EAR_FEATURES, EAR_DIM), *(
+            MatrixParam(engine, f"ear.{use}", EAR_DIM, EAR_DIM) for use in ("said", "answered"))]
 
     def _vectors(self, texts: Sequence[Sequence[int]], use: int) -> VectorValue:
         ids = array("i", itertools.chain.from_iterable(texts))
@@ -4803,7 +4801,10 @@ class Ear:
 
     def learn(self, pairs: Sequence[Tuple[str, str]], epochs: int, optimizer: AdamW,
               rng: random.Random) -> None:
-        """Read (saying, answer) pairs so many times."""
+        """Begin anew, and read (saying, answer) pairs so many times."""
+        self.params = [MatrixParam.normal(self.engine, param.name, param.rows, param.dim,
+                                          param.rows ** -0.5 if param.rows == EAR_DIM else 0.1, rng)
+                       for param in self.params]
         known = [(features_of(said), features_of(answer)) for said, answer in pairs]
         steps = epochs * (-(-len(known) // EAR_BATCH))
         for step in range(steps):
@@ -4841,7 +4842,7 @@ def learned_ear(engine: Engine, texts: Sequence[Tuple[int, str]], epochs: int,
     found = [(key, *said) for key, text in texts for said in sayings_of(text)]
     if len(found) < EAR_LEAST:
         return None
-    ear = Ear(engine, rng)
+    ear = Ear(engine)
     ear.learn([(said, answer) for _, _, said, answer in found], epochs, optimizer, rng)
     vectors = ear.heard([said for _, _, said, _ in found])
     places = array("q", itertools.chain.from_iterable((key, place) for key, place, _, _ in found))
@@ -4855,7 +4856,7 @@ class Sayings:
     def __init__(self, engine: Engine, layer: Layer) -> None:
         count, self.engine = layer.manifest["sayings"], engine
         self.places = array("q", layer.data[-16 * count:])
-        self.ear = Ear(engine, random.Random(0))
+        self.ear = Ear(engine)
         numbers, at = floats_of(layer.data[:-16 * count]), 0
         for param in self.ear.params:
             size = param.rows * param.dim
@@ -5653,6 +5654,7 @@ FEWEST_ENTRIES = 2000   # as if: in a small memory a word is rare by chance
 MOST_HELD = 100         # entries that one word brings, newest first
 MOST_TOLD = 20          # entries of the owner's that are looked at for a question
 MOST_READ = 10          # and of what was read
+MOST_SENTENCES = 4      # of a message that are looked up one by one, beside all of it
 MOST_LISTED = 12        # statements that are said one after another
 MOST_UNITS = 40         # sentences that are looked at closely
 MOST_TO_SCAN = 100_000  # entries, up to which words in a row are looked for (in 3 ms)
@@ -7623,10 +7625,13 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
         return []
     asked, entries = gathered(lex, memory, asked)
     alike = {entry.id: entry for entry in (*said_so(memory, text, asking), *entries)}
-    near = {(key, place): cosine for cosine, key, place in (like(text) if like else ())}
-    for entry in memory.by_keys([key for key, _ in near]):
+    parts = dict.fromkeys([text, *(sentences_of(text)[:MOST_SENTENCES] if like else ())])
+    near = {part: {(key, place): cosine for cosine, key, place in (like(part) if like else ())}
+            for part in parts}
+    for entry in memory.by_keys([key for found in near.values() for key, _ in found]):
         alike.setdefault(entry.id, entry)
-    fits = list(_exchange_fits(lex, memory, asked, text, alike.values(), near))
+    fits = [fit for part in parts for fit in _exchange_fits(
+        lex, memory, asked, part, alike.values(), near[part])]
     fits.sort(key=lambda fit: (-round(fit.score, 2), rng.random()))
     if not asking:
         return fits
@@ -7722,7 +7727,7 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
     if best >= least and (factual or best >= alike):
         return Reply(told[0].answer, "memory", told[0].entry, best,
                      (told[0].entry, *told[0].others)), fits
-    sure = (1.0 + 2.0 * least) / 3.0 if like and not factual else 1.0
+    sure = least if like and not factual else 1.0
     if alike >= least and (alike >= sure or not (factual or names_something(text))):
         return Reply(said[0].answer, "tool" if said[0].told else "exchange", said[0].entry,
                      alike), fits
@@ -8329,10 +8334,12 @@ class Turn:
                                        self.rejected, self.turns,
                                        mind.sayings.like if mind.sayings else None)
         factual = asks_for_a_fact(text) or names_something(text)
+        if sure and sure.source == "exchange" and not mind.config.mix and mind.trusted:
+            sure = None  # the model is to speak alone
         if sure and (sure.source != "exchange" or factual or not mind.trusted):
             yield from self._replied(sure)
             return
-        if mind.trusted and not factual and (sure or not mind.sayings):  # nobody can know the rest
+        if mind.trusted and not factual and (sure or not (mind.sayings and mind.config.mix)):
             best = self._best_draft(sure)
             if best is not None:
                 yield from re.findall(r"\S+\s*", best.text)
