@@ -253,7 +253,7 @@ class Config:
     # counts: 3 beat 2 by 0.03 bits per character on a million characters, 4 gained nothing
     ngram_order: int = _setting(3, "ids that the counts look back", 1, 8)
     ngram_counts: int = _setting(800_000, "most counts kept, at 100 to 200 bytes each", 1000)
-    ngram_chars: int = _setting(2_000_000, "newest characters that are counted", 0)
+    ngram_chars: int = _setting(1_000_000, "newest characters that are counted", 0)
     mix: int = _setting(1, "1: model and counts speak together; 0: the model by itself", 0, 1)
     mix_passes: int = _setting(2, "readings of held-out text that fit the voice's weights", 0, 100)
     # bench
@@ -5654,6 +5654,7 @@ FEWEST_ENTRIES = 2000   # as if: in a small memory a word is rare by chance
 MOST_HELD = 100         # entries that one word brings, newest first
 MOST_TOLD = 20          # entries of the owner's that are looked at for a question
 MOST_READ = 10          # and of what was read
+PLAIN_WORDS = 10        # what is told in fewer is a fact to be kept, in more a story to be heard
 MOST_SENTENCES = 4      # of a message that are looked up one by one, beside all of it
 MOST_LISTED = 12        # statements that are said one after another
 MOST_UNITS = 40         # sentences that are looked at closely
@@ -6024,7 +6025,7 @@ class Lexicon:
             for stem in self.kinds[name]:
                 self.rivals[stem] |= self.kinds[name]
         self.opened = functools.lru_cache(1 << 12)(functools.partial(opened, self))
-        self.line = functools.lru_cache(1 << 12)(functools.partial(Line, self))
+        self.line = functools.lru_cache(1 << 10)(functools.partial(Line, self))
 
     def _take(self, sign: str, name: str, words: Sequence[str]) -> None:
         kinds, dot, language = name.rpartition(".")
@@ -6056,14 +6057,14 @@ class Lexicon:
         twice = len(word) > 3 and word[-1] == word[-2] and word[-1] not in "lsz"  # stopp(ed)
         return word[:-1] if twice else word
 
-    @functools.lru_cache(1 << 15)
+    @functools.lru_cache(1 << 13)
     def word(self, text: str, language: str) -> Word:
         """Return a word of a language with what is known of it."""
         word = text.casefold()
         return Word(text, word, self.stem(word, language),
                     frozenset(self.closed[language].get(word, ())))
 
-    @functools.lru_cache(1 << 17)
+    @functools.lru_cache(1 << 14)
     def nearness(self, asked: Word, told: Word) -> int:
         """Return how two words are near: 4 the same, 3 one relation, 2 of the kind, 1 alike, 0."""
         a, b = asked.stem, told.stem
@@ -7208,7 +7209,8 @@ def fitted_answer(lex: Lexicon, text: str, saying: str, answer: str) -> Tuple[st
             return re.sub(rf"\b{re.escape(old.words[places[0]].word)}\b", lambda m: (
                 word[:1].upper() + word[1:] if m[0][0].isupper() else word), answer,
                 flags=re.I), 0.0
-    return answer, len(strange) / max(1, len(line.telling))
+    named = any(line.caps[i] or _is_number(lex, line.words[i]) for i in strange)
+    return answer, 1.0 if named else len(strange) / max(1, len(line.telling))
 
 
 def _likeness(lex: Lexicon, a: Line, b: Line, telling: Dict[str, float]) -> float:
@@ -7706,7 +7708,7 @@ def _sum(lex: Lexicon, memory: Memory, text: str) -> Optional[Reply]:
         memory.ids_holding([["reckon"]], MOST_TOLD)) for line in entry.text.splitlines()
         if line.startswith(MARKERS[1]) and "{reckon}" in line]
     same = [line for line in lines if lex.line(line).language == lex.line(text).language]
-    return Reply(filled_in(lex, memory, (same or ["{reckon}."])[0], text) or "", "tool")
+    return Reply(filled_in(lex, memory, min(same or ["{reckon}."], key=len), text) or "", "tool")
 
 
 def recollection(memory: Memory, text: str, rng: random.Random, least: float,
@@ -7727,7 +7729,7 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
     if best >= least and (factual or best >= alike):
         return Reply(told[0].answer, "memory", told[0].entry, best,
                      (told[0].entry, *told[0].others)), fits
-    sure = least if like and not factual else 1.0
+    sure = 1.0 if not like else (2.0 + least) / 3.0 if factual else least
     if alike >= least and (alike >= sure or not (factual or names_something(text))):
         return Reply(said[0].answer, "tool" if said[0].told else "exchange", said[0].entry,
                      alike), fits
@@ -7877,6 +7879,10 @@ def rejection(question: str, answer: str) -> str:
     return f"{line_key(asked):x}:{line_key(' '.join(folded_words(answer))):x}"
 
 
+HEARD_REPLIES = ("I will keep that with care. How is it for you?", "I keep it. What comes next?",
+                 "That stays with me. Tell me more.", "I have read it. How do you feel about it?")
+
+
 def silence(text: str, rejected: Container[str] = (), said: Container[str] = ()) -> str:
     """Return what to say when there is nothing to say: that it is kept, or that it is not known.
 
@@ -7884,7 +7890,8 @@ def silence(text: str, rejected: Container[str] = (), said: Container[str] = ())
     """
     lex, asking = lexicon(), asks(text)
     own = " ".join(lex.phrases["unknown" if asking else "kept", lex.line(text).language])
-    ways = [f"{own}."] if own else [*(UNKNOWN_REPLIES if asking else KEPT_REPLIES)]
+    told = KEPT_REPLIES if len(folded_words(text)) < PLAIN_WORDS else HEARD_REPLIES
+    ways = [f"{own}."] if own else [*(UNKNOWN_REPLIES if asking else told)]
     ways = [words for words in ways if rejection(text, words) not in rejected]
     fresh = [words for words in ways if words not in said]
     return (fresh or ways or [UNKNOWN_REPLY])[0]
@@ -9454,6 +9461,16 @@ LISTEN_SECONDS = 3.0  # how often one that may not train asks whether it now may
 MOST_DEATHS = 5       # of a trainer without a step between them
 
 
+def first_corpus() -> str:
+    """Return the corpus that comes with the program, or a small one where it was left behind."""
+    beside = os.path.dirname(os.path.abspath(globals().get("__file__", "")))
+    for folder in (beside, os.path.join(sys.prefix, "share", "macrogpt")):
+        path = os.path.join(folder, Config.corpus_path)
+        if os.path.isfile(path):
+            return read_text(path)
+    return FIRST_CORPUS
+
+
 class Watcher:
     """Makes entries of what stands in the corpus file, and takes out what is gone from it."""
 
@@ -9472,13 +9489,14 @@ class Watcher:
             return
         if path != Config.corpus_path:
             raise CorpusError(f"the corpus {path} does not exist; name a text file with --corpus")
+        text = first_corpus()
         try:
             with open(path, "x", encoding="utf-8") as file:
-                file.write(FIRST_CORPUS)
+                file.write(text)
         except OSError as error:
             raise CorpusError(f"{path} is missing and cannot be written ({error.strerror}); make "
                               "the folder writable or use --corpus") from None
-        self.tell(f"{path} was missing: a small first one is there now")
+        self.tell(f"{path} was missing: a first one is there now, of {text.count(chr(10)):,} lines")
 
     def take_in(self, patient: bool = True,
                 should_stop: Callable[[], bool] = lambda: False) -> bool:
@@ -11224,7 +11242,7 @@ def bench_process(config: Config) -> Dict[str, float]:
         if not os.path.exists(corpus):
             corpus = os.path.join(folder, "first.txt")
             with open(corpus, "w", encoding="utf-8") as file:
-                file.write(FIRST_CORPUS)
+                file.write(first_corpus())
 
         def until_it_speaks(typed: bytes, *options: str) -> float:
             path = os.path.join(folder, "memory.sqlite3")

@@ -17,7 +17,7 @@ import unittest
 from unittest import mock
 
 import macrogpt as m
-from support import CORPUS, PROGRAM, TINY, Folder, run_inside, run_macrogpt, start_macrogpt
+from support import CORPUS, PROGRAM, ROOT, TINY, Folder, run_inside, run_macrogpt, start_macrogpt
 
 PATIENCE_SECONDS = 20.0
 ONE_ERROR = re.compile(r"macrogpt: \S[^\n]*\n")
@@ -280,12 +280,16 @@ class Piped(ProcessCase):
         self.assertEqual([set(files) for _, _, files in os.walk(outer)],
                          [{"nonames.txt"}, set(), {"nonames.txt", "memory.sqlite3"}])
 
-    def test_without_a_corpus_a_small_first_one_is_written_and_said(self):
+    def test_without_a_corpus_the_one_that_comes_with_the_program_is_written_and_said(self):
         os.unlink(self.corpus)
         done = self.run_here("--no-train", stdin=b"Who are you?\n")
         self.assertEqual((done.returncode, len(done.stdout.splitlines())), (0, 1))
         self.assertIn(b"nonames.txt", done.stderr)
-        self.assertEqual(m.read_text(self.corpus), m.FIRST_CORPUS)
+        self.assertEqual(m.read_text(self.corpus), m.read_text(os.path.join(ROOT, "nonames.txt")))
+        with mock.patch.object(m, "__file__", self.corpus), mock.patch.object(
+                m.sys, "prefix", self.folder):
+            os.unlink(self.corpus)
+            self.assertEqual(m.first_corpus(), m.FIRST_CORPUS)
 
 
 class Training(ProcessCase):
