@@ -7729,7 +7729,7 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
     if best >= least and (factual or best >= alike):
         return Reply(told[0].answer, "memory", told[0].entry, best,
                      (told[0].entry, *told[0].others)), fits
-    sure = 1.0 if not like else (2.0 + least) / 3.0 if factual else least
+    sure = 1.0 if not like else (2.0 + least if factual else 1.0 + 2.0 * least) / 3.0
     if alike >= least and (alike >= sure or not (factual or names_something(text))):
         return Reply(said[0].answer, "tool" if said[0].told else "exchange", said[0].entry,
                      alike), fits
@@ -7845,6 +7845,10 @@ def asks_for_a_fact(text: str) -> bool:
 
 def names_something(text: str) -> bool:
     """Return whether a text states a fact with a name or a number in it, to be kept exactly."""
+    line = lexicon().line(text[:MAX_ASKED_CHARS])
+    if line.words and line.words[0].classes & {"puts", "strikes"} or (
+            "list" in line.has and ":" in text):
+        return True  # of a list
     return states_a_fact(text) and bool(
         re.search(r"\d|\b(?:named?|called)\b|[^\W_][,;:]? (?!I\b)[A-Z]", text))
 
@@ -8234,7 +8238,7 @@ TOPIC = 1.0          # words that go with what was said
 BORROWED = 0.4       # words that somebody else had said
 SAID_AGAIN = 4.0     # that it was said a moment ago
 FITTING = 1.0        # where an exchange answers in its own words: how well it fits
-LEAST_FIT = 0.2      # exchanges that fit less are not looked at
+LEAST_FIT = 0.35     # exchanges that fit less are not looked at
 EAGER = 0.9          # weight that the copyist has in a draft, beside what fits a text best
 DRAFTS = 10          # replies that are drafted
 MOST_FITS = 6        # answers of exchanges that are weighed beside them
