@@ -7933,8 +7933,9 @@ def meant_by(memory: Memory, wish: str) -> List[Entry]:
     """
     lex = lexicon_of(memory)
     asked, entries = gathered(lex, memory, analyzed(lex, wish))
-    told = [entry for entry in (*search(memory, wish), *entries) if entry.source in TOLD]
-    exact = [entry for entry in told if _plainly(entry.text) == _plainly(wish)]
+    words = " ".join(folded_words(wish))  # in a row
+    exact = [entry for entry in memory.entries_of(memory.ids_holding(
+        [[words], [TOLD_MARK]], MOST_HELD)) if _plainly(entry.text) == _plainly(wish)]
     if exact:
         return exact[:1]
     terms = [i for i in asked.terms if "frame" not in asked.line.words[i].classes]

@@ -350,6 +350,16 @@ class Days(Folder, unittest.TestCase):
             said = self.at(day, "When was my flight to Oslo?", zone="America/New_York")
             self.assertEqual(said[0], (f"Your flight to Oslo {words}.", "memory"))
 
+    def test_the_very_words_of_a_statement_forget_it_alone_among_many_alike(self):
+        words = [f"The {a} of room {i} is kept in the {b} box." for i, (a, b) in enumerate(
+            itertools.permutations("oboe urn mirror velvet dagger jasper ribbon".split(), 2))]
+        said = self.at("2026-05-08T09:00", *words, *(f"/forget {line}" for line in words[::5]))
+        self.assertEqual([line for line, _ in said[len(words):]],
+                         [f"forgotten: {line}" for line in words[::5]])
+        kept = self.run_here("--no-train", "--json", "memory", "list").stdout
+        self.assertEqual({entry["text"].strip() for entry in json.loads(kept)["entries"]},
+                         set(words) - set(words[::5]))
+
     def test_sums_lists_and_all_that_is_known_and_why(self):
         said = self.at("2026-05-08T09:00", "What is 12 times 12?", "Packing list: tent and stove",
                        "Put a torch on it", "Cross the stove off", "What's on the packing list?",
