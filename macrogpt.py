@@ -47,6 +47,7 @@ import contextlib
 import dataclasses
 import datetime
 import enum
+import errno
 import functools
 import hashlib
 import heapq
@@ -5035,6 +5036,7 @@ class Message(NamedTuple):
     stage: int
 
 
+APPLICATION_ID = 0x4D475054  # "MGPT": whose file this is
 NEXT = "next."   # begins the names of the layers of a generation that is not born yet
 NOBODY = 1 << 30  # the number of a layer that there never is
 
@@ -5059,6 +5061,12 @@ class Memory:
 
     def _migrate(self) -> None:
         """Bring the file to the newest schema; each migration runs once, in order."""
+        tables = {row[0] for row in self._rows("SELECT name FROM sqlite_master "
+                                               "WHERE type = 'table'")}
+        if tables and self._one("PRAGMA application_id") != APPLICATION_ID:
+            if not {"messages", "entries", "layers", "settings"} <= tables:  # as ours always had
+                raise StoreError(f"{self.path} is another program's file, with the table "
+                                 f"{min(tables)!r}; choose another --db")
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version > len(MIGRATIONS):
             raise StoreError(f"{self.path} is of version {version}, this program knows versions up "
@@ -5067,6 +5075,8 @@ class Memory:
             for statement in _statements(MIGRATIONS[number]):
                 self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version = {number + 1}")
+        if self._one("PRAGMA application_id") != APPLICATION_ID:
+            self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         self.has_fts = self._prepare_full_text()
 
     def _prepare_full_text(self) -> bool:
@@ -10408,6 +10418,7 @@ def _raise_terminated(number: int, frame: Any) -> None:
 
 
 GROWING_COMMANDS = ("chat", "ask", "train")
+REPORTS = ("stats", "sessions", "memory", "log", "doctor")
 
 
 class App:
@@ -10419,9 +10430,15 @@ class App:
         self._memory: Optional[Memory] = None
 
     def memory(self) -> Memory:
-        """Return the store, opened at its first use."""
+        """Return the store, opened at its first use; a report makes none, and tells of a newborn's.
+        """
+        path = self.config.db_path
+        empty = not os.path.exists(path) or os.path.isfile(path) and not os.path.getsize(path)
+        if self._memory is None and self.options.command in REPORTS and empty and os.path.isdir(
+                os.path.dirname(os.path.abspath(path))):
+            path = ":memory:"
         if self._memory is None:
-            self._memory = Memory(self.config.db_path)
+            self._memory = Memory(path)
         return self._memory
 
     def organism(self) -> Organism:
@@ -10458,6 +10475,9 @@ class App:
 
     def report(self, facts: Dict[str, Any], lines: Iterable[str]) -> None:
         """Say the facts as one JSON object, or the lines for people."""
+        if self._memory is not None and self._memory.path != self.config.db_path:
+            self.terminal.note(f"there is no memory in {self.config.db_path} yet: this would be a "
+                               "newborn's")
         for line in [json.dumps(facts, ensure_ascii=False)] if self.options.json else lines:
             self.terminal.say(line)
 
@@ -10475,7 +10495,11 @@ def stored_config(memory: Memory, assignments: Sequence[str]) -> Config:
         shape["n_ff"] = 0  # it goes on following n_embd
     fields = {f.name for f in dataclasses.fields(Config)}  # an older version knew others
     kept = {n: v for n, v in {**shape, **memory.settings("config.")}.items() if n in fields}
-    return Config().replace([*(f"{name}={value}" for name, value in kept.items()), *assignments])
+    config = Config()
+    for name, value in kept.items():
+        with contextlib.suppress(ConfigError):  # an older version had other bounds
+            config = config.replace([f"{name}={value}"])
+    return config.replace(assignments)
 
 
 def wake(app: App) -> Organism:
@@ -11148,7 +11172,7 @@ def _machine_checks(app: App) -> Iterator[Tuple[str, bool, str]]:
 
 def _store_checks(app: App) -> Iterator[Tuple[str, bool, str]]:
     path = app.config.db_path
-    if not os.path.exists(path):
+    if not (os.path.exists(path) and os.path.getsize(path)):
         yield "store", True, f"{path} is not there yet; the first chat makes it"
         return
     try:
@@ -11427,7 +11451,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except Exception as error:
         if "--debug" in argv:
             raise
-        if not isinstance(error, MacroGPTError):
+        if isinstance(error, OSError) and error.filename is None and error.errno in (
+                errno.ENOSPC, errno.EIO, errno.EFBIG):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+            error = MacroGPTError(f"what is said cannot be written ({error.strerror}); free some "
+                                  "space, or send it elsewhere")
+        elif not isinstance(error, MacroGPTError):
             error = MacroGPTError(f"something unexpected happened ({type(error).__name__}: "
                                   f"{error}); run again with --debug and report what it shows")
         return terminal.tell_error(error)

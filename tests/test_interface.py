@@ -203,7 +203,7 @@ class Reports(ProcessCase):
 
     def test_eval_measures_in_bits_per_character_and_learns_nothing(self):
         text = "H: Who are you?\nA: I am a small lantern — in a big house.\n"
-        self.good("stats")
+        self.good("--no-train", "generate", "--tokens", "1")
         before = self.stored("SELECT count(*) FROM entries")
         facts = self.report("eval", self.write("held.txt", text))
         self.assertLess({"voice_bpc", "voice_adaptive_bpc"}, set(facts))
@@ -290,6 +290,42 @@ class Piped(ProcessCase):
                 m.sys, "prefix", self.folder):
             os.unlink(self.corpus)
             self.assertEqual(m.first_corpus(), m.FIRST_CORPUS)
+
+
+    def test_a_report_makes_no_file_and_another_programs_file_is_never_written(self):
+        before = sorted(os.listdir(self.folder))
+        for command in (("stats",), ("log",), ("sessions",), ("memory", "list"), ("doctor",)):
+            done = self.run_here("--db", "typo.sqlite3", *command)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(sorted(os.listdir(self.folder)), before)
+            self.assertEqual(b"no memory in typo.sqlite3" in done.stderr, command != ("doctor",))
+        other = sqlite3.connect(self.path("other.sqlite3"))
+        other.execute("CREATE TABLE birds (name)")
+        other.commit()
+        other.close()
+        with open(self.path("other.sqlite3"), "rb") as file:
+            data = file.read()
+        for command in (("stats",), ("doctor",), ("--no-train", "ask", "hello")):
+            done = self.run_here("--db", self.path("other.sqlite3"), *command)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn(b"another program's file", done.stdout + done.stderr)
+        with open(self.path("other.sqlite3"), "rb") as file:
+            self.assertEqual(file.read(), data)
+
+    def test_a_kept_setting_out_of_its_bounds_is_left_out_and_a_full_disk_is_said(self):
+        self.good("--no-train", "ask", "hello")
+        store = sqlite3.connect(self.db)
+        store.execute("INSERT INTO settings VALUES ('config.top_p', '7.0')")
+        store.commit()
+        store.close()
+        self.good("--no-train", "ask", "hello")
+        if os.path.exists("/dev/full"):
+            with open("/dev/full", "wb") as full:
+                done = subprocess.run([sys.executable, PROGRAM, *TINY, "--db", self.db, "--corpus",
+                                       self.corpus, "--no-train", "ask", "hello"], stdout=full,
+                                      stderr=subprocess.PIPE, cwd=self.folder)
+            self.assertEqual((done.returncode, done.stderr.count(b"\n")), (1, 1), done.stderr)
+            self.assertIn(b"cannot be written", done.stderr)
 
 
 class Training(ProcessCase):
