@@ -63,6 +63,7 @@ import platform
 import queue
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -5170,6 +5171,22 @@ class Memory:
         return [dict(zip(keys, row)) for row in self._rows(
             "SELECT s.name, s.started_at, max(m.said_at), count(m.id) FROM sessions s "
             "LEFT JOIN messages m ON m.session_id = s.id GROUP BY s.id ORDER BY s.id")]
+
+    def messages_of(self, session: str) -> List[Message]:
+        """Return all that was said in a session, by its name."""
+        return self._messages("session_id = (SELECT id FROM sessions WHERE name = ?)", session)
+
+    def rename_session(self, old: str, new: str) -> None:
+        """Give a session another name."""
+        self._write("UPDATE sessions SET name = ? WHERE name = ?", new, old)
+
+    def delete_session(self, name: str) -> None:
+        """Remove a session with its messages; what was told there stays."""
+        with self.transaction():
+            for sql in ("UPDATE entries SET session_id = NULL WHERE session_id = (?)",
+                        "DELETE FROM messages WHERE session_id = (?)",
+                        "DELETE FROM sessions WHERE id = (?)"):
+                self._rows(sql.replace("(?)", "(SELECT id FROM sessions WHERE name = ?)"), name)
 
     def add_message(self, session_id: int, role: str, text: str) -> int:
         """Store one message and return its id."""
@@ -10568,9 +10585,9 @@ def _chat_piped(app: App) -> int:
         line = clean_line(decode_line(raw), LONGEST_MESSAGE)
         try:
             settled()  # edits made before these words come before them
-            command = line.startswith("/")
+            command = is_command(line)
             said = (" ".join(repl_command(app, line)) if command else
-                    _whole_reply(app, line))
+                    _whole_reply(app, spoken_line(line)))
             settled()
             if said or not command:
                 app.terminal.say(" ".join(said.split()))
@@ -10614,11 +10631,11 @@ def _chat_terminal(app: App) -> int:
             continue
         interrupted = False
         try:
-            if line.startswith("/"):
+            if is_command(line):
                 for text in repl_command(app, line):
                     app.terminal.say(text)
             elif line:
-                _stream_reply(app, line)
+                _stream_reply(app, spoken_line(line))
         except EOFError:
             return 0
         except MacroGPTError as error:
@@ -10699,6 +10716,16 @@ def model_size(organism: Organism) -> Tuple[int, int]:
     return FIRST_MERGE * dim + shape.n_layer * (4 * dim * dim + 3 * dim * hidden) + 1, FIRST_MERGE
 
 
+def is_command(line: str) -> bool:
+    """Return whether a line is a command; two slashes begin what is said with one."""
+    return line.startswith("/") and not line.startswith("//")
+
+
+def spoken_line(line: str) -> str:
+    """Return what a line says: //tmp is full says /tmp is full."""
+    return line[1:] if line.startswith("//") else line
+
+
 def repl_command(app: App, line: str) -> List[str]:
     """Return the lines that a slash command says.  Raises EOFError to leave."""
     name, _, rest = line[1:].partition(" ")
@@ -10723,6 +10750,34 @@ def _repl_exit(app: App, rest: str) -> List[str]:
 def _repl_memory(app: App, rest: str) -> List[str]:
     return [_entry_line(entry) for entry in search(app.memory(), rest, 10)] or [
         f"the memory holds nothing about {rest!r}"]
+
+
+def _repl_again(app: App, rest: str) -> List[str]:
+    turn = app.organism().speaker.turn
+    if turn is None:
+        return ["nothing has been said yet"]
+    return ["".join(app.organism().reply(turn.text))]
+
+
+def transcript(memory: Memory, session: str) -> List[str]:
+    """Return the lines of a session: who said what, and when."""
+    return [f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(m.said_at))}  "
+            f"{'you' if m.role == 'owner' else 'macrogpt'}: {' / '.join(m.text.splitlines())}"
+            for m in memory.messages_of(session)]
+
+
+def _repl_save(app: App, rest: str) -> List[str]:
+    """Say that everything is saved, or write the session's words into a new file."""
+    if not rest:
+        return ["every word is saved as it is said; learned weights are saved every "
+                f"{app.config.commit_seconds:g} s and when you leave; /save FILE writes the talk"]
+    try:
+        with open(rest, "x", encoding="utf-8") as file:
+            lines = transcript(app.memory(), app.organism().session)
+            file.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        raise UsageError(f"{rest} cannot be written ({error.strerror}); name a new file") from None
+    return [f"{len(lines)} messages are in {rest}"]
 
 
 def _repl_about(app: App, rest: str) -> List[str]:
@@ -10919,6 +10974,7 @@ REPL_COMMANDS: Dict[str, Tuple[Callable[[App, str], List[str]], str, str]] = {
               "how large, how old, how good it is"),
     "log": (_repl_log, "", "what has happened in its life"),
     "memory": (_repl_memory, "TEXT", "search the memory"),
+    "again": (_repl_again, "", "another reply to what was said last"),
     "about": (_repl_about, "TEXT", "all that was told about it"),
     "why": (_repl_why, "", "where the last reply came from"),
     "good": (lambda app, rest: _repl_judge(app, True), "", "approve the last reply"),
@@ -10934,9 +10990,7 @@ REPL_COMMANDS: Dict[str, Tuple[Callable[[App, str], List[str]], str, str]] = {
     "show": (_repl_show, "[FIELD]", "show the settings"),
     "train": (_repl_train, "", "learn now what is still to be learned"),
     "sleep": (_repl_sleep, "", "stop learning until /train"),
-    "save": (lambda app, rest: [
-        "every word is saved as it is said; learned weights are saved every "
-        f"{app.config.commit_seconds:g} s and when you leave"], "", "say that everything is saved"),
+    "save": (_repl_save, "[FILE]", "write the session's words into a file"),
     "exit": (_repl_exit, "", "leave"),
     "quit": (_repl_exit, "", "")}
 
@@ -10944,18 +10998,47 @@ REPL_COMMANDS: Dict[str, Tuple[Callable[[App, str], List[str]], str, str]] = {
 # The commands. Each says its report or streams its text; one that returns nothing ends with 0.
 
 
+def piped_text() -> str:
+    """Return what is piped into stdin, or "" where that is a terminal or nothing comes."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        kind = os.fstat(sys.stdin.fileno()).st_mode
+        if stat.S_ISREG(kind) or stat.S_ISFIFO(kind) and select.select([sys.stdin], [], [], 0.3)[0]:
+            return sys.stdin.buffer.read(MOST_PIPED).decode("utf-8", "replace")
+    return ""
+
+
+MOST_PIPED = 10_000_000  # bytes
+
+
+def found_in(given: str, text: str, config: Config) -> Optional[Reply]:
+    """Return what a text that was given for this once answers to a question, or None."""
+    memory = Memory(":memory:")
+    with memory.transaction():
+        for line in given.splitlines()[:config.max_corpus_lines]:
+            for piece in split_long_line(clean_line(line, LONGEST_MESSAGE), config.max_line_chars):
+                memory.add_entry("corpus", Document((piece,), True))
+    found, _ = recollection(memory, text, random.Random(0), config.recall_score)
+    memory.close()
+    return found if found and found.source in ("memory", "quote") else None
+
+
 def command_ask(app: App, words: List[str]) -> None:
     """Say one reply and leave."""
     text = clean_line(" ".join(words), LONGEST_MESSAGE)
     if not text:
         raise UsageError('ask needs something to answer; for example: ask "Who are you?"')
-    organism = app.organism()
+    organism, given = app.organism(), piped_text()
     if app.options.wait_trained:
         wake(app)
     else:
         organism.watcher.prepare()
         organism.take_in_corpus()
-    if app.options.json:
+    found = given and found_in(given, text, app.config)
+    if found:
+        facts = {"reply": found.text, "source": found.source, "entries": [],
+                 "score": round(found.score, 4), "seconds": 0.0}
+        app.report(facts, [found.text])
+    elif app.options.json:
         app.terminal.say(_whole_reply(app, text))
     else:
         for piece in organism.reply(text):
@@ -11035,11 +11118,32 @@ def command_memory(app: App, words: List[str]) -> int:
 
 
 def command_sessions(app: App, words: List[str]) -> None:
-    """List the sessions."""
-    if words not in ([], ["list"]):
-        raise UsageError(f"sessions takes one of: list; found {words[0]!r}")
-    sessions = app.memory().sessions()
-    app.report({"sessions": sessions}, session_lines(sessions))
+    """List the conversations, show one, give it another name, or delete its messages."""
+    memory, action, names = app.memory(), (words or ["list"])[0], words[1:]
+    if (action, len(names)) not in (("list", 0), ("show", 1), ("rename", 2), ("delete", 1)):
+        raise UsageError("sessions takes one of: list, show NAME, rename OLD NEW, delete NAME; "
+                         f"found {' '.join(words)!r}")
+    known = [session["name"] for session in memory.sessions()]
+    for name in names[:1]:
+        if name not in known:
+            raise UsageError(f"there is no session {name!r}; {_nearest_hint(name, known)}")
+    if action == "list":
+        app.report({"sessions": memory.sessions()}, session_lines(memory.sessions()))
+    elif action == "show":
+        app.report({"messages": [m._asdict() for m in memory.messages_of(names[0])]},
+                   transcript(memory, names[0]))
+    elif action == "rename":
+        if names[1] in known:
+            raise UsageError(f"there is a session {names[1]!r} already; choose another name")
+        memory.rename_session(names[0], check_session(names[1]))
+        app.report({"renamed": names}, [f"{names[0]} is {names[1]} now"])
+    elif not (app.options.yes or not sys.stdin.isatty() or input(
+            f"delete {names[0]!r}? [y/N] ").strip().lower() == "y"):
+        app.report({"deleted": []}, ["it is kept"])
+    else:
+        memory.delete_session(names[0])
+        app.report({"deleted": names}, [f"{names[0]} is deleted; what was told there is kept: see "
+                                        "memory list and memory forget"])
 
 
 def stats_facts(app: App) -> Dict[str, Any]:
@@ -11338,7 +11442,8 @@ COMMANDS: Dict[str, Tuple[Callable[[App, List[str]], Optional[int]], str, Tuple[
               "train in the foreground [--steps N] [--seconds S]"),
     "generate": (command_generate, "[PROMPT]", ("tokens",), "free text [--tokens N]"),
     "memory": (command_memory, "search TEXT | list | forget TEXT-or-ID", (), "what it was told"),
-    "sessions": (command_sessions, "[list]", (), "the conversations"),
+    "sessions": (command_sessions, "[list | show NAME | rename OLD NEW | delete NAME]", (),
+                 "the conversations"),
     "stats": (command_stats, "", (), "how large, how old, how good it is"),
     "log": (command_log, "", ("last",), "its life, one line an event [--last N]"),
     "eval": (command_eval, "FILE", (), "bits per character on a text"),
@@ -11376,6 +11481,7 @@ def option_parser() -> argparse.ArgumentParser:
         help="learn what is there before the first reply, and what is due before the next one")
     add("--json", action="store_true", help="machine-readable reports")
     add("--quiet", action="store_true", help="no banner, no notices")
+    add("--yes", action="store_true", help="delete and forget without asking")
     add("--debug", action="store_true", help="show tracebacks")
     add("--color", choices=("auto", "always", "never"), default="auto")
     add("--steps", type=int, metavar="N", help="train: so many steps")

@@ -328,6 +328,26 @@ class Piped(ProcessCase):
             self.assertIn(b"cannot be written", done.stderr)
 
 
+    def test_two_slashes_say_one_and_a_talk_is_shown_saved_renamed_and_deleted(self):
+        done = self.run_here("--no-train", "--session", "one", stdin=b"//tmp is full\n/again\n"
+                             b"/save talk.txt\n/save talk.txt\n")
+        self.assertEqual(len(done.stdout.splitlines()), 4)
+        self.assertIn(b"name a new file", done.stderr)
+        self.assertIn("you: /tmp is full", m.read_text(self.path("talk.txt")))
+        self.assertIn("you: /tmp is full", self.good("sessions", "show", "one"))
+        self.good("sessions", "rename", "one", "two")
+        self.assertEqual(self.run_here("sessions", "show", "one").returncode, 2)
+        self.good("sessions", "delete", "two")
+        self.assertEqual(self.report("sessions")["sessions"], [])
+        self.assertIn("/tmp is full", self.good("memory", "list"))
+
+    def test_ask_answers_from_what_is_piped_into_it_and_keeps_nothing_of_that(self):
+        done = self.run_here("--no-train", "ask", "what is the gate code?", apart=True,
+                             stdin=b"Shopping is on Friday.\nThe gate code is 4711.\n")
+        self.assertEqual(done.stdout, b"The gate code is 4711.\n", done.stderr)
+        self.assertNotIn("4711", self.good("memory", "search", "gate code"))
+
+
 class Training(ProcessCase):
     def test_train_learns_commits_and_goes_on_where_it_was_also_in_a_long_corpus(self):
         facts = self.report("train")
