@@ -11429,6 +11429,52 @@ def bench_lines(facts: Dict[str, Any]) -> List[str]:
         f"{facts['search_10000_ms']:.1f} ms"]
 
 
+def chat_records(memory: Memory, mine: bool) -> Iterator[Dict[str, Any]]:
+    """Yield talks, and unless mine exchanges of the corpus, as fine-tuning tools read them."""
+    def record(turns: Iterable[Tuple[bool, str]]) -> Dict[str, Any]:
+        return {"messages": [{"role": "user" if owner else "assistant", "content": words}
+                             for owner, words in turns]}
+    for session in memory.sessions():
+        said = memory.messages_of(session["name"])
+        if said:
+            yield record((m.role == "owner", m.text) for m in said)
+    for entry in () if mine else memory.entries("e.source = 'corpus'"):
+        if is_exchange(entry):
+            yield record((line.startswith(MARKERS[0]), line[len(MARKERS[0]):].strip())
+                         for line in entry.text.splitlines())
+
+
+def as_markdown(memory: Memory) -> Iterator[str]:
+    """Yield the lines of what it was told, by day, and of every talk, for people."""
+    yield "# What it was told\n"
+    for day, told in itertools.groupby(memory.told(), told_day):
+        yield f"\n## {day}\n\n"
+        yield from (f"- {' / '.join(entry.text.splitlines())}\n" for entry in told)
+    for session in memory.sessions():
+        yield f"\n# The talk {session['name']}\n\n"
+        yield from (f"- {line}\n" for line in transcript(memory, session["name"]))
+
+
+def command_export(app: App, words: List[str]) -> None:
+    """Write talks as JSONL for fine-tuning tools, or what it was told as Markdown for people."""
+    kind, memory = app.options.format, app.memory()
+    if kind not in ("jsonl", "markdown"):
+        command_later(app, words)
+    if len(words) != 1:
+        raise UsageError("export takes a file to write; for example: export talks.jsonl "
+                         "--format jsonl")
+    rows = chat_records(memory, bool(app.options.mine))
+    lines = as_markdown(memory) if kind == "markdown" else (
+        json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        with open(words[0], "x", encoding="utf-8") as file:
+            file.writelines(lines)
+    except OSError as error:
+        raise UsageError(f"{words[0]} cannot be written ({error.strerror}); name a new file"
+                         ) from None
+    app.terminal.note(f"{words[0]} holds what you said, word for word")
+
+
 def command_later(app: App, words: List[str]) -> None:
     """Say that a command is not there yet."""
     raise MacroGPTError(f"{app.options.command} is not there yet; see the README for what is")
@@ -11441,7 +11487,8 @@ COMMANDS: Dict[str, Tuple[Callable[[App, List[str]], Optional[int]], str, Tuple[
     "train": (command_train, "", ("steps", "seconds"),
               "train in the foreground [--steps N] [--seconds S]"),
     "generate": (command_generate, "[PROMPT]", ("tokens",), "free text [--tokens N]"),
-    "memory": (command_memory, "search TEXT | list | forget TEXT-or-ID", (), "what it was told"),
+    "memory": (command_memory, "search TEXT | about TEXT | list | forget TEXT-or-ID", (),
+               "what it was told"),
     "sessions": (command_sessions, "[list | show NAME | rename OLD NEW | delete NAME]", (),
                  "the conversations"),
     "stats": (command_stats, "", (), "how large, how old, how good it is"),
@@ -11449,7 +11496,8 @@ COMMANDS: Dict[str, Tuple[Callable[[App, List[str]], Optional[int]], str, Tuple[
     "eval": (command_eval, "FILE", (), "bits per character on a text"),
     "bench": (command_bench, "", (), "the speed of this machine"),
     "doctor": (command_doctor, "", (), "what is well and what is not"),
-    "export": (command_later, "DIR", ("format",), "not there yet"),
+    "export": (command_export, "FILE", ("format", "mine"),
+               "talks and what was told --format jsonl|markdown [--mine]"),
     "import": (command_later, "DIR", (), "not there yet")}
 
 
@@ -11481,6 +11529,7 @@ def option_parser() -> argparse.ArgumentParser:
         help="learn what is there before the first reply, and what is due before the next one")
     add("--json", action="store_true", help="machine-readable reports")
     add("--quiet", action="store_true", help="no banner, no notices")
+    add("--mine", action="store_true", default=None, help=argparse.SUPPRESS)
     add("--yes", action="store_true", help="delete and forget without asking")
     add("--debug", action="store_true", help="show tracebacks")
     add("--color", choices=("auto", "always", "never"), default="auto")
@@ -11503,7 +11552,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     if options.words and not takes:
         raise UsageError(f"{options.command} takes no words, found {options.words[0]!r}; "
                          f"see --help, or to talk: ask {' '.join(options.words)}")
-    for name in ("steps", "seconds", "tokens", "last", "format"):
+    for name in ("steps", "seconds", "tokens", "last", "format", "mine"):
         value = getattr(options, name)
         if value is not None and name not in own:
             raise UsageError(f"{options.command} takes no --{name}; see --help")

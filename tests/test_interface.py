@@ -341,6 +341,18 @@ class Piped(ProcessCase):
         self.assertEqual(self.report("sessions")["sessions"], [])
         self.assertIn("/tmp is full", self.good("memory", "list"))
 
+    def test_talks_are_exported_as_records_and_as_pages_and_no_file_is_overwritten(self):
+        self.good("--no-train", "ask", "My cat is called Biscuit.")
+        self.good("export", "talks.jsonl", "--format", "jsonl", "--mine")
+        rows = [json.loads(line) for line in m.read_text(self.path("talks.jsonl")).splitlines()]
+        self.assertEqual([[turn["role"] for turn in row["messages"]] for row in rows],
+                         [["user", "assistant"]])
+        self.good("export", "all.jsonl", "--format", "jsonl")
+        self.assertGreater(len(m.read_text(self.path("all.jsonl")).splitlines()), 1)
+        self.good("export", "told.md", "--format", "markdown")
+        self.assertIn("- My cat is called Biscuit.\n", m.read_text(self.path("told.md")))
+        self.mistake(2, "export", "told.md", "--format", "markdown", signs=("name a new file",))
+
     def test_ask_answers_from_what_is_piped_into_it_and_keeps_nothing_of_that(self):
         done = self.run_here("--no-train", "ask", "what is the gate code?", apart=True,
                              stdin=b"Shopping is on Friday.\nThe gate code is 4711.\n")
