@@ -7194,12 +7194,13 @@ def filled_in(lex: Lexicon, memory: Memory, answer: str, text: str) -> Optional[
 
 
 def _exchange_fits(lex: Lexicon, memory: Memory, asked: Asked, text: str,
-                   found: Iterable[Entry], near: Dict[Tuple[int, int], float]
-                   ) -> Iterator[Recall]:
+                   found: Iterable[Entry], near: Dict[Tuple[int, int], float],
+                   exact: bool) -> Iterator[Recall]:
     """Yield the answers of the corpus's exchanges, by how like their question is to the text.
 
     near has the cosines of the sayings most like it, by the keys of exchanges and the places there;
-    where it has any, it counts four times as much as the words that are shared.
+    where it has any, it counts four times as much as the words that are shared. Only the same words
+    count where they are to be exact.
     """
     line, folded = lex.line(text), folded_words(text)
     telling = {asked.line.words[i].stem: asked.weights[i] for i in asked.terms}
@@ -7208,7 +7209,10 @@ def _exchange_fits(lex: Lexicon, memory: Memory, asked: Asked, text: str,
         turns = document.turns() if document.is_exchange else []
         for place, ((asker, words), (teller, answer)) in enumerate(zip(turns, turns[1:])):
             if (asker, teller) == ("H", "A") and answer:
-                score = 1.0 if folded_words(words) == folded else min(
+                same = folded_words(words) == folded
+                if exact and not same:
+                    continue
+                score = 1.0 if same else min(
                     0.98, _likeness(lex, line, lex.line(words), telling))
                 if near and score < 1.0:
                     score = min(0.98, (score + 4.0 * near.get((entry.key, place), 0.0)) / 5.0)
@@ -7247,10 +7251,13 @@ def _likeness(lex: Lexicon, a: Line, b: Line, telling: Dict[str, float]) -> floa
                if word.classes & {"function", "idle"} else
                1.0 + 8.0 * telling[stem] if stem in mine and stem in telling else 2.0
                for stem, word in {**theirs, **mine}.items()}
-    shared = [stem for stem in mine if stem in theirs or any(
-        lex.nearness(mine[stem], other) > 2 for other in theirs.values())]
-    back = [stem for stem in theirs if stem in mine or any(
-        lex.nearness(other, theirs[stem]) > 2 for other in mine.values())]
+    ours, others = ([word for word in side.values() if not word.classes & {"function", "idle"}]
+                    for side in (mine, theirs))
+    near = [(word.stem, other.stem) for word, other in itertools.product(ours, others)
+            if word.stem not in theirs and lex.nearness(word, other) > 2]
+    both = mine.keys() & theirs.keys()
+    shared = both.union(stem for stem, _ in near)
+    back = both.union(stem for _, stem in near)
     whole = sum(weights[stem] for stem in (*mine, *theirs))
     alike = sum(weights[stem] for stem in (*shared, *back)) / (whole or 1.0)
     people = [line.has & {"me", "you"} for line in (a, b)]
@@ -7660,7 +7667,8 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
     for entry in memory.by_keys([key for found in near.values() for key, _ in found]):
         alike.setdefault(entry.id, entry)
     fits = [fit for part in parts for fit in _exchange_fits(
-        lex, memory, asked, part, alike.values(), near[part])]
+        lex, memory, asked, part, alike.values(), near[part],
+        exact=not like and asking and asks_for_a_fact(text))]
     fits.sort(key=lambda fit: (-round(fit.score, 2), rng.random()))
     if not asking:
         return fits
