@@ -5955,8 +5955,10 @@ refers.en: he she it they him them his her its their, er ihn ihm sein seine sein
  older bigger larger taller longer higher wider deeper faster dearer more later, schwerer älter
  größer länger teurer, less.en: lighter younger smaller shorter lower narrower cheaper slower less
  fewer earlier, leichter jünger kleiner kürzer billiger, corrects.en: scrap, reckons.en: calculate
- compute sum makes equal equals much reckon result, birth.en: born birthday, geboren, nacido nací
- nació, né née, added.en: more another extra, weitere, otro otra más, encore autre
+ compute sum makes equal equals much reckon result, request.en: write help make recommend suggest
+ explain translate sing play draw find set remind call send look compose invent advise, birth.en:
+ born birthday, geboren, nacido nací nació, né née, added.en: more another extra, weitere, otro
+ otra más, encore autre
 ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, reckon.en: plus/+
  and_add/+ added_to/+ minus/- less/- take_away/- times/* multiplied_by/* divided_by// over//
  percent_of/%, plus/+ minus/- mal/* geteilt_durch// prozent_von/%, más/+ menos/- por/* entre//
@@ -7881,8 +7883,8 @@ def asks_for_a_fact(text: str) -> bool:
 def names_something(text: str) -> bool:
     """Return whether a text states a fact with a name or a number in it, to be kept exactly."""
     line = lexicon().line(text[:MAX_ASKED_CHARS])
-    if line.words and line.words[0].classes & {"puts", "strikes"} or (
-            "list" in line.has and ":" in text):
+    if line.words and line.words[0].classes & {"puts", "strikes"} and line.has & {
+            "list", "refers"} or "list" in line.has and ":" in text:
         return True  # of a list
     return states_a_fact(text) and bool(
         re.search(r"\d|\b(?:named?|called)\b|[^\W_][,;:]? (?!I\b)[A-Z]", text))
@@ -7918,6 +7920,9 @@ def rejection(question: str, answer: str) -> str:
     return f"{line_key(asked):x}:{line_key(' '.join(folded_words(answer))):x}"
 
 
+CANNOT_REPLIES = ("That is more than I can do yet, I am sorry. What is it for?",
+                  "I am too small for that one, sorry. Shall we talk about it instead?",
+                  "I cannot do that well yet, I am sorry. Tell me more about it?")
 HEARD_REPLIES = ("I will keep that with care. How is it for you?", "I keep it. What comes next?",
                  "That stays with me. Tell me more.", "I have read it. How do you feel about it?")
 
@@ -7930,7 +7935,13 @@ def silence(text: str, rejected: Container[str] = (), said: Container[str] = ())
     lex, asking = lexicon(), asks(text)
     own = " ".join(lex.phrases["unknown" if asking else "kept", lex.line(text).language])
     told = KEPT_REPLIES if len(folded_words(text)) < PLAIN_WORDS else HEARD_REPLIES
-    ways = [f"{own}."] if own else [*(UNKNOWN_REPLIES if asking else told)]
+    words = lex.line(text[:MAX_ASKED_CHARS]).words[:5]
+    wished = [i for i, word in enumerate(words) if "request" in word.classes]
+    if wished and (wished[0] == 0 or any("you" in word.classes for word in words)):
+        told = asked = CANNOT_REPLIES
+    else:
+        asked = UNKNOWN_REPLIES
+    ways = [f"{own}."] if own else [*(asked if asking else told)]
     ways = [words for words in ways if rejection(text, words) not in rejected]
     fresh = [words for words in ways if words not in said]
     return (fresh or ways or [UNKNOWN_REPLY])[0]

@@ -220,6 +220,13 @@ class Silence(unittest.TestCase):
                            ("Où est mon chien ?", "Je ne le sais pas encore.")):
             self.assertEqual(m.silence(text), said)
 
+    def test_a_wish_that_it_cannot_meet_is_refused_kindly_and_a_story_is_heard(self):
+        for text in ("write me a letter to the mayor", "Could you help me with my taxes?"):
+            self.assertIn(m.silence(text), m.CANNOT_REPLIES)
+        self.assertIn(m.silence("The bus left without me and then it rained all the way home."),
+                      m.HEARD_REPLIES)
+        self.assertIn(m.silence("Where did I put my keys?"), m.UNKNOWN_REPLIES)
+
     def test_it_varies_and_says_nothing_that_was_rejected(self):
         said = {m.UNKNOWN_REPLY}
         self.assertIn(m.silence("What is my lamp called?", (), said), m.UNKNOWN_REPLIES[1:])
