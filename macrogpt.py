@@ -5250,12 +5250,7 @@ class Memory:
         Without training it can be recalled, and no layer reads it. It is found by the words of what
         it is about, too.
         """
-        mark = [TOLD_MARK] if recall and source in TOLD else []
-        if source == "corpus" and WORD_LINE.search(document.text):
-            mark.append(WORDS_MARK)
-        joined = folded_words(" ".join(HYPHENED.findall(document.text)).replace("-", ""))
-        words = () if document.is_dictionary else (
-            *folded_words(document.text), *joined, *folded_words(about))
+        words = index_words(source, document, recall, about)
         with self.transaction():
             self._rows("""
                 INSERT INTO entries(source, key, text, words, session_id, told_at, closed, recall,
@@ -5264,9 +5259,20 @@ class Memory:
                 ON CONFLICT(source, key) DO UPDATE SET told_at = max(told_at, excluded.told_at),
                     words = excluded.words, about = excluded.about, days = excluded.days""",
                        source, document.key, document.text,
-                       " ".join(["", *words, *mark]), session_id,
+                       words, session_id,
                        self.clock() if told_at is None else told_at,
                        int(document.closed), int(recall), int(held_out), int(training), about, days)
+
+    def purge_index(self) -> None:
+        """Merge the full-text index, so that it holds no word of what was removed."""
+        if self.has_fts:
+            self._write("INSERT INTO entries_fts(entries_fts) VALUES ('optimize')")
+
+    def stand_alone(self, entry: Entry) -> None:
+        """Let an entry lean on nothing any more."""
+        document = Document(tuple(entry.text.splitlines()), entry.closed)
+        self._write("UPDATE entries SET about = '', words = ? WHERE id = ?",
+                    index_words(entry.source, document, entry.recall), entry.id)
 
     def remove_entries(self, source: str, keys: Iterable[int]) -> None:
         """Remove documents of one source by key."""
@@ -5597,6 +5603,16 @@ class Memory:
                 self._rows("DELETE FROM settings WHERE name = 'lease'")
 
 
+def index_words(source: str, document: Document, recall: bool, about: str = "") -> str:
+    """Return the words under which an entry is found, and its marks, a space before each."""
+    mark = [TOLD_MARK] * (recall and source in TOLD) + [WORDS_MARK] * (
+        source == "corpus" and bool(WORD_LINE.search(document.text)))
+    joined = folded_words(" ".join(HYPHENED.findall(document.text)).replace("-", ""))
+    words = [] if document.is_dictionary else [
+        *folded_words(document.text), *joined, *folded_words(about)]
+    return " ".join(["", *words, *mark])
+
+
 def _connect(path: str) -> sqlite3.Connection:
     """Return a connection for all threads, with explicit transactions that reach the disk."""
     if path != ":memory:" and not os.path.exists(path):
@@ -5605,6 +5621,7 @@ def _connect(path: str) -> sqlite3.Connection:
     try:
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA secure_delete = ON")  # what is forgotten leaves the file's pages too
     except BaseException:
         db.close()
         raise
@@ -8022,6 +8039,11 @@ def forget_told(memory: Memory, entry: Entry) -> None:
             if _plainly(kin.text) == words or kin.source == "approved" and telling and (
                     telling <= set(stems_of(kin.text))):
                 memory.forget_entry(kin.id)
+        for kin in memory.told("e.about != ''"):
+            if f" {words} " in f" {_plainly(kin.about)} ":
+                memory.stand_alone(kin)
+        if memory.about_count() < MOST_TO_SCAN:  # of a million it would take long within a reply
+            memory.purge_index()
 
 
 # compaction

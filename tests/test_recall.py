@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import sqlite3
 import time
 import unittest
 from unittest import mock
@@ -349,6 +350,24 @@ class Days(Folder, unittest.TestCase):
                            ("2027-01-02T10:00", "was on 9 May 2026 at nine")):
             said = self.at(day, "When was my flight to Oslo?", zone="America/New_York")
             self.assertEqual(said[0], (f"Your flight to Oslo {words}.", "memory"))
+
+    def test_what_leans_on_a_forgotten_statement_holds_nothing_of_it_any_more(self):
+        self.at("2026-05-08T09:00", "My cousin is Ines.", "She teaches in Porto.",
+                "/forget My cousin is Ines.")
+        store = sqlite3.connect(self.db)
+        rows = store.execute("SELECT text, about, words FROM entries WHERE source = 'chat'")
+        told = rows.fetchall()
+        store.close()
+        self.assertEqual([row[0] for row in told], ["She teaches in Porto.\n"])
+        self.assertNotIn("ines", " ".join(map(str, told)).lower())
+
+    def test_after_forgetting_the_rarest_word_is_nowhere_in_the_store(self):
+        self.at("2026-05-08T09:00", "The safe opens with quazzelbrunft.", "How does the safe open?")
+        with open(self.db, "rb") as file:
+            self.assertIn(b"quazzelbrunft", file.read().lower())
+        self.at("2026-05-09T09:00", "/forget The safe opens with quazzelbrunft.")
+        with open(self.db, "rb") as file:
+            self.assertNotIn(b"quazzel", file.read().lower())
 
     def test_the_very_words_of_a_statement_forget_it_alone_among_many_alike(self):
         words = [f"The {a} of room {i} is kept in the {b} box." for i, (a, b) in enumerate(
