@@ -21,9 +21,9 @@ Map (text flows round a ring; the code reads from top to bottom):
      8 OPTIMIZER   AdamW whose moments live in the parameters they move
      9 SAMPLING    from logits to one id: a chain of filters
     10 TRAINING    windows, steps, and bits per character
-    11 EXPERTS     `NgramMemory` and the copyist, the `Mixture` that weighs them and the GPT
+    11 EXPERTS     `NgramMemory`, the copyist, the `Mixture`; `Sayings`, vectors of sentences
     12 MEMORY      `Memory`: one SQLite file that is the whole being
-    13 RECALL      a question and what was told: the statements that answer it
+    13 RECALL      what answers a question: statements, people, days, lists; what was said like it
     14 VOICE       `Mind` and `Turn`: prompt, drafts, the best of them; the `Speaker` says it
     15 LEARNING    `Learner`, a generation and its text; `Job`, a stretch of steps; the child
     16 ORGANISM    `Watcher` (file to entries), `Trainer` (the child's supervisor), `Organism`
@@ -6337,7 +6337,8 @@ def days_in(lex: Lexicon, text: str, today: datetime.date) -> List[When]:
             groups = [group and group.casefold() for group in match.groups()]
             with contextlib.suppress(ValueError, OverflowError):  # there is no 31 June
                 days = _days(lex, language, name, groups, today, passed)
-                if days and not any(w.start < match.end() and match.start() < w.end for w in found):
+                if days and 1 < days[0].year < 9000 and not any(
+                        w.start < match.end() and match.start() < w.end for w in found):
                     found.append(When(*days, *match.span(), name))
     return sorted(found, key=attrgetter("start"))
 
