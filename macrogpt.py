@@ -4855,8 +4855,8 @@ def learned_ear(engine: Engine, texts: Sequence[Tuple[int, str]], epochs: int,
 class Sayings:
     """All that was said to it in exchanges, as sentence vectors: it finds what is like a text."""
 
-    def __init__(self, engine: Engine, layer: Layer) -> None:
-        count, self.engine = layer.manifest["sayings"], engine
+    def __init__(self, engine: Engine, layer: Layer, mark: Any = None) -> None:
+        count, self.engine, self.mark = layer.manifest["sayings"], engine, mark
         self.places = array("q", layer.data[-16 * count:])
         self.ear = Ear(engine)
         numbers, at = floats_of(layer.data[:-16 * count]), 0
@@ -5473,6 +5473,10 @@ class Memory:
         for part in _parts(ids):
             yield from self.entries(f"id IN ({','.join('?' * len(part))})", *part)
 
+    def today(self) -> datetime.date:
+        """Return the day that its clock shows."""
+        return datetime.date.fromtimestamp(self.clock())
+
     def file_bytes(self) -> int:
         """Return the size of the file."""
         return self._one("PRAGMA page_count") * self._one("PRAGMA page_size")
@@ -5507,13 +5511,24 @@ class Memory:
         return {name: json.loads(manifest) for name, manifest in rows
                 if name.startswith(prefix or NEXT) == bool(prefix)}
 
-    def layers(self, prefix: str = "", without: str = "") -> Dict[str, Layer]:
+    def layers(self, prefix: str = "", without: Sequence[str] = ()) -> Dict[str, Layer]:
         """Return the present generation's layers, or with NEXT the next one's, by their names."""
+        return self._layers(prefix, f"name {'LIKE' if prefix else 'NOT LIKE'} ? AND name NOT IN "
+                                    f"({','.join('?' * len(without))})", NEXT + "%", *without)
+
+    def layer(self, name: str) -> Optional[Layer]:
+        """Return one layer, if it is there."""
+        return self._layers("", "name = ?", name).get(name)
+
+    def checksum(self, name: str) -> Optional[int]:
+        """Return what tells one state of a layer from another, without reading it."""
+        return self._one("SELECT checksum FROM layers WHERE name = ?", name)
+
+    def _layers(self, prefix: str, where: str, *values: Any) -> Dict[str, Layer]:
         found = {}
         for name, sealed, manifest, checksum, data in self._rows(
-                f"SELECT substr(name, ?), sealed, manifest, checksum, data FROM layers "
-                f"WHERE name {'LIKE' if prefix else 'NOT LIKE'} ? AND name != ? ORDER BY rowid",
-                len(prefix) + 1, NEXT + "%", without):
+                "SELECT substr(name, ?), sealed, manifest, checksum, data FROM layers "
+                f"WHERE {where} ORDER BY rowid", len(prefix) + 1, *values):
             try:
                 if zlib.crc32(data) != checksum:
                     raise ValueError(f"its checksum is {zlib.crc32(data)}, expected {checksum}")
@@ -7385,7 +7400,7 @@ def looked_up(lex: Lexicon, memory: Memory, text: str) -> Optional[Reply]:
     """Return the answer to a question about all that was told: of a day, on a list, about Ines."""
     if not asks(text, lex) and not {"list", "me"} <= lex.line(text).has:  # read me the list
         return None
-    today = datetime.date.fromtimestamp(memory.clock())
+    today = memory.today()
     asked = analyzed(lex, _question_in(lex, text))
     for look in (_last_said, _told_then, _planned, _listed, _all_about, _compared, _counted_up):
         found = look(lex, memory, asked, lex.line(text), today)
@@ -7404,7 +7419,11 @@ Looked = Optional[Tuple[str, List[Unit]]]
 
 def _what_holds(lex: Lexicon, entries: Iterable[Entry]) -> List[Unit]:
     """Return the statements of entries, without those whose place a later one has taken."""
-    units = [unit for entry in entries for unit in _units_of(lex, entry, ("",))]
+    return _holding(lex, [unit for entry in entries for unit in _units_of(lex, entry, ("",))])
+
+
+def _holding(lex: Lexicon, units: Sequence[Unit]) -> List[Unit]:
+    """Return statements, oldest first, without those whose place a later one has taken."""
     return [unit for k, unit in enumerate(units) if not any(
         _replaces(lex, later.line, unit.line) for later in units[k + 1:])]
 
@@ -7448,10 +7467,14 @@ def _told_then(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
                                      ])[-MOST_LISTED:]
     if asked.slot == "time":
         found = [each for each in _about(lex, memory, asked) if each.entry.source in TOLD][-1:]
-        day = [told_day(unit.entry) for unit in found] * 2
-        return (f"You told me {named_days(lex, 'en', day[0], day[1], today)}: "
+        return (f"You told me {_when_told(lex, found[0], today)}: "
                 f"{said_back(lex, found[0], today)}" if found else "", found)
     return None
+
+
+def _when_told(lex: Lexicon, unit: Unit, today: datetime.date) -> str:
+    day = told_day(unit.entry)
+    return named_days(lex, "en", day, day, today)
 
 
 def _planned(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
@@ -7570,9 +7593,7 @@ def _all_about(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
         told = [unit for unit in _what_holds(lex, memory.told("e.id > ?", memory.about_count()
                 - MOST_HELD)) if unit.line.has & {"me", "own", "subject"}]
         return "", told[::-1][:MOST_LISTED]
-    found = _about(lex, memory, asked)
-    units = [unit for k, unit in enumerate(found) if not any(
-        _replaces(lex, later.line, unit.line) for later in found[k + 1:])]
+    units = _holding(lex, _about(lex, memory, asked))
     if not units and not any(line.caps[1:]) and not line.has & {"own"}:
         return None  # tell me about the moon
     return _one_by_one(lex, units[::-1][:MOST_LISTED], today), units[::-1][:MOST_LISTED]
@@ -7580,8 +7601,8 @@ def _all_about(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
 
 def about(memory: Memory, text: str) -> Reply:
     """Return all that holds of what a text names, said shortly, and the entries that say so."""
-    lex, today = lexicon_of(memory), datetime.date.fromtimestamp(memory.clock())
-    units = _about(lex, memory, analyzed(lex, text))[::-1][:MOST_LISTED]
+    lex, today = lexicon_of(memory), memory.today()
+    units = _holding(lex, _about(lex, memory, analyzed(lex, text)))[::-1][:MOST_LISTED]
     if not units:
         return Reply(UNKNOWN_REPLY, "nothing")
     entries = tuple({unit.entry.id: unit.entry for unit in units}.values())
@@ -7590,11 +7611,10 @@ def about(memory: Memory, text: str) -> Reply:
 
 def due(memory: Memory) -> str:
     """Return what was told of today on a day before, in one line; "" if nothing was."""
-    lex, today = lexicon_of(memory), datetime.date.fromtimestamp(memory.clock())
+    lex, today = lexicon_of(memory), memory.today()
     told = [entry for entry in memory.told("instr(substr(e.days, 11), ?)", today.isoformat())
             if told_day(entry) < today]
-    said = [f"{said_back(lex, unit, today)} You told me "
-            f"{named_days(lex, 'en', *[told_day(unit.entry)] * 2, today)}."
+    said = [f"{said_back(lex, unit, today)} You told me {_when_told(lex, unit, today)}."
             for unit in _what_holds(lex, told)[-3:]]
     return f"Today: {' '.join(said)}" if said else ""
 
@@ -7671,9 +7691,9 @@ Like = Callable[[str], List[Tuple[float, int, int]]]  # of a text: cosine, key, 
 
 
 def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
-           like: Optional[Like] = None) -> List[Recall]:
+           like: Optional[Like] = None, lex: Optional[Lexicon] = None) -> List[Recall]:
     """Return what fits the text, best first; equal exchanges in an order that rng decides."""
-    lex, text = lexicon_of(memory), _MARKER.sub("", text)
+    lex, text = lex or lexicon_of(memory), _MARKER.sub("", text)
     asking = asks(text, lex)
     text = _question_in(lex, text) if asking else text[:MAX_ASKED_CHARS]
     asked = analyzed(lex, text)
@@ -7692,7 +7712,7 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
     fits.sort(key=lambda fit: (-round(fit.score, 2), rng.random()))
     if not asking:
         return fits
-    said, today = [], datetime.date.fromtimestamp(memory.clock())
+    said, today = [], memory.today()
     found = newest_first(lex, judged(lex, asked, entries), least,
                          bool(asked.line.has_phrase(lex, "former")), _wants_all(asked))
     for each in found:
@@ -7771,11 +7791,11 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
                  like: Optional[Like] = None) -> Tuple[Optional[Reply], List[Recall]]:
     """Return what memory replies by itself to a text, or None; and all that fits, if not rejected.
     """
-    text = in_context(lexicon(), text, turns)
-    whole = _sum(lexicon_of(memory), memory, text) or looked_up(lexicon_of(memory), memory, text)
+    known, text = lexicon_of(memory), in_context(lexicon(), text, turns)
+    whole = _sum(known, memory, text) or looked_up(known, memory, text)
     if whole and rejection(text, whole.text) not in rejected:
         return whole, []
-    fits = [fit for fit in recall(memory, text, rng, least, like)
+    fits = [fit for fit in recall(memory, text, rng, least, like, known)
             if not rejected or rejection(text, fit.answer) not in rejected]
     told = [fit for fit in fits if not is_exchange(fit.entry)]
     said = [fit for fit in fits if is_exchange(fit.entry)]
@@ -7956,10 +7976,10 @@ def silence(text: str, rejected: Container[str] = (), said: Container[str] = ())
     words = lex.line(text[:MAX_ASKED_CHARS]).words[:5]
     wished = [i for i, word in enumerate(words) if "request" in word.classes]
     if wished and (wished[0] == 0 or any("you" in word.classes for word in words)):
-        told = asked = CANNOT_REPLIES
+        ways = CANNOT_REPLIES
     else:
-        asked = UNKNOWN_REPLIES
-    ways = [f"{own}."] if own else [*(asked if asking else told)]
+        ways = UNKNOWN_REPLIES if asking else told
+    ways = [f"{own}."] if own else ways
     ways = [words for words in ways if rejection(text, words) not in rejected]
     fresh = [words for words in ways if words not in said]
     return (fresh or ways or [UNKNOWN_REPLY])[0]
@@ -8587,7 +8607,8 @@ class Speaker:
         config, memory = state[2], self.memory
         if last is not None and last[0] == state and last[2].fits(last[1].tokenizer, config):
             return last
-        growth, layers = Growth.of(memory.setting("growth", {})), memory.layers(without="optimizer")
+        growth = Growth.of(memory.setting("growth", {}))
+        layers = memory.layers(without=("optimizer", "ear"))
         tokenizer, model = build_model(config, layers, self.engine, growth.phase == "warmup")
         counted = last[2] if last is not None and last[2].fits(tokenizer, config) else (
             EntryCounts(memory, tokenizer, config))
@@ -8595,12 +8616,17 @@ class Speaker:
         enough = config.trust_bpc * (1.5 if growth.phase == "grown" else 1.0)
         trusted = growth.phase != "newborn" and best is not None and best <= enough
         mixer = load_mixer(config, layers.get("mixer"))
-        same = last is not None and last[0][1:2] == state[1:2] and last[1].sayings
-        sayings = Sayings(self.engine, layers["ear"]) if "ear" in layers and not (
-            same and same.places[:2].tobytes() == layers["ear"].data[
-                -16 * layers["ear"].manifest["sayings"]:][:16]) else same or None
-        mind = Mind(config, tokenizer, model, counted.counts, mixer, growth.bpc, trusted, sayings)
+        mind = Mind(config, tokenizer, model, counted.counts, mixer, growth.bpc, trusted,
+                    self._heard(last))
         return state, mind, counted
+
+    def _heard(self, last: Optional[Ready]) -> Optional[Sayings]:
+        """Return the stored sentence vectors: the last mind's, unless others have come."""
+        mark = self.memory.checksum("ear"), self.engine
+        if last is not None and last[1].sayings and last[1].sayings.mark == mark:
+            return last[1].sayings
+        layer = self.memory.layer("ear")
+        return Sayings(self.engine, layer, mark) if layer else None
 
     def reply(self, text: str, session: int) -> Iterator[str]:
         """Yield the reply to what the owner said, piece by piece; both are remembered.
@@ -8692,7 +8718,8 @@ class Learner:
         self.optimizer, self.rng = AdamW.of(config), self._rng_of_now()
         self.tokenizer, self.model = build_model(config, layers, engine)
         self.router = self.model.router = self.model.router or Router(self.tokenizer)
-        self.best, self.mixer, self.ear = map(layers.get, ("best", "mixer", "ear"))
+        self.best, self.mixer = layers.get("best"), layers.get("mixer")
+        self.ear: Optional[Layer] = None       # sentence vectors that were learned just now
         self.texts: Dict[int, Text] = {}
         self.dirty: Set[str] = set()           # layers that changed since the last snapshot
         self.guard = threading.RLock()
@@ -8783,7 +8810,6 @@ class Learner:
         with self.guard:
             self.tokenizer, self._ids, self.best, self.mixer = tokenizer, {}, None, None
             self.ear = ear
-            self.dirty.add("ear")
             self.model = GPT(Shape.of(self.config), tokenizer.vocab_size, self.engine, self.rng)
             self.router = self.model.router = Router(tokenizer)
             self.growth = dataclasses.replace(self.growth, phase="warmup", warmup_chars=chars,
@@ -9025,8 +9051,8 @@ class Learner:
                 layers["best"] = self.best
             if self.mixer is not None and "mixer" in self.dirty:
                 layers["mixer"] = self.mixer
-            if self.ear is not None and "ear" in self.dirty:
-                layers["ear"] = self.ear
+            if self.ear is not None:
+                layers["ear"], self.ear = self.ear, None
             if "router" in self.dirty:
                 layers["router"] = pack_router(self.router)
             for number, delta in enumerate(self.model.deltas, 1):
@@ -9820,7 +9846,7 @@ class Trainer:
             memory.unlearn_from(first)
             memory.remove_layers({*gone, "optimizer"})
             growth = self.growth if first else self.growth.heir(self.growth.generation + 1)
-            routes = memory.layers().get("router") if gone else None
+            routes = memory.layer("router") if gone else None
             if routes is not None:
                 router = load_router(EvolvingTokenizer(), routes)
                 router.truncate(first)
@@ -9849,8 +9875,8 @@ class Trainer:
         with memory.transaction():
             memory.set_setting("generations", number)
             memory.begin_rebirth({"why": why, "growth": dataclasses.asdict(growth), "shape": shape})
-            memory.save_layers({NEXT + name: layer for name, layer in memory.layers().items()
-                                if name == "tokenizer"})
+            merges = memory.layer("tokenizer")
+            memory.save_layers({NEXT + "tokenizer": merges} if merges else {})
             memory.log("rebirth", why=why, generation=growth.generation)
         self.tell(f"{WHY_REBORN[why]}: generation {growth.generation} grows up beside this one, "
                   f"which took {old.warmup_seconds:.0f} s")
@@ -9970,7 +9996,8 @@ class Trainer:
     def _state(self, prefix: str, config: Config, growth: Growth) -> Dict[str, Any]:
         """Return a generation as it is stored, to be raised."""
         return {"config": dataclasses.asdict(config), "growth": dataclasses.asdict(growth),
-                "layers": {n: tuple(layer) for n, layer in self.memory.layers(prefix).items()}}
+                "layers": {n: tuple(layer) for n, layer in self.memory.layers(
+                    prefix, without=(prefix + "ear",)).items()}}
 
     def _instruct(self, child: Any) -> None:
         """Give the child what changed in the text, and the job that is due, when it is new."""
@@ -10808,17 +10835,22 @@ def transcript(memory: Memory, session: str) -> List[str]:
             for m in memory.messages_of(session)]
 
 
+def write_new(path: str, lines: Iterable[str]) -> None:
+    """Write lines into a file that is not there yet.  Raises UsageError."""
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}); name a new file") from None
+
+
 def _repl_save(app: App, rest: str) -> List[str]:
     """Say that everything is saved, or write the session's words into a new file."""
     if not rest:
         return ["every word is saved as it is said; learned weights are saved every "
                 f"{app.config.commit_seconds:g} s and when you leave; /save FILE writes the talk"]
-    try:
-        with open(rest, "x", encoding="utf-8") as file:
-            lines = transcript(app.memory(), app.organism().session)
-            file.writelines(f"{line}\n" for line in lines)
-    except OSError as error:
-        raise UsageError(f"{rest} cannot be written ({error.strerror}); name a new file") from None
+    lines = transcript(app.memory(), app.organism().session)
+    write_new(rest, lines)
     return [f"{len(lines)} messages are in {rest}"]
 
 
@@ -11488,13 +11520,13 @@ def chat_records(memory: Memory, mine: bool) -> Iterator[Dict[str, Any]]:
 
 def as_markdown(memory: Memory) -> Iterator[str]:
     """Yield the lines of what it was told, by day, and of every talk, for people."""
-    yield "# What it was told\n"
+    yield "# What it was told"
     for day, told in itertools.groupby(memory.told(), told_day):
-        yield f"\n## {day}\n\n"
-        yield from (f"- {' / '.join(entry.text.splitlines())}\n" for entry in told)
+        yield f"\n## {day}\n"
+        yield from (f"- {' / '.join(entry.text.splitlines())}" for entry in told)
     for session in memory.sessions():
-        yield f"\n# The talk {session['name']}\n\n"
-        yield from (f"- {line}\n" for line in transcript(memory, session["name"]))
+        yield f"\n# The talk {session['name']}\n"
+        yield from (f"- {line}" for line in transcript(memory, session["name"]))
 
 
 def command_export(app: App, words: List[str]) -> None:
@@ -11507,13 +11539,8 @@ def command_export(app: App, words: List[str]) -> None:
                          "--format jsonl")
     rows = chat_records(memory, bool(app.options.mine))
     lines = as_markdown(memory) if kind == "markdown" else (
-        json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    try:
-        with open(words[0], "x", encoding="utf-8") as file:
-            file.writelines(lines)
-    except OSError as error:
-        raise UsageError(f"{words[0]} cannot be written ({error.strerror}); name a new file"
-                         ) from None
+        json.dumps(row, ensure_ascii=False) for row in rows)
+    write_new(words[0], lines)
     app.terminal.note(f"{words[0]} holds what you said, word for word")
 
 

@@ -460,7 +460,7 @@ class Layers(MemoryCase):
         memory.save_layers(given)
         self.assertEqual(memory.layers(), given)
         self.assertEqual(memory.manifests(), {n: layer.manifest for n, layer in given.items()})
-        self.assertEqual(set(memory.layers(without="base")), {"delta1", "tokenizer"})
+        self.assertEqual(set(memory.layers(without=("base",))), {"delta1", "tokenizer"})
         new = m.Layer([], b"new")
         memory.save_layers({"base": new, "delta1": new})
         self.assertEqual(memory.layers(), {**given, "base": new})
