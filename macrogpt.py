@@ -5988,9 +5988,9 @@ refers.en: he she it they him them his her its their, er ihn ihm sein seine sein
  größer länger teurer, less.en: lighter younger smaller shorter lower narrower cheaper slower less
  fewer earlier, leichter jünger kleiner kürzer billiger, corrects.en: scrap, reckons.en: calculate
  compute sum makes equal equals much reckon result, request.en: write help make recommend suggest
- explain translate sing play draw find set remind call send look compose invent advise, birth.en:
- born birthday, geboren, nacido nací nació, né née, added.en: more another extra, weitere, otro
- otra más, encore autre
+ explain translate sing play draw find set remind call send look compose invent advise, duty.en:
+ have_to has_to need_to got_to must, muss, tengo_que debo, dois, birth.en: born birthday, geboren,
+ nacido nací nació, né née, added.en: more another extra, weitere, otro otra más, encore autre
 ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, reckon.en: plus/+
  and_add/+ added_to/+ minus/- less/- take_away/- times/* multiplied_by/* divided_by// over//
  percent_of/%, plus/+ minus/- mal/* geteilt_durch// prozent_von/%, más/+ menos/- por/* entre//
@@ -7058,8 +7058,7 @@ def _mends(lex: Lexicon, unit: Unit) -> bool:
     return any(line.has_phrase(lex, kind) for kind in ("ended", "corrects", "changed"))
 
 
-def newest_first(lex: Lexicon, found: List[Judged], least: float,
-                 former: bool = False, several: bool = False) -> List[Judged]:
+def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) -> List[Judged]:
     """Return statements with the newest of those first that may have taken the best one's place.
 
     It tells, as surely, of the same words of the question; where it says that something changed,
@@ -7068,7 +7067,8 @@ def newest_first(lex: Lexicon, found: List[Judged], least: float,
     """
     if not found or found[0].unit.entry.source not in TOLD:
         return found
-    top = found[0]
+    top, several = found[0], _wants_all(asked)
+    former = bool(asked.line.has_phrase(lex, "former"))
     fits = [each for each in found if each.unit.entry.source in TOLD and each.filled >= top.filled
             and all(each.near[i] > 2 for i in top.near if top.near[i] > 2)
             and (each is top or each.score >= least or _mends(lex, each.unit)
@@ -7533,10 +7533,9 @@ def list_items(lex: Lexicon, memory: Memory, name: AbstractSet[str], kind: str =
             head, colon, rest = line.partition(":")
             stems = {word.stem for word in unit.line.words}
             listed = bool(unit.line.has_phrase(lex, kind))
-            duty = re.split(r"\b(?:have|has|need|got) to |\bmust ", line, 1)[1:] if (
-                kind == "todo" and "subject" in unit.line.has) else []
+            duty = _duty(lex, line) if kind == "todo" and "subject" in unit.line.has else ""
             if duty:
-                items, used, ours = [*items, *_split_items(duty[0])], [*used, unit], True
+                items, used, ours = [*items, *_split_items(duty)], [*used, unit], True
                 continue
             if listed:
                 ours = name <= stems or not name
@@ -7554,6 +7553,16 @@ def list_items(lex: Lexicon, memory: Memory, name: AbstractSet[str], kind: str =
                 used += [unit] * (kept != items)
                 items = kept
     return items, used
+
+
+def _duty(lex: Lexicon, text: str) -> str:
+    """Return what a text says is to be done: call the roofer, of "I have to call the roofer"."""
+    spans = [m.span() for m in _WORD.finditer(text)]
+    words = [text[a:b].casefold() for a, b in spans]
+    language = lex.language_of(words)
+    ends = [i + lex.phrase_at(words, i, "duty", language) for i in range(len(words))
+            if lex.phrase_at(words, i, "duty", language)]
+    return text[spans[ends[0]][0]:] if ends and ends[0] < len(spans) else ""
 
 
 def _split_items(text: str) -> List[str]:
@@ -7634,6 +7643,14 @@ def _one_by_one(lex: Lexicon, units: Sequence[Unit], today: datetime.date) -> st
     return " ".join(dict.fromkeys(said))
 
 
+def _value(lex: Lexicon, word: Word, line: Line) -> Optional[float]:
+    """Return the number that a word is, in digits or not; None for "a" and all others."""
+    if re.fullmatch(r"\d+(?:[.,]\d+)?", word.word):
+        return float(word.word.replace(",", "."))
+    counts = lex.pairs["count", line.language]
+    return float(counts[word.word]) if len(word.word) > 2 and word.word in counts else None
+
+
 def _compared(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
              today: datetime.date) -> Looked:
     """Which of two is more or less, where both were told in one unit: the crate or the trunk?"""
@@ -7644,10 +7661,8 @@ def _compared(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
     found: List[Tuple[float, Unit, str]] = []
     for part in (re.split(r", ", parts[0])[-1], parts[1]):
         for unit in reversed(_about(lex, memory, analyzed(lex, part))):
-            values = [float(w.word.replace(",", ".")) for w in unit.line.words
-                      if re.fullmatch(r"\d+(?:[.,]\d+)?", w.word)] or [
-                          float(lex.pairs["count", "en"][w.word]) for w in unit.line.words
-                          if w.word in lex.pairs["count", "en"] and w.word not in ("a", "an")]
+            digits_first = sorted(unit.line.words, key=lambda w: not w.word[:1].isdigit())
+            values = [v for v in (_value(lex, w, unit.line) for w in digits_first) if v is not None]
             if values:
                 found.append((values[0], unit, part.strip(" ?.")))
                 break
@@ -7668,13 +7683,12 @@ def _counted_up(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
     total, counted, names = 0, [], {}  # type: int, List[Unit], Dict[str, Unit]
     for unit in _about(lex, memory, asked) if at is not None else ():
         line, here = lex.line(unit.text), 0
-        numbers = lex.pairs["count", line.language]
         for j in (j for j in line.telling if (
                 line.words[j].stem in lex.kinds["unit"] | lex.kinds["money"]
                 if asked.slot == "amount" else lex.nearness(thing, line.words[j]) == 4)):
             names.update((w.text, unit) for w in _names_beside(lex, line, j))
-            here += next((int(numbers.get(w.word, w.word)) for w in line.words[max(0, j - 3):j]
-                          if w.word.isdigit() or w.word in numbers and len(w.word) > 2), 0)
+            before = [_value(lex, word, line) for word in line.words[max(0, j - 3):j]]
+            here += next((int(v) for v in before if v is not None and v % 1.0 == 0.0), 0)
         if here and unit.entry.source in TOLD:
             added, ended = "added" in line.has, bool(line.has_phrase(lex, "ended"))
             total = total + here if added else total - here if ended else here
@@ -7713,8 +7727,7 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
     if not asking:
         return fits
     said, today = [], memory.today()
-    found = newest_first(lex, judged(lex, asked, entries), least,
-                         bool(asked.line.has_phrase(lex, "former")), _wants_all(asked))
+    found = newest_first(lex, asked, judged(lex, asked, entries), least)
     for each in found:
         line, unit = each.unit.line, each.unit
         names = [asked.line.words[i].text for i in asked.vital if asked.line.caps[i]]
