@@ -186,7 +186,3 @@ class VectorsAreRowsOverOneBuffer(unittest.TestCase):
         for n in (0, 5, 7):
             with self.assertRaises(ValueError):
                 m.VectorValue(engine, 2, 3, engine.buffer(n))
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -144,7 +144,3 @@ class Errors(unittest.TestCase):
                            (m.StoreError, 1), (m.EngineError, 1), (m.TrainerError, 1)):
             self.assertTrue(issubclass(kind, m.MacroGPTError))
             self.assertEqual(kind.exit_code, code)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -353,7 +353,3 @@ class Share(unittest.TestCase):
             after = m.training_share(documents[:place] + [inserted] + documents[place:], 10_000)
             self.assertLessEqual(max(len(after - before), len(before - after)), 2)
         self.assertIn(inserted.key, after)
-
-
-if __name__ == "__main__":
-    unittest.main()

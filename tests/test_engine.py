@@ -630,7 +630,3 @@ exec {real} "$@"\n""")
         both = [subprocess.Popen([sys.executable, "-S", "-c", code], cwd=ROOT) for _ in range(2)]
         self.assertEqual([process.wait(60) for process in both], [0, 0])
         self.assertEqual(len(os.listdir(self.cache)), 1)
-
-
-if __name__ == "__main__":
-    unittest.main()

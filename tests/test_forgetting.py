@@ -179,7 +179,3 @@ class Benchmark(Folder, unittest.TestCase):
         code, said, told = self.run_bench("short")
         self.assertEqual((code, said), (1, ""))
         self.assertIn("own.txt has 5 characters", told)
-
-
-if __name__ == "__main__":
-    unittest.main()

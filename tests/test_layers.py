@@ -301,7 +301,3 @@ class DeltasAreBornSilent(NearCase):
         self.delta.fold_into(self.base)
         for found, expected in zip(self.plain(), before):
             self.assert_near(found, expected, 1e-5)
-
-
-if __name__ == "__main__":
-    unittest.main()

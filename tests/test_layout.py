@@ -305,7 +305,3 @@ class Style(LayoutCase):
             if missing:
                 broken.append((function.lineno, f"{function.name}: {', '.join(missing)}"))
         self.none(broken)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -472,7 +472,3 @@ class TheWholeProgram(Folder, unittest.TestCase):
             _, why = done.stdout.decode().splitlines()
             for words in found:
                 self.assertIn(words, why)
-
-
-if __name__ == "__main__":
-    unittest.main()

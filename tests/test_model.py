@@ -392,7 +392,3 @@ class EveryLayerSpeaksForItself(NearCase):
         m.train_step(learner, optimizer, [self.ids], 0.05, 0.0, random.Random(1))
         self.assertEqual([list(self.said(k)) for k in range(3)], before)
         self.assertNotEqual(list(self.said(3)), last)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -151,7 +151,3 @@ class Seed(unittest.TestCase):
             if 2 * count >= fewest and (count, fewest) != (1, 2):
                 copies.append((self.placed[one], self.placed[other]))
         self.none((pair for pair in copies if pair[0][1] != pair[1][1]), "lines nearly the same")
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -133,7 +133,3 @@ class TheRateRisesAndFalls(unittest.TestCase):
                 self.assertEqual(rates[top:], sorted(rates[top:], reverse=True))
                 self.assertTrue(all(0.0 <= r <= 1.0 + 1e-12 for r in rates))
                 self.assertAlmostEqual(rates[-1], 0.0)
-
-
-if __name__ == "__main__":
-    unittest.main()

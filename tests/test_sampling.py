@@ -290,7 +290,3 @@ class TheKernelDrawsAsTheChainDoes(unittest.TestCase):
             logits[1] = bad
             self.assertIsNone(m.fast_draw(logits, history, m.Config(), rng, self.engine))
         self.assertEqual(rng.getstate(), before)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -370,7 +370,3 @@ class Chats(Folder, unittest.TestCase):
             self.assertEqual([text for role, text in said if role == "owner"], told)
             self.assertLessEqual(len(memory.prompt_messages(1)), 8)
             self.assertEqual([e.text.strip() for e in memory.entries("e.source = 'chat'")], told)
-
-
-if __name__ == "__main__":
-    unittest.main()

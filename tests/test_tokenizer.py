@@ -256,7 +256,3 @@ class StorageClaims(unittest.TestCase):
             with self.subTest(blob=blob[:80]):
                 with self.assertRaisesRegex(ValueError, "^stored tokenizer: found .*expected.*$"):
                     macrogpt.EvolvingTokenizer.unpack(blob)
-
-
-if __name__ == "__main__":
-    unittest.main()

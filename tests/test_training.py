@@ -322,7 +322,3 @@ class RoutersChoose(unittest.TestCase):
         stored = m.load_router(self.tokenizer, m.pack_router(self.router))
         for router in (self.router, stored):
             self.assertEqual(router.scores(b"the gull"), before)
-
-
-if __name__ == "__main__":
-    unittest.main()
