@@ -148,14 +148,9 @@ class Pupil:
     def examined(self, one):
         """Return the bits per character on a lesson's exam, of the model alone and of the voice."""
         model, ids = self.learner.model, m.text_ids(self.learner.tokenizer, one.test)
-        voice = m.Mixture(self.engine, self.counts, m.load_mixer(self.config, self.learner.mixer))
-        alone = mixed = 0.0
-        rows = m.predicted_rows(model, ids, model.shape.block_size // 2,
-                                lambda layer: setattr(voice, "layer", layer))
-        for at, logits in enumerate(rows, 1):
-            alone += self.engine.softmax(logits[:], len(logits)) - logits[ids[at]]
-            voice.mix(logits, tuple(ids[max(0, at - m.SAID_ORDER):at]))
-            mixed += voice.nats(ids[at])
+        still, live = (m.Mixture(self.engine, self.counts,
+                                 m.load_mixer(self.config, self.learner.mixer)) for _ in range(2))
+        alone, _, mixed, _ = map(sum, zip(*m.read_through(model, ids, still, live)))
         bits = math.log(2.0) * len(one.test)
         return alone / bits, mixed / bits
 

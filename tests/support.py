@@ -120,6 +120,11 @@ def engine_in_use():
     return macrogpt.choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True, lambda notice: None)
 
 
+def passage(text, closed=True):
+    """Return a text as the document that it is."""
+    return macrogpt.Document(tuple(text.splitlines()), closed)
+
+
 def entries_with(memory, stems, limit=200):
     """Return the entries of a memory that hold a word beginning with any of the stems."""
     return memory.entries_of(memory.ids_holding([[stem + "*" for stem in stems]], limit))

@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import macrogpt as m
-from support import ROOT, Folder, entries_with
+from support import ROOT, Folder, entries_with, passage
 
 HAS_FTS = m.Memory(":memory:").has_fts
 ODD_TEXTS = [
@@ -23,10 +23,6 @@ ODD_TEXTS = [
     "\N{GRINNING FACE}\N{ZERO WIDTH JOINER}", "e\u0301", "\u4f60\u597d", "مرحبا", "\ufeff",
     "x" * 5000, "; DROP TABLE entries; --", "\x1b[2J", "\r\n", "\t", "\u2028",
 ]
-
-
-def passage(*lines):
-    return m.Document(lines, True)
 
 
 def key_of(text):

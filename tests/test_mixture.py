@@ -10,7 +10,7 @@ from array import array
 from unittest import mock
 
 import macrogpt as m
-from support import Folder, engine_in_use
+from support import Folder, engine_in_use, passage
 
 VOCAB, SMALL = 40, m.Config(n_layer=1, n_embd=16, n_head=2, block_size=24)
 
@@ -65,10 +65,6 @@ def tables_of(memory):
     """Return an NgramMemory's tables as naive_counts gives them."""
     return {key: dict(found) if type(found) is dict else {found: 1}
             for table in memory.tables for key, found in table.items()}
-
-
-def document(text, closed=True):
-    return m.Document(tuple(text.splitlines()), closed)
 
 
 def learned(ids, order=3, **options):
@@ -207,8 +203,8 @@ class TheEntriesAreCounted(unittest.TestCase):
         self.addCleanup(self.memory.close)
         self.config = m.Config()
         for i in range(30):
-            self.memory.add_entry("corpus", document(f"line {i} of a ferry\nand {i * i} more",
-                                                     closed=i % 3 > 0))
+            self.memory.add_entry("corpus", passage(
+                f"line {i} of a ferry\nand {i * i} more", closed=i % 3 > 0))
         self.counted = self.anew()
 
     def anew(self):
@@ -229,15 +225,15 @@ class TheEntriesAreCounted(unittest.TestCase):
         self.assertEqual(self.counted.counts.tally, anew.tally)
 
     def test_what_is_added_is_counted_as_if_it_had_always_been_there_unless_it_is_held_out(self):
-        self.memory.add_entry("chat", document("the heron sleeps by the mill"))
-        self.memory.add_entry("corpus", document("quizzical xylophones"), held_out=True)
+        self.memory.add_entry("chat", passage("the heron sleeps by the mill"))
+        self.memory.add_entry("corpus", passage("quizzical xylophones"), held_out=True)
         self.assertFalse(self.holds("heron sleeps"))
         self.assert_as_counted_anew()
         self.assertTrue(self.holds("heron sleeps"))
         self.assertFalse(self.holds("xylophone"))
 
     def test_counts_of_what_is_forgotten_or_of_other_merges_or_sizes_do_not_fit(self):
-        self.memory.add_entry("taught", document("my cat is called Biscuit"))
+        self.memory.add_entry("taught", passage("my cat is called Biscuit"))
         self.counted.catch_up()
         self.assertTrue(self.counted.fits(m.EvolvingTokenizer(), m.Config(temperature=0.5)))
         for change in ({"ngram_order": 2}, {"ngram_counts": 5000}, {"ngram_chars": 9}):
@@ -246,7 +242,7 @@ class TheEntriesAreCounted(unittest.TestCase):
         grown.learn_merges(["a ferry and more"] * 9, 5)
         self.assertFalse(self.counted.fits(grown, self.config))
         m.forget(self.memory, "my cat is called Biscuit")
-        self.memory.add_entry("taught", document("rain at noon"))  # the same id is given again
+        self.memory.add_entry("taught", passage("rain at noon"))  # the same id is given again
         self.assertFalse(self.counted.fits(self.tokenizer, self.config))
         anew = self.anew()
         self.assertEqual((self.holds("Biscuit", anew), self.holds("at noon", anew)), (False, True))
@@ -265,13 +261,13 @@ class TheMindIsRenewed(Folder, unittest.TestCase):
         super().setUp()
         self.memory = m.Memory(":memory:")
         self.addCleanup(self.memory.close)
-        self.memory.add_entry("taught", document("the heron sleeps by the mill"))
+        self.memory.add_entry("taught", passage("the heron sleeps by the mill"))
         self.speaker = m.Speaker(lambda: SMALL, self.memory, m.choose_engine("python"), True)
 
     def test_it_stays_the_same_until_something_is_committed_or_forgotten(self):
         mind = self.speaker.mind(True)
         size = mind.counts.size
-        self.memory.add_entry("chat", document("copper turns green in the rain"))
+        self.memory.add_entry("chat", passage("copper turns green in the rain"))
         self.assertIs(self.speaker.mind(True), mind)
         self.assertGreater(mind.counts.size, size, "what is new is counted in its place")
         self.memory.set_setting("commits", 1)
@@ -302,7 +298,7 @@ class TheMindIsRenewed(Folder, unittest.TestCase):
         kept = self.speaker.mind(True)
         self.speaker.background = True  # somebody renews it between replies
         for i in range(300):
-            self.memory.add_entry("chat", document(f"a long text of number {i}"))
+            self.memory.add_entry("chat", passage(f"a long text of number {i}"))
         m.forget(self.memory, "the heron sleeps by the mill")
         with mock.patch.object(m, "AT_ONCE_CHARS", 16):
             self.assertIs(self.speaker.mind(True), kept)
@@ -368,7 +364,7 @@ class WhatMovedAReply(VoiceCase):
                            random.Random(2))
         self.addCleanup(memory.close)
         for text in ("the heron sleeps by the mill", "copper turns green"):
-            memory.add_entry("taught", document(text))
+            memory.add_entry("taught", passage(text))
         self.sources = [(e, m.document_ids(self.tokenizer, e.text)) for e in memory.entries()]
 
     def speak(self):

@@ -10,7 +10,7 @@ import unittest
 from unittest import mock
 
 import macrogpt as m
-from support import Folder, entries_with, run_inside
+from support import Folder, entries_with, passage, run_inside
 
 BUDGET = 300
 
@@ -20,10 +20,6 @@ def spoken(*pairs, verdict=0, stage=m.KEPT):
     texts = [text for pair in pairs for text in pair]
     return [m.Message(i, 1, ("owner", "self")[i % 2], text, float(i), verdict, stage)
             for i, text in enumerate(texts) if text is not None]
-
-
-def passage(*lines):
-    return m.Document(lines, True)
 
 
 def entry(text, number=1):

@@ -3,20 +3,17 @@ import random
 import unittest
 
 import macrogpt as m
+from support import passage
 
 ENGLISH = ("the cat sleeps on the mat", "the dog sleeps on the rug", "the bird sings in the tree",
            "the sun shines on the sea", "the rain falls on the roof")
-
-
-def document(text):
-    return m.Document(tuple(text.splitlines()), True)
 
 
 def memory_of(*texts, source="corpus"):
     """Return a memory in no file that holds the texts, lines divided by line feeds."""
     memory = m.Memory(":memory:")
     for text in texts:
-        memory.add_entry(source, document(text))
+        memory.add_entry(source, passage(text))
     return memory
 
 
@@ -46,7 +43,7 @@ class Recalling(unittest.TestCase):
         pairs = [(f"What is {word}?", f"It is number {i}.") for i, word in
                  enumerate(("copper", "granite", "amber", "velvet", "ivory"))]
         memory = memory_of(*(exchange(*pair) for pair in pairs))
-        memory.add_entry("chat", document("My cat is called Biscuit."))
+        memory.add_entry("chat", passage("My cat is called Biscuit."))
         for memory.has_fts in (memory.has_fts, False):
             for asked, answered in pairs:
                 fit = self.best(memory, asked)
@@ -64,7 +61,7 @@ class Recalling(unittest.TestCase):
         self.assertEqual(fits[0].answer, "By the mill.")
         self.assertEqual([f.score for f in fits if f.answer == "A lantern." and f.score > 0.0], [])
         memory = memory_of(*ENGLISH, *(exchange(line + "?", "yes") for line in ENGLISH))
-        memory.add_entry("chat", document("the moon rises over the sea"))
+        memory.add_entry("chat", passage("the moon rises over the sea"))
         rng = random.Random(2)
         words = [word for line in ENGLISH for word in line.split()] + ["moon", "?", "walrus", "''"]
         some = (m.recall(memory, " ".join(rng.choices(words, k=rng.randint(1, 8))), rng)
@@ -108,8 +105,8 @@ class Recalling(unittest.TestCase):
 
     def test_a_search_finds_every_kind_of_entry_the_owners_first(self):
         memory = memory_of("a heron by the mill", exchange("heron?", "a bird"))
-        memory.add_entry("chat", document("I saw a heron"), recall=True)
-        memory.add_entry("chat", document("nothing of the kind"))
+        memory.add_entry("chat", passage("I saw a heron"), recall=True)
+        memory.add_entry("chat", passage("nothing of the kind"))
         found = [entry.text.strip() for entry in m.search(memory, "heron mill")]
         self.assertEqual(found, ["I saw a heron", "a heron by the mill", "H: heron?\nA: a bird"])
         self.assertEqual(len(m.search(memory, "heron mill", 2)), 2)
@@ -263,7 +260,7 @@ class Turns(unittest.TestCase):
     def setUp(self):
         self.memory = memory_of(*self.EXCHANGES)
         self.addCleanup(self.memory.close)
-        self.memory.add_entry("taught", document("My cat is called Biscuit."))
+        self.memory.add_entry("taught", passage("My cat is called Biscuit."))
         self.session = self.memory.session_id("main")
 
     def turn(self, text, trusted=True, **settings):
