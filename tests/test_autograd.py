@@ -10,38 +10,14 @@ import macrogpt as m
 S = m.ScalarValue
 
 
-def grads_of(function, *points):
-    """Return the value and the gradients of a function of scalars."""
-    leaves = [S(p) for p in points]
-    result = function(*leaves)
-    m.backward(result)
-    return result.data, [leaf.grad for leaf in leaves]
-
-
-def random_expression(rng):
-    """Return a function of three numbers, good for floats and for ScalarValues alike."""
-    steps = [(rng.choice(("add", "mul", "exp", "radd", "rmul")), rng.random(), rng.random(),
-              rng.uniform(-1.5, 1.5)) for _ in range(rng.randint(1, 8))]
-
-    def exp(x):
-        return x.exp() if isinstance(x, S) else math.exp(x)
-
-    def function(*leaves):
-        pool = list(leaves)
-        for name, left, right, number in steps:
-            a, b = pool[int(left * len(pool))], pool[int(right * len(pool))]
-            pool.append({"add": lambda: a + b, "mul": lambda: a * b * 0.5,
-                         "exp": lambda: exp(-1.0 * (a * a)), "radd": lambda: number + a,
-                         "rmul": lambda: number * a}[name]())
-        return sum(pool[1:], pool[0])
-    return function
-
-
 class ScalarsKnowTheirDerivatives(unittest.TestCase):
     def test_derivatives_known_by_hand(self):
         def diamond(a):
             b = a * 2
             return (b + 1) * (b * b)  # 4a² + 8a³
+
+        def gauss(a, b):
+            return b * (-1.0 * (a * a)).exp()
 
         def ladder(a):
             for _ in range(20):  # a doubles each time: a naive walk would need 2**20 visits
@@ -57,24 +33,13 @@ class ScalarsKnowTheirDerivatives(unittest.TestCase):
                 (lambda a: a * a, (3,), 9, (6,)),
                 (lambda a: a + a + a, (3,), 9, (3,)),
                 (diamond, (3,), 4 * 9 + 8 * 27, (8 * 3 + 24 * 9,)),
+                (gauss, (0.5, 2), 2 * math.exp(-0.25), (-2 * math.exp(-0.25), math.exp(-0.25))),
                 (ladder, (1.5,), 1.5 * 2 ** 20, (2 ** 20,))):
-            found, grads = grads_of(function, *points)
-            for a, b in zip([found, *grads], [value, *slopes]):
+            leaves = [S(point) for point in points]
+            result = function(*leaves)
+            m.backward(result)
+            for a, b in zip([result.data, *(x.grad for x in leaves)], [value, *slopes]):
                 self.assertAlmostEqual(a, b, places=12)
-
-    def test_random_expressions_agree_with_finite_differences(self):
-        rng, h = random.Random(1), 1e-6
-        for case in range(200):
-            function = random_expression(rng)
-            points = [rng.uniform(-1.5, 1.5) for _ in range(3)]
-            value, grads = grads_of(function, *points)
-            self.assertAlmostEqual(value, function(*points), delta=1e-9 * (1 + abs(value)))
-            for i, grad in enumerate(grads):
-                sides = [function(*[p + s * (i == j) for j, p in enumerate(points)])
-                         for s in (h, -h)]
-                slope = (sides[0] - sides[1]) / (2 * h)
-                self.assertAlmostEqual(grad, slope, delta=1e-5 * (1 + abs(slope) + abs(value)),
-                                       msg=f"expression {case}, leaf {i}")
 
     def test_leaves_gather_over_several_passes_and_a_constant_gets_no_gradient(self):
         a, fixed = S(3.0), S(2.0, needs_grad=False)
@@ -111,15 +76,6 @@ class GraphsDieWhenTheyAreDone(unittest.TestCase):
             self.assertIsNone(gone())
 
     def test_after_backward_a_graph_is_gone_though_its_result_lives(self):
-        x = S(2.0)
-        middle = x * x
-        gone = weakref.ref(middle)
-        result = middle * 3.0
-        del middle
-        self.assertIsNotNone(gone())
-        m.backward(result)
-        self.assertIsNone(gone())
-        self.assertEqual((x.grad, result.sources), (12.0, ()))
         loss = self.loss()
         nodes, todo = [], [value for value, _ in loss.sources]
         while todo:
@@ -130,7 +86,7 @@ class GraphsDieWhenTheyAreDone(unittest.TestCase):
         del node
         self.assertGreater(len(nodes), 30)
         m.backward(loss)
-        self.assertEqual([node() for node in nodes if node() is not None], [])
+        self.assertEqual(([node() for node in nodes if node() is not None], loss.sources), ([], ()))
         self.assertTrue(all(p.grad is not None for p in self.model.trainable()))
         x = m.embed([1, 2], m.MatrixParam(self.model.engine, "t", 7, 4))
         m.backward(m.cross_entropy(x, [0, 3])[0])
