@@ -176,14 +176,6 @@ class KernelsKnowTheAnswersWorkedOutByHand(NearCase):
             engine.rmsnorm_forward(engine.buffer_of([3, 4]), out, inverse, 1, 2, 0.0)
             self.assert_near(out, [3 / math.sqrt(12.5), 4 / math.sqrt(12.5)])
 
-    def test_equal_keys_give_the_running_mean_of_the_values(self):
-        for engine in self.engines:
-            qkv = engine.buffer_of([n for value in (2.0, 4.0, 9.0) for n in (0.7, 1.0, value)])
-            out, lse = engine.buffer(3), engine.buffer(3)
-            engine.attend("attention_forward", (qkv, out, lse), whole([0, 3]), 1, 1)
-            self.assert_near(out, [2.0, 3.0, 5.0], 1e-5)
-            self.assert_near(lse, [0.7, 0.7 + math.log(2), 0.7 + math.log(3)], 1e-5)
-
     def test_swiglu_opens_with_the_gate(self):
         for engine in self.engines:
             out = engine.buffer(3)
@@ -341,29 +333,45 @@ class TheTranslator(unittest.TestCase):
 SANITIZED = """
 import random, sys
 import macrogpt as m
-from array import array
-engine, rng = m.NativeEngine(m.load_kernels(sys.argv[1])), random.Random(1)
-def some(n):
-    return array("f", [rng.gauss(0.0, 1.0) for _ in range(n)])
+import test_engine
 m.check_library(sys.argv[1])
-for heads, width, lengths in ((4, 18, (40, 40)), (1, 2, (1,)), (2, 18, (5, 1, 9)), (3, 8, (17,)),
-                              (1, 32, (33, 2)), (2, 4, (0, 3)), (5, 2, (1, 1, 1))):
-    dim, starts = heads * width, [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    rows, shape = starts[-1], (array("i", starts), heads, width)
-    qkv, lse = some(rows * 3 * dim), some(rows * heads)
-    engine.attend("attention_forward", (qkv, some(rows * dim), lse), *shape)
-    engine.attend("attention_backward", (some(rows * dim), qkv, lse, some(rows * 3 * dim)), *shape)
-for _ in range(40):
-    sizes = [rng.choice((0, 1, 5, 6, 7, 8, 15, 16, 17, 24, 40)) for _ in range(3)]
-    sizes[rng.randrange(3)] = rng.choice((1, 40, 257))
-    rows, inner, cols = sizes
-    for name in ("matmul_nt", "matmul_nn", "matmul_tn"):
-        getattr(engine, name)(some(rows * inner), some(inner * cols), some(rows * cols), rows,
-                              inner, cols)
+engine, rng = m.NativeEngine(m.load_kernels(sys.argv[1])), random.Random(1)
+for case in test_engine.ATTENDED:
+    test_engine.attended(engine, rng, *case)
+for case in test_engine.multiplied_sizes(rng, 40):
+    test_engine.multiplied(engine, rng, *case)
 print("clean")
 """
+ATTENDED = ((1, 2, (1,)), (2, 18, (5, 1, 9)), (3, 8, (17,)), (1, 32, (33, 2)), (4, 6, (8, 8)),
+            (2, 4, (0, 3)), (2, 20, (24, 25, 47, 48, 49)), (4, 18, (40, 40)), (5, 2, (1, 1, 1)))
+
+
+def attended(engine, rng, heads, width, lengths):
+    """Return what attention over segments of such lengths gives forward, and then backward."""
+    starts = whole([sum(lengths[:s]) for s in range(len(lengths) + 1)])
+    rows, dim = starts[-1], heads * width
+    qkv, g = numbers(rng, "f", rows * 3 * dim), numbers(rng, "f", rows * dim)
+    out, lse, dqkv = map(engine.buffer, (rows * dim, rows * heads, rows * 3 * dim))
+    engine.attend("attention_forward", (qkv, out, lse), starts, heads, width)
+    engine.attend("attention_backward", (g, qkv, lse, dqkv), starts, heads, width)
+    return out, lse, dqkv
+
+
+def multiplied_sizes(rng, count):
+    """Yield sizes of products: rows, inner, columns."""
+    for _ in range(count):
+        sizes = [rng.choice((0, 1, 2, 5, 6, 7, 8, 12, 15, 16, 17, 24, 33, 40)) for _ in range(3)]
+        sizes[rng.randrange(3)] = rng.choice((1, 40, 257))
+        yield sizes
+
+
+def multiplied(engine, rng, rows, inner, cols):
+    """Return the three products of random matrices of such sizes."""
+    a, b = numbers(rng, "f", rows * inner), numbers(rng, "f", inner * cols)
+    products = [array("f", [0.5] * (rows * cols)) for _ in PRODUCTS]
+    for name, product in zip(PRODUCTS, products):
+        getattr(engine, name)(a, b, product, rows, inner, cols)
+    return products
 
 
 class TheCompiledKernels(NearCase):
@@ -399,7 +407,8 @@ class TheCompiledKernels(NearCase):
         runtime = subprocess.run([*compiler, "-print-file-name=libasan.so"], capture_output=True,
                                  text=True, check=False).stdout.strip()
         environment = dict(os.environ, LD_PRELOAD=runtime, PYTHONMALLOC="malloc",
-                           ASAN_OPTIONS="detect_leaks=0")
+                           ASAN_OPTIONS="detect_leaks=0",
+                           PYTHONPATH=os.path.join(ROOT, "tests"))
         with tempfile.TemporaryDirectory() as folder:
             source, library = (os.path.join(folder, name) for name in ("k.c", "k.so"))
             with open(source, "w", encoding="utf-8") as file:  # the blocks that are not in use here
@@ -417,20 +426,6 @@ class TheCompiledKernels(NearCase):
                 [sys.executable, "-S", "-c", SANITIZED, library], env=environment, cwd=ROOT,
                 capture_output=True, text=True, check=False, timeout=60)
             self.assertEqual((done.returncode, done.stdout), (0, "clean\n"), done.stderr[-2000:])
-
-    def test_products_of_every_shape_are_the_same_both_ways(self):
-        rng = random.Random(50)
-        sizes = (0, 1, 2, 5, 6, 7, 12, 15, 16, 17, 33)
-        for _ in range(150):
-            rows, inner, cols = (rng.choice(sizes) for _ in range(3))
-            a, b = numbers(rng, "f", rows * inner), numbers(rng, "f", inner * cols)
-            for name in PRODUCTS:
-                plain, mine = (array("f", [0.5] * (rows * cols)) for _ in range(2))
-                getattr(m.reference_engine(), name)(a, b, plain, rows, inner, cols)
-                getattr(self.engine, name)(a, b, mine, rows, inner, cols)
-                if inner:
-                    self.assert_near(mine, plain, 1e-5 * (1 + largest(a) * largest(b) * inner),
-                                     (name, rows, inner, cols))
 
     def test_the_number_of_threads_changes_no_bit(self):
         results = []
@@ -455,34 +450,14 @@ class TheCompiledKernels(NearCase):
                     if isinstance(a, array):
                         self.assert_near(a, b, 2e-5 * (1.0 + largest(b)), name)
 
-    def test_attention_of_every_shape_is_the_same_both_ways(self):
-        rng, plain = random.Random(52), m.interpreted_engine()
-        for heads, width, lengths in ((1, 2, (1,)), (2, 18, (5, 1, 9)), (3, 8, (17,)),
-                                      (1, 32, (33, 2)), (4, 6, (8, 8)), (2, 4, (0, 3)),
-                                      (2, 20, (24, 25, 47, 48, 49))):
-            starts = whole([sum(lengths[:s]) for s in range(len(lengths) + 1)])
-            rows, dim = starts[-1], heads * width
-            qkv, g = numbers(rng, "f", rows * 3 * dim), numbers(rng, "f", rows * dim)
-            results = []
-            for engine in (self.engine, plain):
-                out, lse, dqkv = map(engine.buffer, (rows * dim, rows * heads, rows * 3 * dim))
-                engine.attend("attention_forward", (qkv, out, lse), starts, heads, width)
-                engine.attend("attention_backward", (g, qkv, lse, dqkv), starts, heads, width)
-                results.append((out, lse, dqkv))
-            for mine, theirs in zip(*results):
-                self.assert_near(mine, theirs, 2e-5 * (1.0 + largest(theirs)), (lengths, heads))
-
-    def test_a_training_run_gives_the_same_losses_in_both_engines(self):
-        def losses(engine):
-            rng = random.Random(5)
-            shape = m.Shape.of(m.Config().replace(["n_embd=24", "n_head=2", "block_size=16"]))
-            model, adam = m.GPT(shape, 40, engine, rng), m.AdamW.of(m.Config())
-            for _ in range(5):
-                windows = [[rng.randrange(40) for _ in range(rng.randint(2, 17))]
-                           for _ in range(3)]
-                yield m.train_step(model, adam, windows, 0.005, 0.1, rng).loss
-        for mine, plain in zip(losses(self.engine), losses(m.interpreted_engine())):
-            self.assertAlmostEqual(mine, plain, delta=1e-4 * plain)
+    def test_products_and_attention_of_every_shape_are_the_same_both_ways(self):
+        sizes = [case for case in multiplied_sizes(random.Random(50), 60) if case[1]]  # inner
+        for work, plain, cases in ((multiplied, m.reference_engine(), sizes),
+                                   (attended, m.interpreted_engine(), ATTENDED)):
+            for case in cases:
+                results = (work(engine, random.Random(52), *case) for engine in (self.engine, plain))
+                for mine, wanted in zip(*results):
+                    self.assert_near(mine, wanted, 2e-5 * (1.0 + largest(wanted)), case)
 
     def test_denormals_stay_numbers_after_loading(self):
         self.assertGreater(array("f", [1e-40])[0] / 2.0, 0.0)
