@@ -126,19 +126,3 @@ class NoGradBuildsNoGraph(unittest.TestCase):
         self.assertIs(m.embed([1], self.table).sources[0][0], self.table)
         with m.interpreted_engine().no_grad():  # another engine's block is not this one's
             self.assertIs(m.embed([1], self.table).sources[0][0], self.table)
-
-
-class VectorsAreRowsOverOneBuffer(unittest.TestCase):
-    def test_a_vector_starts_at_zero_or_with_its_data_and_a_row_is_a_copy(self):
-        engine = m.interpreted_engine()
-        self.assertEqual(list(m.VectorValue(engine, 2, 3).data), [0.0] * 6)
-        x = m.VectorValue(engine, 2, 3, engine.buffer_of(range(6)))
-        row = x.row(1)
-        row[0] = 99.0
-        self.assertEqual((list(row), list(x.data)), ([99, 4, 5], [0, 1, 2, 3, 4, 5]))
-        for i in (-1, 2):
-            with self.assertRaises(ValueError):
-                x.row(i)
-        for n in (0, 5, 7):
-            with self.assertRaises(ValueError):
-                m.VectorValue(engine, 2, 3, engine.buffer(n))

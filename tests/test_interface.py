@@ -201,16 +201,6 @@ class Reports(ProcessCase):
             self.assertIn(bad, [c["name"] for c in facts["checks"] if not c["ok"]])
             self.write("memory.sqlite3", "something else " * 99)
 
-    def test_eval_measures_in_bits_per_character_and_learns_nothing(self):
-        text = "H: Who are you?\nA: I am a small lantern — in a big house.\n"
-        self.good("--no-train", "generate", "--tokens", "1")
-        before = self.stored("SELECT count(*) FROM entries")
-        facts = self.report("eval", self.write("held.txt", text))
-        self.assertLess({"voice_bpc", "voice_adaptive_bpc"}, set(facts))
-        self.assertEqual(facts["characters"], len(text))
-        self.assertTrue(6.0 < facts["gpt_bpc"] < 12.0, "a newborn knows nothing")
-        self.assertEqual(self.stored("SELECT count(*) FROM entries"), before)
-
     def test_bench_tells_the_speeds_of_each_engine(self):
         with mock.patch.multiple(
                 m, bench_search=lambda: 1.0, _timed=lambda work, seconds: (work(), [0.01])[1],
@@ -291,7 +281,6 @@ class Piped(ProcessCase):
             os.unlink(self.corpus)
             self.assertEqual(m.first_corpus(), m.FIRST_CORPUS)
 
-
     def test_a_report_makes_no_file_and_another_programs_file_is_never_written(self):
         before = sorted(os.listdir(self.folder))
         for command in (("stats",), ("log",), ("sessions",), ("memory", "list"), ("doctor",)):
@@ -326,7 +315,6 @@ class Piped(ProcessCase):
                                       stderr=subprocess.PIPE, cwd=self.folder)
             self.assertEqual((done.returncode, done.stderr.count(b"\n")), (1, 1), done.stderr)
             self.assertIn(b"cannot be written", done.stderr)
-
 
     def test_two_slashes_say_one_and_a_talk_is_shown_saved_renamed_and_deleted(self):
         done = self.run_here("--no-train", "--session", "one", stdin=b"//tmp is full\n/again\n"

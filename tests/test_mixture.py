@@ -218,17 +218,13 @@ class TheEntriesAreCounted(unittest.TestCase):
         tables = tables_of((counted or self.counted).counts)
         return all(ids[i + 3] in tables.get(tuple(ids[i:i + 3]), {}) for i in range(len(ids) - 3))
 
-    def assert_as_counted_anew(self):
-        self.counted.catch_up()
-        anew = self.anew().counts
-        self.assertEqual(self.counted.counts.tables, anew.tables)
-        self.assertEqual(self.counted.counts.tally, anew.tally)
-
     def test_what_is_added_is_counted_as_if_it_had_always_been_there_unless_it_is_held_out(self):
         self.memory.add_entry("chat", passage("the heron sleeps by the mill"))
         self.memory.add_entry("corpus", passage("quizzical xylophones"), held_out=True)
         self.assertFalse(self.holds("heron sleeps"))
-        self.assert_as_counted_anew()
+        self.counted.catch_up()
+        counts, anew = self.counted.counts, self.anew().counts
+        self.assertEqual((counts.tables, counts.tally), (anew.tables, anew.tally))
         self.assertTrue(self.holds("heron sleeps"))
         self.assertFalse(self.holds("xylophone"))
 
@@ -450,15 +446,18 @@ class TheVoiceIsFitted(unittest.TestCase):
 
 
 class TheWholeProgram(Folder, unittest.TestCase):
-    def test_eval_measures_every_voice_and_why_is_one_line_also_where_the_model_alone_speaks(self):
+    def test_eval_measures_every_voice_and_learns_nothing_and_why_is_one_line_whoever_speaks(self):
         text = "".join(f"H: what is {w}?\nA: it is a kind of {w} by the sea\n\n"
                        for w in "amber boats cliffs dunes eels foam gulls herons ice".split())
         self.write("nonames.txt", text * 3)
-        self.write("held.txt", "H: what is kelp?\nA: it is a kind of kelp by the sea\n\n" * 9)
+        held = "H: what is kelp?\nA: it is — a kind of kelp by the sea\n\n" * 9
+        self.write("held.txt", held)
+        newborn = json.loads(self.run_here("eval", "held.txt", "--json").stdout)
+        self.assertTrue(6.0 < newborn["gpt_bpc"] < 12.0, "a newborn knows nothing")
         self.run_here("train", "--set", "held_out_share=0.3")
         first, again = (json.loads(self.run_here("eval", "held.txt", "--json").stdout)
                         for _ in range(2))
-        self.assertEqual(first, again)
+        self.assertEqual((first, first["characters"]), (again, len(held)), "it learns nothing")
         self.assertLess(first["voice_bpc"], first["gpt_bpc"])
         self.assertLess(first["voice_adaptive_bpc"], first["voice_bpc"])
         for mix, found in ((1, ("the voice said it", *m.EXPERTS)), (0, ("said it by itself",))):

@@ -162,24 +162,17 @@ class StepsLearn(unittest.TestCase):
         def spoiled(model, bad):
             model.params["0.qkv"].grad[3] = bad
             yield
-        cases = []
-        for make, bad in itertools.product(PLAIN, (math.nan, math.inf, -math.inf)):
-            spoiled_weight, sound = small_model(make()), small_model(make())
-            spoiled_weight.params["0.out"].data[3] = bad
-            cases += [(spoiled_weight, None, False), (sound, spoiled(sound, bad), True)]
-        model = small_model(m.reference_engine())
-        for name, number in (("0.qkv", 0.0), ("0.out", 3e38), ("scale", 1e3)):
-            param = model.params[name]  # zeros times 3e38 do no harm until the way back
-            param.load(model.engine.buffer_of([number] * len(param.data)))
-        for model, guard, finite in (*cases, (model, None, True)):
-            for windows, tokens in (([[1, 2]], 1), ([[1, 2, 3, 4, 5], [5, 6, 7]], 6)):
-                before = repr(weights(model))  # NaN is not equal to itself, its text is
-                report = self.step(model, windows, guard=guard if tokens > 1 else None)
-                if finite and tokens == 1:
-                    continue  # a sound step before the bad one
-                self.assertEqual((report.applied, math.isfinite(report.loss)), (False, finite))
-                self.assertEqual((report.tokens, report.norm), (tokens, math.inf))
-                self.assertEqual(repr(weights(model)), before)
+        for make, bad, sound in itertools.product(PLAIN, (math.nan, math.inf, -math.inf),
+                                                  (False, True)):
+            model = small_model(make())
+            if not sound:
+                model.params["0.out"].data[3] = bad
+            before = repr(weights(model))  # NaN is not equal to itself, its text is
+            report = self.step(model, [[1, 2, 3, 4, 5], [5, 6, 7]],
+                               guard=spoiled(model, bad) if sound else None)
+            self.assertEqual((report.applied, math.isfinite(report.loss)), (False, sound))
+            self.assertEqual((report.tokens, report.norm), (6, math.inf))
+            self.assertEqual(repr(weights(model)), before)
 
     def test_the_update_alone_happens_inside_the_guard(self):
         model, seen = small_model(), []
@@ -236,17 +229,6 @@ class ScoresCountEveryIdOnce(unittest.TestCase):
 
 
 class PlansAndReplay(unittest.TestCase):
-    def test_every_place_is_scored_once_and_from_enough(self):
-        for count, block, stride, first in itertools.product(
-                (1, 5, 23, 24, 25, 48, 100), (8, 24), (4, 8), (0, 3, 30)):
-            plan = list(m.reading_plan(count, block, stride, first))
-            places = [place for _, scored, end in plan for place in range(scored, end)]
-            self.assertEqual(places, list(range(count)), (count, block, stride, first))
-            for start, scored, end in plan:
-                self.assertLessEqual(end - start, block)
-                if start and stride < block:
-                    self.assertGreaterEqual(scored - start, block - stride)
-
     def test_the_router_is_asked_for_what_stands_before_and_never_for_what_is_to_be_read(self):
         seen, told, model = [], [], small_model()
         model.append_delta(2, random.Random(1))
