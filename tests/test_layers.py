@@ -155,6 +155,8 @@ class SmallOperationsKeepTheirPromises(NearCase):
         loss, each = m.cross_entropy(x, [-1, -1])
         m.backward(loss)
         self.assertEqual((loss.data, list(each), list(x.grad)), (0.0, [0.0] * 2, [0.0] * 6))
+        m.backward(m.cross_entropy(x, [-1, 2])[0])
+        self.assertEqual((list(x.grad[:3]), all(x.grad[3:])), ([0.0] * 3, True))
 
 
 class ParametersLoadAndFreeze(NearCase):

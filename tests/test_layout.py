@@ -1,7 +1,6 @@
 """Claims about the file itself: sections, what each may use, effects, sizes, signatures."""
 import ast
 import builtins
-import functools
 import itertools
 import os
 import re
@@ -111,20 +110,13 @@ def run_at_import(node):
         yield from run_at_import(child)
 
 
-@functools.lru_cache(maxsize=None)
-def program():
-    """Return the text, its tree, all nodes of it, and its functions as walk_functions does."""
-    with open(PATH, encoding="utf-8") as file:
-        text = file.read()
-    tree = ast.parse(text)
-    return text, tree, list(ast.walk(tree)), list(walk_functions(tree))
-
-
-class LayoutCase(unittest.TestCase):
+class Layout(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.text, cls.tree, cls.nodes, cls.functions = program()
-        cls.lines = cls.text.split("\n")
+        with open(PATH, encoding="utf-8") as file:
+            cls.text = file.read()
+        cls.tree, cls.lines = ast.parse(cls.text), cls.text.split("\n")
+        cls.nodes, cls.functions = list(ast.walk(cls.tree)), list(walk_functions(cls.tree))
         banners = ((at, BANNER.fullmatch(line)) for at, line in enumerate(cls.lines, 1))
         cls.sections = [Section(at, *found.group(1, 2, 4)) for at, found in banners if found]
         cls.imports = [node for node in cls.nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
@@ -147,8 +139,6 @@ class LayoutCase(unittest.TestCase):
         if shown:
             self.fail("\n" + "\n".join(shown))
 
-
-class Architecture(LayoutCase):
     def test_18_sections_stand_in_order_framed_introduced_and_in_the_map_of_the_docstring(self):
         self.assertEqual([s.number for s in self.sections], list(range(18)))
         found = map(MAP_LINE.fullmatch, ast.get_docstring(self.tree, clean=False).split("\n"))
@@ -206,8 +196,6 @@ class Architecture(LayoutCase):
                        if known and name.partition(".")[0] not in known]
         self.none(broken)
 
-
-class Effects(LayoutCase):
     def test_the_module_holds_only_definitions_and_importing_it_starts_nothing(self):
         *body, last = self.tree.body
         allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.ClassDef, *FUNCTIONS)
@@ -259,8 +247,6 @@ class Effects(LayoutCase):
                        or isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.argv")
                    and self.section_at(node.lineno) is not self.sections[-1]])
 
-
-class Style(LayoutCase):
     def test_the_size_of_every_section_is_shown(self):
         ends = [*(s.line - 2 for s in self.sections[1:]), len(self.lines)]
         sizes = [end - s.line + 2 for s, end in zip(self.sections, ends)]
