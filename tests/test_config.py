@@ -19,7 +19,7 @@ def beyond(f, end, sign):
         limit + sign * max(1e-9, abs(limit) * 1e-3))
 
 
-class ConfigCase(unittest.TestCase):
+class Settings(unittest.TestCase):
     def refuse(self, change, *signs):
         """Assert that change raises a one-line ConfigError that holds every sign; return it."""
         with self.assertRaises(m.ConfigError) as caught:
@@ -38,8 +38,6 @@ class ConfigCase(unittest.TestCase):
         with self.subTest(text=text):
             self.refuse(lambda: m.Config().replace([text]), *signs)
 
-
-class EveryField(ConfigCase):
     def test_it_says_what_it_means_and_its_default_lies_in_its_range(self):
         for f in FIELDS:
             with self.subTest(f.name):
@@ -73,8 +71,6 @@ class EveryField(ConfigCase):
                     self.refuse_value(f, wrong)
         self.assertEqual(m.Config(temperature=1).temperature, 1)  # a whole number is a float too
 
-
-class Shapes(ConfigCase):
     def test_channels_that_do_not_fit_the_heads_name_a_remedy_that_works(self):
         self.refuse(lambda: m.Config(n_embd=12, n_head=4), "even")
         for heads in range(1, 13):
@@ -92,8 +88,6 @@ class Shapes(ConfigCase):
             self.assertEqual(m.Config(n_embd=channels, n_head=1).ff_width, width)
         self.assertEqual(m.Config(n_ff=31).ff_width, 31)
 
-
-class Assignments(ConfigCase):
     def test_replace_changes_what_is_named_in_any_order_and_the_last_wins(self):
         for texts, changes in (
                 ([], {}), (["top_k=5", "temperature=0"], {"top_k": 5, "temperature": 0.0}),
@@ -137,8 +131,6 @@ class Assignments(ConfigCase):
                     self.assertEqual(str(getattr(config, f.name)), raw)
         self.refuse_text("top_k=1.5", "top_k", "int")
 
-
-class Errors(unittest.TestCase):
     def test_every_error_of_the_family_has_an_exit_code(self):
         for kind, code in ((m.ConfigError, 2), (m.UsageError, 2), (m.CorpusError, 1),
                            (m.StoreError, 1), (m.EngineError, 1), (m.TrainerError, 1)):

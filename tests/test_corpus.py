@@ -152,6 +152,36 @@ class Documents(unittest.TestCase):
         edited = m.Document((documents[0].lines[0].upper(), "and more"), True)
         self.assertEqual(edited.first_key, documents[0].first_key)
 
+    def test_the_share_is_the_newest_half_and_then_the_smallest_keys(self):
+        rng = random.Random(8)
+        lines = iter(made_up_lines(rng, 1000))
+        documents = [m.Document(tuple(itertools.islice(lines, rng.randrange(1, 6))), True)
+                     for _ in range(200)]
+        sizes = {document.key: len(document.text) for document in documents}
+        newest_first = [document.key for document in reversed(documents)]
+
+        def fitting(keys, room):
+            totals = itertools.accumulate(map(sizes.get, keys))
+            return [key for key, total in zip(keys, totals) if total <= room]
+
+        for max_chars in (0, 30, 500, 3000, sum(sizes.values()) - 1):
+            kept = {newest_first[0]}  # whatever its size
+            kept.update(fitting(newest_first[1:], max_chars // 2 - sizes[newest_first[0]]))
+            kept.update(fitting(sorted(sizes.keys() - kept), max_chars - sum(map(sizes.get, kept))))
+            self.assertEqual(m.training_share(documents, max_chars), kept)
+
+    def test_what_fits_is_trained_on_whole_and_an_edit_hardly_moves_the_share(self):
+        *documents, inserted = map(single, made_up_lines(random.Random(10), 3001))
+        chars = sum(len(document.text) for document in documents)
+        for room, kept in ((chars, 3000), (chars - 1, 2999)):
+            self.assertEqual(len(m.training_share(documents, room)), kept)
+        self.assertEqual(m.training_share([], 0), set())
+        before = m.training_share(documents, 10_000)
+        for place in (0, 1500, 2900, 3000):
+            after = m.training_share(documents[:place] + [inserted] + documents[place:], 10_000)
+            self.assertLessEqual(max(len(after - before), len(before - after)), 2)
+        self.assertIn(inserted.key, after)
+
 
 class Reading(CorpusCase):
     def test_newlines_of_every_system_byte_order_marks_stray_bytes_and_nuls_are_read(self):
@@ -316,35 +346,3 @@ class Keeping(CorpusCase):
         added, removed = m.changes({document.key for document in old.documents}, new)
         self.assertEqual([document.lines for document in added], [("one", "five")])
         self.assertEqual(removed, {old.documents[0].key})
-
-
-class Share(unittest.TestCase):
-    def test_the_share_is_the_newest_half_and_then_the_smallest_keys(self):
-        rng = random.Random(8)
-        lines = iter(made_up_lines(rng, 1000))
-        documents = [m.Document(tuple(itertools.islice(lines, rng.randrange(1, 6))), True)
-                     for _ in range(200)]
-        sizes = {document.key: len(document.text) for document in documents}
-        newest_first = [document.key for document in reversed(documents)]
-
-        def fitting(keys, room):
-            totals = itertools.accumulate(map(sizes.get, keys))
-            return [key for key, total in zip(keys, totals) if total <= room]
-
-        for max_chars in (0, 30, 500, 3000, sum(sizes.values()) - 1):
-            kept = {newest_first[0]}  # whatever its size
-            kept.update(fitting(newest_first[1:], max_chars // 2 - sizes[newest_first[0]]))
-            kept.update(fitting(sorted(sizes.keys() - kept), max_chars - sum(map(sizes.get, kept))))
-            self.assertEqual(m.training_share(documents, max_chars), kept)
-
-    def test_what_fits_is_trained_on_whole_and_an_edit_hardly_moves_the_share(self):
-        *documents, inserted = map(single, made_up_lines(random.Random(10), 3001))
-        chars = sum(len(document.text) for document in documents)
-        for room, kept in ((chars, 3000), (chars - 1, 2999)):
-            self.assertEqual(len(m.training_share(documents, room)), kept)
-        self.assertEqual(m.training_share([], 0), set())
-        before = m.training_share(documents, 10_000)
-        for place in (0, 1500, 2900, 3000):
-            after = m.training_share(documents[:place] + [inserted] + documents[place:], 10_000)
-            self.assertLessEqual(max(len(after - before), len(before - after)), 2)
-        self.assertIn(inserted.key, after)

@@ -178,14 +178,11 @@ class KernelsKnowTheAnswersWorkedOutByHand(NearCase):
 
     def test_swiglu_opens_with_the_gate(self):
         for engine in self.engines:
-            out = engine.buffer(3)
-            engine.swiglu_forward(engine.buffer_of([0.0, 1.0, 100.0, 5.0, 3.0, 2.0]), out, 1, 3)
-            self.assert_near(out, [0.0, 3.0 / (1.0 + math.exp(-1.0)), 200.0], 1e-5)
-            x = engine.buffer_of([1e5, -1e5, 750.0, -750.0, *[2.0] * 4])
+            x = engine.buffer_of([1e5, -1e5, 750.0, 1.0, *[2.0] * 4])
             out, slopes = engine.buffer(4), engine.buffer(8)
             engine.swiglu_forward(x, out, 1, 4)
             engine.swiglu_backward(engine.buffer_of([1.0] * 4), x, slopes, 1, 4)
-            self.assertEqual(list(out[:3]), [2e5, 0.0, 1500.0])
+            self.assert_near(out, [2e5, 0.0, 1500.0, 2.0 / (1.0 + math.exp(-1.0))], 1e-5)
             self.assertTrue(all(map(math.isfinite, slopes)))
 
     def test_equal_logits_cost_the_log_of_the_vocabulary_and_huge_ones_do_not_overflow(self):
@@ -202,6 +199,26 @@ class KernelsKnowTheAnswersWorkedOutByHand(NearCase):
                 engine.cross_entropy_backward(logits, whole([target]), lse, grad, 1, 3, 1.0)
                 self.assert_near(losses, [loss], 1e-2)
                 self.assert_near(grad, slope, 1e-3)
+
+
+class DropoutIsFair(unittest.TestCase):
+    def masked(self, engine, n, rate, seed):
+        out = engine.buffer(n)
+        engine.dropout_apply(engine.buffer_of([1.0] * n), out, n, rate, seed)
+        return out
+
+    def test_the_seed_decides_what_falls_in_about_the_right_share_and_the_mean_stays(self):
+        for engine in (m.reference_engine(), m.interpreted_engine()):
+            first = self.masked(engine, 200, 0.5, 77)
+            self.assertEqual(first[:50], self.masked(engine, 50, 0.5, 77))
+            self.assertNotEqual(first, self.masked(engine, 200, 0.5, 78))
+        for rate in (0.0, 0.1, 0.5, 0.9):
+            for seed in (0, 1, 2 ** 32 - 1):
+                out, n = self.masked(engine, 10_000, rate, seed), 10_000
+                share = sum(1 for x in out if x == 0.0) / n
+                self.assertAlmostEqual(share, rate, delta=5 * math.sqrt(rate * (1 - rate) / n))
+                self.assertAlmostEqual(sum(out) / n, 1.0, delta=0.12)
+                self.assertEqual({round(x, 4) for x in out if x}, {round(1 / (1 - rate), 4)})
 
 
 class PackedMatrixIsTheMatrix(NearCase):
@@ -251,26 +268,6 @@ class PackedMatrixIsTheMatrix(NearCase):
                     out, packed = engine.buffer(2), engine.pack(engine.buffer_of(weights), 2, 2)
                     engine.matmul_nt(engine.buffer_of(x), packed, out, 1, 2, 2)
                     self.assertFalse(any(map(math.isfinite, out[:count])), (engine.name, x))
-
-
-class DropoutIsFair(unittest.TestCase):
-    def masked(self, engine, n, rate, seed):
-        out = engine.buffer(n)
-        engine.dropout_apply(engine.buffer_of([1.0] * n), out, n, rate, seed)
-        return out
-
-    def test_the_seed_decides_what_falls_in_about_the_right_share_and_the_mean_stays(self):
-        for engine in (m.reference_engine(), m.interpreted_engine()):
-            first = self.masked(engine, 200, 0.5, 77)
-            self.assertEqual(first[:50], self.masked(engine, 50, 0.5, 77))
-            self.assertNotEqual(first, self.masked(engine, 200, 0.5, 78))
-        for rate in (0.0, 0.1, 0.5, 0.9):
-            for seed in (0, 1, 2 ** 32 - 1):
-                out, n = self.masked(engine, 10_000, rate, seed), 10_000
-                share = sum(1 for x in out if x == 0.0) / n
-                self.assertAlmostEqual(share, rate, delta=5 * math.sqrt(rate * (1 - rate) / n))
-                self.assertAlmostEqual(sum(out) / n, 1.0, delta=0.12)
-                self.assertEqual({round(x, 4) for x in out if x}, {round(1 / (1 - rate), 4)})
 
 
 class AnEngineIsChosenByName(unittest.TestCase):

@@ -93,7 +93,7 @@ class ProcessCase(Waiting, unittest.TestCase):
         return self.setting("growth").get("step", 0)
 
 
-class Mistakes(ProcessCase):
+class CommandLine(ProcessCase):
     def test_a_mistake_is_one_line_with_a_remedy_and_the_code_2_and_what_cannot_be_had_is_1(self):
         self.mistake(2, "trian", signs=["trian", "train"], run=run_macrogpt)
         with self.assertRaises(m.UsageError):  # its traceback is shown only with --debug
@@ -128,8 +128,6 @@ class Mistakes(ProcessCase):
         self.mistake(1, "stats", env=env, signs=env)
         self.mistake(2, "stats", env={"MACROGPT_ENGINE": "steam"}, signs=["steam"])
 
-
-class Options(ProcessCase):
     def test_the_script_tells_its_version_and_a_help_with_every_command_and_makes_nothing(self):
         done = subprocess.run([sys.executable, "-S", PROGRAM, "--version"], cwd=self.folder,
                               capture_output=True, timeout=PATIENCE_SECONDS, check=True)

@@ -95,15 +95,13 @@ class GradientsAreFiniteDifferences(NearCase):
                 self.check(build, *shapes)
 
 
-class RopeTurnsPairsByTheirPosition(NearCase):
+class OperationsKeepTheirPromises(NearCase):
     def test_the_angles_are_position_times_a_falling_rate(self):
         found = m.rope_angles(3, 2, 4, 100.0)  # the rates of the two pairs are 1 and 1/10
         expected = [turn(a) for a in (3.0, 0.3, 4.0, 0.4) for turn in (math.cos, math.sin)]
         self.assert_near(found, expected, 1e-12)
         self.assert_near(m.rope_angles(7, 1, 4)[2:], [math.cos(0.07), math.sin(0.07)], 1e-12)
 
-
-class SmallOperationsKeepTheirPromises(NearCase):
     def setUp(self):
         self.engine, self.rng = m.interpreted_engine(), random.Random(80)
 
@@ -159,7 +157,7 @@ class SmallOperationsKeepTheirPromises(NearCase):
         self.assertEqual((list(x.grad[:3]), all(x.grad[3:])), ([0.0] * 3, True))
 
 
-class ParametersLoadAndFreeze(NearCase):
+class ParametersAndDeltas(NearCase):
     engine = m.interpreted_engine()
 
     def test_normal_numbers_have_the_spread_asked_for(self):
@@ -179,8 +177,6 @@ class ParametersLoadAndFreeze(NearCase):
         self.assert_near(m.linear(x, w).data, [13.0, 3.0], 1e-5)
         self.assertEqual(w.changes, 2)
 
-
-class DeltasAreBornSilent(NearCase):
     def test_a_newborn_has_no_effect_and_then_its_change_is_scale_times_b_times_a(self):
         engine, rng, ids = m.interpreted_engine(), random.Random(95), (6, 0, 6)
         base, x = matrix(engine, 7, 4, rng), matrix(engine, 3, 4, rng, "x")

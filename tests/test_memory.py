@@ -283,7 +283,7 @@ class Transactions(MemoryCase):
         self.assertEqual(memory.integrity(), "ok")
 
 
-class Conversations(MemoryCase):
+class Keeping(MemoryCase):
     def test_any_text_comes_back_with_its_verdict_and_its_stage_only_goes_forward(self):
         memory = self.open()
         here, there = memory.session_id("here"), memory.session_id("there")
@@ -302,8 +302,6 @@ class Conversations(MemoryCase):
         self.assertEqual([x.id for x in memory.prompt_messages(here)], ids[1:-1])
         self.assertEqual(memory.heard_messages(), [])
 
-
-class Entries(MemoryCase):
     def test_a_document_told_again_only_becomes_recent_and_another_source_is_another_entry(self):
         memory = self.open()
         for text in ("one", "two"):
@@ -338,6 +336,17 @@ class Entries(MemoryCase):
         self.assertEqual(memory.unread_chars(), (0, 2))
         self.assertEqual(memory.counts(), {"messages": 1, "sessions": 1, "entries": 5, "told": 2,
                                            "learned": 2, "held_out": 1})
+
+    def test_settings_hold_any_json_value_and_are_listed_by_a_literal_prefix(self):
+        memory = self.open()
+        for value in (0, None, "", "ü\n\0", [1, 2.5], {"a": {"b": [None, True]}}, 10 ** 30):
+            memory.set_setting("x", value)
+            self.assertEqual(memory.setting("x", "default"), value)
+        self.assertEqual((memory.setting("y", "default"), memory.setting("y")), ("default", None))
+        for name in ("config.a", "configXc", "Config.d", "config.", "%_"):
+            memory.set_setting(name, name)
+        self.assertEqual(memory.settings("config."), {"a": "config.a", "": "config."})
+        self.assertEqual(memory.settings("%"), {"_": "%_"})
 
 
 def each_way(test):
@@ -619,16 +628,3 @@ class Lease(MemoryCase):
         for holder, taken in (("a", False), ("c", True)):
             self.open().drop_lease(holder)
             self.assertEqual(self.take("d"), taken, holder)
-
-
-class Notes(MemoryCase):
-    def test_settings_hold_any_json_value_and_are_listed_by_a_literal_prefix(self):
-        memory = self.open()
-        for value in (0, None, "", "ü\n\0", [1, 2.5], {"a": {"b": [None, True]}}, 10 ** 30):
-            memory.set_setting("x", value)
-            self.assertEqual(memory.setting("x", "default"), value)
-        self.assertEqual((memory.setting("y", "default"), memory.setting("y")), ("default", None))
-        for name in ("config.a", "configXc", "Config.d", "config.", "%_"):
-            memory.set_setting(name, name)
-        self.assertEqual(memory.settings("config."), {"a": "config.a", "": "config."})
-        self.assertEqual(memory.settings("%"), {"_": "%_"})

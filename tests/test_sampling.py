@@ -36,7 +36,7 @@ def naive_dry_penalties(history, multiplier, base, allowed_length):
             for token, length in longest.items() if length >= allowed_length}
 
 
-class CandidatesTest(unittest.TestCase):
+class FiltersTest(unittest.TestCase):
     def test_they_fall_by_logit_and_ties_rise_by_id(self):
         got = m.candidates_of(array("f", [1.0, 3.0, 1.0, 3.0, 2.0]))
         self.assertEqual(got, [(3.0, 1), (3.0, 3), (2.0, 4), (1.0, 0), (1.0, 2)])
@@ -54,8 +54,6 @@ class CandidatesTest(unittest.TestCase):
             for a, b in zip(got, [0.5, 0.25, 0.125, 0.0625, 0.0625]):
                 self.assertAlmostEqual(a, b, places=9)
 
-
-class FiltersTest(unittest.TestCase):
     def test_temperature_divides_logits_and_zero_is_greedy(self):
         self.assertEqual(m.temper([(3.0, 7), (-1.0, 2)], 0.5), [(6.0, 7), (-2.0, 2)])
         self.assertEqual(m.temper([(3.0, 7), (3.0, 9)], 0.0), [(3.0, 7)])
@@ -111,8 +109,6 @@ class FiltersTest(unittest.TestCase):
                 (two, [0, 1], (2.0, -1), [(2.0, 0), (1.5, 1)]), (two, [0, 1], (1.0, 64), two)):
             self.assertEqual(m.penalise_repetition(c, history, *settings), want)
 
-
-class DryTest(unittest.TestCase):
     def test_it_charges_what_would_prolong_a_repetition_just_as_its_naive_twin_does(self):
         rng = random.Random(11)
         punished = 0

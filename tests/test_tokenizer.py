@@ -122,7 +122,7 @@ class PreTokenClaims(unittest.TestCase):
             self.assertEqual("".join(macrogpt.pre_tokens(text)), text)
 
 
-class EncodingClaims(unittest.TestCase):
+class CodingClaims(unittest.TestCase):
     def test_ids_are_the_special_then_the_bytes_then_the_merges_whose_ranks_rule_over_places(self):
         tokenizer = macrogpt.EvolvingTokenizer([(105, 106), (257, 34)])
         self.assertEqual(macrogpt.END_OF_TEXT, 0)
@@ -151,6 +151,37 @@ class EncodingClaims(unittest.TestCase):
                     self.assertEqual(tokenizer.encode(again), cold[:-1])
         numbers = " ".join(map(str, range(macrogpt.CACHED_PRE_TOKENS + 50)))  # too many to be kept
         self.assertEqual([grown.decode(grown.encode(numbers)) for _ in "12"], [numbers, numbers])
+
+    def test_broken_bytes_are_replacement_characters_and_an_id_out_of_range_is_an_error(self):
+        tokenizer = macrogpt.EvolvingTokenizer()
+        self.assertEqual(tokenizer.decode([0, 98, 0, 0, 99, 0]), "ab")
+        for data, text in [(b"\xff", "\ufffd"), (b"a\x80b", "a\ufffdb"), (b"\xe2\x82", "\ufffd"),
+                           (b"\xe2\x82!", "\ufffd!"), (b"\xed\xa0\x80", "\ufffd" * 3),
+                           (b"\xc0\xaf", "\ufffd\ufffd")]:
+            self.assertEqual(tokenizer.decode([1 + byte for byte in data]), text, data)
+        for token_id in (-1, 257):
+            for call in (tokenizer.token_bytes, macrogpt.StreamDecoder(tokenizer).feed,
+                         lambda each: tokenizer.decode([98, each])):
+                with self.assertRaisesRegex(ValueError, f"{token_id} .*expected 0 to 256"):
+                    call(token_id)
+
+    def test_the_stream_equals_decode_for_any_ids_and_never_shows_half_a_character(self):
+        tokenizer, rng = grown_tokenizer(), random.Random(9)
+        lively = [0, *(1 + byte for byte in b"a\xed\xa0\x80\xbf\xb0\x9f\xf0\xf4\xe2\xc3\xff\x8f")]
+        stream = macrogpt.StreamDecoder(tokenizer)  # one for all: flush leaves it as new
+        for round_number in range(1500):
+            choices = lively if round_number % 2 else range(tokenizer.vocab_size)
+            ids = [rng.choice(choices) for _ in range(rng.randrange(14))]
+            text = "".join([stream.feed(token_id) for token_id in ids] + [stream.flush()])
+            self.assertEqual(text, tokenizer.decode(ids), ids)
+        tokenizer = macrogpt.EvolvingTokenizer()
+        stream = macrogpt.StreamDecoder(tokenizer)
+        for text in ("aé€😀中\x00", "👩‍👧 e\u0301"):
+            shown = [stream.feed(token_id) for token_id in tokenizer.encode(text)]
+            self.assertEqual([part for part in shown if part], list(text))
+            self.assertEqual(stream.flush(), "")
+        shown = [stream.feed(token_id) for token_id in tokenizer.encode("😀")[:3]]
+        self.assertEqual(shown + [stream.flush(), stream.flush()], ["", "", "", "\ufffd", ""])
 
 
 class LearningClaims(unittest.TestCase):
@@ -199,39 +230,6 @@ class LearningClaims(unittest.TestCase):
         self.assertEqual(tokenizer.merges[3:], ((33, 98), (260, 257)))
         with self.assertRaisesRegex(ValueError, "spells b'ab'; expected a new"):
             macrogpt.EvolvingTokenizer([(98, 99), (98, 99)])
-
-
-class DecodingClaims(unittest.TestCase):
-    def test_broken_bytes_are_replacement_characters_and_an_id_out_of_range_is_an_error(self):
-        tokenizer = macrogpt.EvolvingTokenizer()
-        self.assertEqual(tokenizer.decode([0, 98, 0, 0, 99, 0]), "ab")
-        for data, text in [(b"\xff", "\ufffd"), (b"a\x80b", "a\ufffdb"), (b"\xe2\x82", "\ufffd"),
-                           (b"\xe2\x82!", "\ufffd!"), (b"\xed\xa0\x80", "\ufffd" * 3),
-                           (b"\xc0\xaf", "\ufffd\ufffd")]:
-            self.assertEqual(tokenizer.decode([1 + byte for byte in data]), text, data)
-        for token_id in (-1, 257):
-            for call in (tokenizer.token_bytes, macrogpt.StreamDecoder(tokenizer).feed,
-                         lambda each: tokenizer.decode([98, each])):
-                with self.assertRaisesRegex(ValueError, f"{token_id} .*expected 0 to 256"):
-                    call(token_id)
-
-    def test_the_stream_equals_decode_for_any_ids_and_never_shows_half_a_character(self):
-        tokenizer, rng = grown_tokenizer(), random.Random(9)
-        lively = [0, *(1 + byte for byte in b"a\xed\xa0\x80\xbf\xb0\x9f\xf0\xf4\xe2\xc3\xff\x8f")]
-        stream = macrogpt.StreamDecoder(tokenizer)  # one for all: flush leaves it as new
-        for round_number in range(1500):
-            choices = lively if round_number % 2 else range(tokenizer.vocab_size)
-            ids = [rng.choice(choices) for _ in range(rng.randrange(14))]
-            text = "".join([stream.feed(token_id) for token_id in ids] + [stream.flush()])
-            self.assertEqual(text, tokenizer.decode(ids), ids)
-        tokenizer = macrogpt.EvolvingTokenizer()
-        stream = macrogpt.StreamDecoder(tokenizer)
-        for text in ("aé€😀中\x00", "👩‍👧 e\u0301"):
-            shown = [stream.feed(token_id) for token_id in tokenizer.encode(text)]
-            self.assertEqual([part for part in shown if part], list(text))
-            self.assertEqual(stream.flush(), "")
-        shown = [stream.feed(token_id) for token_id in tokenizer.encode("😀")[:3]]
-        self.assertEqual(shown + [stream.flush(), stream.flush()], ["", "", "", "\ufffd", ""])
 
 
 class StorageClaims(unittest.TestCase):

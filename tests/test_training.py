@@ -188,7 +188,7 @@ class StepsLearn(unittest.TestCase):
         self.assertEqual(seen, [True, True, False])
 
 
-class ScoresCountEveryIdOnce(unittest.TestCase):
+class ScoresAndReplay(unittest.TestCase):
     def ids(self, n):
         rng = random.Random(n)
         return [rng.randrange(VOCAB) for _ in range(n)]
@@ -227,8 +227,6 @@ class ScoresCountEveryIdOnce(unittest.TestCase):
         for ids, characters in (([], 5), ([3], 5), ([3, 4], 0)):  # nothing can be scored
             self.assertTrue(math.isnan(m.bits_per_character(uniform(), ids, characters, 8)))
 
-
-class PlansAndReplay(unittest.TestCase):
     def test_the_router_is_asked_for_what_stands_before_and_never_for_what_is_to_be_read(self):
         seen, told, model = [], [], small_model()
         model.append_delta(2, random.Random(1))

@@ -204,6 +204,20 @@ class Speaking(unittest.TestCase):
         pieces, model = self.say(script, free_tokens=6)
         self.assertEqual(("".join(pieces), len(model.fed)), ("\na\nb\nb", 6))
 
+    def test_a_reply_may_be_cut_after_each_of_its_sentences(self):
+        for text, *cut in (("I am 3.5 years old. Are you? yes", "I am 3.5 years old.",
+                            "I am 3.5 years old. Are you?"), ("你好。再见！", "你好。", "你好。再见！"),
+                           ("Ask Dr. Moss. Now.", "Ask Dr. Moss.", "Ask Dr. Moss. Now."),
+                           ("no end", "no end")):
+            self.assertEqual(m.beginnings(text), cut)
+
+    def test_what_goes_round_in_circles_or_has_no_end_or_strange_words_is_worth_less(self):
+        known = set("i am sorry that you are tired".split()).__contains__
+        self.assertEqual(m.form_of("I am sorry that you are tired.", known), 0.0)
+        for worse in ("I am sorry that you are", "I am sorry that I am sorry that you are.",
+                      "I am sorried that you are tired."):
+            self.assertGreater(m.form_of(worse, known), 0.0, worse)
+
 
 class Silence(unittest.TestCase):
     """With nothing to say it acknowledges, in the language of what was said, where it knows it."""
@@ -229,24 +243,6 @@ class Silence(unittest.TestCase):
         self.assertIn(m.silence("What is my lamp called?", (), said), m.UNKNOWN_REPLIES[1:])
         rejected = {m.rejection("What is my lamp called?", m.UNKNOWN_REPLY)}
         self.assertIn(m.silence("What is my lamp called?", rejected), m.UNKNOWN_REPLIES[1:])
-
-
-class Drafts(unittest.TestCase):
-    """Replies are drafted, judged, and cut where they are still good."""
-
-    def test_a_reply_may_be_cut_after_each_of_its_sentences(self):
-        for text, *cut in (("I am 3.5 years old. Are you? yes", "I am 3.5 years old.",
-                            "I am 3.5 years old. Are you?"), ("你好。再见！", "你好。", "你好。再见！"),
-                           ("Ask Dr. Moss. Now.", "Ask Dr. Moss.", "Ask Dr. Moss. Now."),
-                           ("no end", "no end")):
-            self.assertEqual(m.beginnings(text), cut)
-
-    def test_what_goes_round_in_circles_or_has_no_end_or_strange_words_is_worth_less(self):
-        known = set("i am sorry that you are tired".split()).__contains__
-        self.assertEqual(m.form_of("I am sorry that you are tired.", known), 0.0)
-        for worse in ("I am sorry that you are", "I am sorry that I am sorry that you are.",
-                      "I am sorried that you are tired."):
-            self.assertGreater(m.form_of(worse, known), 0.0, worse)
 
 
 class Turns(unittest.TestCase):
