@@ -38,7 +38,7 @@ class Settings(unittest.TestCase):
         with self.subTest(text=text):
             self.refuse(lambda: m.Config().replace([text]), *signs)
 
-    def test_it_says_what_it_means_and_its_default_lies_in_its_range(self):
+    def test_every_field_says_what_it_means_and_its_default_lies_in_its_range(self):
         for f in FIELDS:
             with self.subTest(f.name):
                 self.assertTrue(f.metadata["doc"].strip())

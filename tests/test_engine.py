@@ -42,10 +42,6 @@ def largest(*buffers):
     return max((abs(x) for buffer in buffers for x in buffer), default=0.0)
 
 
-def copied(args):
-    return [a[:] if isinstance(a, array) else a for a in args]
-
-
 def naive_attention(q, keys, values):
     """Softmax attention of one query over rows, written from the formula."""
     scores = [sum(a * b for a, b in zip(q, k)) / math.sqrt(len(q)) for k in keys]
@@ -87,7 +83,7 @@ class EveryTwinDoesWhatItsKernelDoes(NearCase):
 
     def compare(self, name, args, scale=None):
         """Kernel and twin of that name, given equal buffers, must leave and return the same."""
-        slow, fast = copied(args), copied(args)
+        slow, fast = ([a[:] if isinstance(a, array) else a for a in args] for _ in range(2))
         results = KERNELS[name](*slow), m.TWINS[name](*fast)
         close = CLOSE[args[0].typecode]
         if results[0] is not None:
@@ -200,8 +196,6 @@ class KernelsKnowTheAnswersWorkedOutByHand(NearCase):
                 self.assert_near(losses, [loss], 1e-2)
                 self.assert_near(grad, slope, 1e-3)
 
-
-class DropoutIsFair(unittest.TestCase):
     def masked(self, engine, n, rate, seed):
         out = engine.buffer(n)
         engine.dropout_apply(engine.buffer_of([1.0] * n), out, n, rate, seed)
@@ -439,7 +433,7 @@ class TheCompiledKernels(NearCase):
         for work, plain, cases in ((multiplied, m.reference_engine(), sizes),
                                    (attended, m.interpreted_engine(), ATTENDED)):
             for case in cases:
-                results = (work(engine, random.Random(52), *case) for engine in (self.engine, plain))
+                results = (work(e, random.Random(52), *case) for e in (self.engine, plain))
                 for mine, wanted in zip(*results):
                     self.assert_near(mine, wanted, 2e-5 * (1.0 + largest(wanted)), case)
 

@@ -125,8 +125,6 @@ class TheFile(MemoryCase):
         self.refuse(self.path("nowhere", "memory.sqlite3"))
         self.assertFalse(os.path.exists(self.path("nowhere")))
 
-
-class Migrations(MemoryCase):
     def test_a_file_of_every_older_version_is_brought_up_and_has_the_same_schema(self):
         self.open().close()
         schema = ("SELECT type, name, sql FROM sqlite_master ORDER BY name",)

@@ -2,7 +2,6 @@
 import cmath
 import math
 import random
-import unittest
 from unittest import mock
 
 import macrogpt as m

@@ -107,7 +107,8 @@ class Seed(unittest.TestCase):
         careful = [line for line in self.lines if not is_typed(line)]
         self.none((line for line in careful if line[-1] not in ".!?"), "lines without an end")
         self.none((line for line in careful for sentence in SENTENCE_BREAK.split(said(line))
-                   if not (OPENING.sub("", sentence) or "A")[:1].isupper() or re.search(r"\bi\b", sentence)),
+                   if not (OPENING.sub("", sentence) or "A")[:1].isupper()
+                   or re.search(r"\bi\b", sentence)),
                   "lines with a small beginning")
 
     def test_only_plain_letters_and_signs_with_no_space_astray_and_nothing_left_open(self):

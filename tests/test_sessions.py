@@ -2,7 +2,6 @@
 import contextlib
 import itertools
 import random
-import os
 import signal
 import threading
 import unittest
@@ -226,7 +225,7 @@ class Talk(unittest.TestCase):
                     self.being.compact()
             self.assertEqual(state(), before)
         self.being.compact()
-        self.assertEqual((len(self.memory.heard_messages()), self.memory.counts()["entries"]), (0, 3))
+        self.assertEqual((self.memory.heard_messages(), self.memory.entry_count()), ([], 3))
 
     def test_what_a_crash_left_is_dated_when_it_was_said_and_makes_nothing_older(self):
         self.crashed("The ferry leaves at seven.")
