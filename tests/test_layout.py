@@ -1,6 +1,7 @@
 """Claims about the file itself: sections, what each may use, effects, sizes, signatures."""
 import ast
 import builtins
+import collections
 import itertools
 import os
 import re
@@ -172,14 +173,9 @@ class Layout(unittest.TestCase):
         self.none(broken)
 
     def test_no_name_is_defined_twice(self):
-        seen, broken = set(self.imported), []
-        for section in self.sections:
-            for node in section.nodes:
-                for name in names_bound(node):
-                    if name in seen:
-                        broken.append((node.lineno, f"{name} is bound again"))
-                    seen.add(name)
-        self.none(broken)
+        bound = [(name, node.lineno) for node in self.tree.body for name in names_bound(node)]
+        count = collections.Counter(name for name, _ in bound)
+        self.none([(line, f"{name} is bound again") for name, line in bound if count[name] > 1])
 
     def test_imports_are_of_the_standard_library_are_used_and_stand_before_the_first_section(self):
         used = {n.id for n in self.nodes if isinstance(n, ast.Name)}.union(

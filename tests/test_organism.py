@@ -589,8 +589,6 @@ class Unlearning(Home, unittest.TestCase):
 class Processes(Reader, unittest.TestCase):
     """The program as its owner runs it; what is killed is a process of its own."""
 
-    BIG = ("warmup_steps=5000", "warmup_epochs=1000", "patience=9999")
-
     def words(self, words, settings):
         return (*words, *(part for setting in (*TINY, *settings) for part in ("--set", setting)))
 
@@ -607,9 +605,9 @@ class Processes(Reader, unittest.TestCase):
 
     def test_killed_in_its_birth_it_goes_on_for_just_the_steps_asked_for_and_never_smaller(self):
         self.kill_when(lambda: self.setting("growth").get("step", 0) > 2, "train",
-                       settings=self.BIG)
+                       settings=LONG)
         step = self.setting("growth")["step"]
-        done = self.run_macrogpt("--json", "train", "--steps", "2", settings=self.BIG)
+        done = self.run_macrogpt("--json", "train", "--steps", "2", settings=LONG)
         self.assertEqual(done.returncode, 0, done.stderr)
         facts = json.loads(done.stdout)
         self.assertEqual((facts["step"], facts["steps_now"]), (step + 2, 2))  # exactly so many
@@ -620,7 +618,7 @@ class Processes(Reader, unittest.TestCase):
     def test_killed_while_the_next_generation_grows_up_it_goes_on_with_both(self):
         self.run_macrogpt("train")
         step = self.setting("growth")["step"]
-        larger = (*self.BIG, "n_embd=16")
+        larger = (*LONG, "n_embd=16")
         self.kill_when(lambda: self.setting("rebirth").get("growth", {}).get("warmup_step", 0) > 5,
                        "train", settings=larger)
         came = self.setting("rebirth")["growth"]["warmup_step"]

@@ -222,21 +222,19 @@ class Speaking(unittest.TestCase):
 class Silence(unittest.TestCase):
     """With nothing to say it acknowledges, in the language of what was said, where it knows it."""
 
-    def test_it_keeps_what_is_told_and_does_not_know_what_is_asked_in_four_languages(self):
-        for text, said in (("My lamp is called Quartz.", m.KEPT_REPLY),
-                           ("What is my lamp called?", m.UNKNOWN_REPLY),
-                           ("Mein Hund heißt Rex.", "Ich merke es mir."),
-                           ("Wo ist mein Hund?", "Das weiß ich noch nicht."),
-                           ("¿Cómo se llama mi perro?", "Eso no lo sé todavía."),
-                           ("Où est mon chien ?", "Je ne le sais pas encore.")):
-            self.assertEqual(m.silence(text), said)
-
-    def test_a_wish_that_it_cannot_meet_is_refused_kindly_and_a_story_is_heard(self):
-        for text in ("write me a letter to the mayor", "Could you help me with my taxes?"):
-            self.assertIn(m.silence(text), m.CANNOT_REPLIES)
-        self.assertIn(m.silence("The bus left without me and then it rained all the way home."),
-                      m.HEARD_REPLIES)
-        self.assertIn(m.silence("Where did I put my keys?"), m.UNKNOWN_REPLIES)
+    def test_it_keeps_what_is_told_hears_a_story_refuses_kindly_and_does_not_know_what_is_asked(self):
+        for text, *said in (
+                ("My lamp is called Quartz.", m.KEPT_REPLY),
+                ("What is my lamp called?", m.UNKNOWN_REPLY),
+                ("Mein Hund heißt Rex.", "Ich merke es mir."),
+                ("Wo ist mein Hund?", "Das weiß ich noch nicht."),
+                ("¿Cómo se llama mi perro?", "Eso no lo sé todavía."),
+                ("Où est mon chien ?", "Je ne le sais pas encore."),
+                ("write me a letter to the mayor", *m.CANNOT_REPLIES),
+                ("Could you help me with my taxes?", *m.CANNOT_REPLIES),
+                ("The bus left without me and then it rained all the way.", *m.HEARD_REPLIES),
+                ("Where did I put my keys?", *m.UNKNOWN_REPLIES)):
+            self.assertIn(m.silence(text), said)
 
     def test_it_varies_and_says_nothing_that_was_rejected(self):
         said = {m.UNKNOWN_REPLY}
