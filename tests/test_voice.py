@@ -222,7 +222,7 @@ class Speaking(unittest.TestCase):
 class Silence(unittest.TestCase):
     """With nothing to say it acknowledges, in the language of what was said, where it knows it."""
 
-    def test_it_keeps_what_is_told_hears_a_story_refuses_kindly_and_does_not_know_what_is_asked(self):
+    def test_it_keeps_hears_kindly_refuses_or_does_not_know_what_is_said_in_four_languages(self):
         for text, *said in (
                 ("My lamp is called Quartz.", m.KEPT_REPLY),
                 ("What is my lamp called?", m.UNKNOWN_REPLY),
