@@ -5229,10 +5229,13 @@ class Memory:
         return list(found.values())
 
     def remove_messages(self, ids: Iterable[int]) -> None:
-        """Remove messages for ever."""
+        """Remove messages for ever, each of the owner's with the reply to it."""
         with self.transaction():
             for i in ids:
-                self._rows("DELETE FROM messages WHERE id = ?", i)
+                self._rows("""DELETE FROM messages WHERE id = ?1 OR role = 'self' AND id = (
+                    SELECT min(reply.id) FROM messages reply JOIN messages said ON said.id = ?1
+                    AND said.role = 'owner' AND reply.session_id = said.session_id
+                    AND reply.id > said.id)""", i)
 
     def judge(self, message_id: int, verdict: int) -> None:
         """Approve (1) or reject (−1) a message."""
@@ -5704,10 +5707,11 @@ UNKNOWN_REPLY = "I do not know that yet. Tell me, and I will keep it."
 UNKNOWN_REPLIES = (UNKNOWN_REPLY, "That is something I was never told.",
                    "I have nothing about that in my memory.", "I cannot say; nobody told me.")
 KEPT_REPLY = "I will keep that."
-KEPT_REPLIES = (KEPT_REPLY, "I have it now.", "That is in my memory now.",
-                "I have read it, thank you.")
+KEPT_REPLIES = ("I will keep that about {}.", KEPT_REPLY, "I have it now.",
+                "That is in my memory now.")
 STEM_CHARS = 5
 WEAK_SCORE = 0.45       # an exchange that fits so well is like what was said
+LEAST_LIKE = 0.6        # what vectors find and fits less was rated lower than "tell me more"
 NEAR_SCORE = 0.035      # exchanges that fit equally well up to this are equals
 FEWEST_ENTRIES = 2000   # as if: in a small memory a word is rare by chance
 MOST_HELD = 100         # entries that one word brings, newest first
@@ -7818,31 +7822,38 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
         return Reply(told[0].answer, "memory", told[0].entry, best,
                      (told[0].entry, *told[0].others)), fits
     sure = 1.0 if not like else (2.0 + least if factual else 1.0 + 2.0 * least) / 3.0
-    if alike >= least and (alike >= sure or not (factual or names_something(text))):
-        return Reply(said[0].answer, "tool" if said[0].told else "exchange", said[0].entry,
-                     alike), fits
-    lex, mine = lexicon(), {"own", "me"}
-    asked = analyzed(lex, text).line.has  # without "you" it is not put to the program itself
+    exchange = Reply(said[0].answer, "tool" if said[0].told else "exchange", said[0].entry,
+                     alike) if said and alike >= max(least, LEAST_LIKE * bool(like)) else None
+    if exchange and (alike >= sure or not (factual or names_something(text))):
+        return exchange, fits
+    quote = _quotation(known, text, told[:2], factual)
+    if quote and rejection(text, quote.text) not in rejected:
+        return quote, fits
+    # what asks for advice is no question about the owner
+    advises = exchange and like and alike >= 0.7 and "own" not in known.line(text).has
+    return exchange if advises and not quote else None, fits
+
+
+def _quotation(lex: Lexicon, text: str, told: Sequence[Recall], factual: bool) -> Optional[Reply]:
+    """Return what was told near to what a text asks, word for word, or None."""
+    mine, asked = {"own", "me"}, analyzed(lex, text).line.has
 
     def quotable(fit: Recall) -> bool:
         """Whether it may be quoted: what was told, or what was read and is as much the owner's."""
         if fit.entry.source in TOLD:
-            return factual or "you" not in asked
+            return factual or "you" not in asked  # which puts it to the program itself
         return factual and not (mine & asked and not mine & lex.line(fit.told).has)
-    near = list({fit.told: fit for fit in told[:2]
+    near = list({fit.told: fit for fit in told
                  if fit.score >= JUDGE["quote"] and quotable(fit)}.values())
     lines = [lex.line(fit.told) for fit in near]
     if len(near) > 1 and near[0].entry.told_at > near[1].entry.told_at and (
             _replaces(lex, *lines) or lines[0].has_phrase(lex, "changed")):
         near = near[:1]
     if not near:
-        return None, fits
-    words = "I am not sure, but " + (
-        "you told me: " if near[0].entry.source in TOLD else "I have read: ") + " and ".join(
-            fit.quote for fit in near)
-    if rejection(text, words) in rejected:
-        return None, fits
-    return Reply(words, "quote", near[0].entry, best, tuple(fit.entry for fit in near)), fits
+        return None
+    lead = "you told me" if near[0].entry.source in TOLD else "I have read"
+    return Reply(f"I am not sure, but {lead}: {' and '.join(fit.quote for fit in near)}", "quote",
+                 near[0].entry, near[0].score, tuple(fit.entry for fit in near))
 
 
 def states_a_fact(text: str) -> bool:
@@ -7971,28 +7982,78 @@ def rejection(question: str, answer: str) -> str:
     return f"{line_key(asked):x}:{line_key(' '.join(folded_words(answer))):x}"
 
 
-CANNOT_REPLIES = ("That is more than I can do yet, I am sorry. What is it for?",
-                  "I am too small for that one, sorry. Shall we talk about it instead?",
-                  "I cannot do that well yet, I am sorry. Tell me more about it?")
-HEARD_REPLIES = ("I will keep that with care. How is it for you?", "I keep it. What comes next?",
-                 "That stays with me. Tell me more.", "I have read it. How do you feel about it?")
+# What is said where nothing fits; in those with braces stands what the text is about.
+CANNOT_REPLIES = ("That is more than I can do, I am sorry. But tell me about {}.",
+                  "I am too small for that one, sorry. What matters most to you about {}?",
+                  "That is more than I can do yet, I am sorry. What is it for?",
+                  "I am too small for that one, sorry. Shall we talk about it instead?")
+HEARD_REPLIES = ("Tell me more about {}.", "And {}, how is that for you?",
+                 "I did not expect {}. What happened then?",
+                 "I will keep that with care. How is it for you?", "I keep it. What comes next?",
+                 "That stays with me. Tell me more.")
+GUESS_REPLIES = ("I know too little about {} to say. What do you think?",
+                 "About {} I could only guess. Who near you would know?",
+                 "I have read nothing yet about {}. Tell me, and I will keep it.")
 
 
-def silence(text: str, rejected: Container[str] = (), said: Container[str] = ()) -> str:
+def things_named(lex: Lexicon, line: Line) -> Iterator[Tuple[Word, str]]:
+    """Yield (head, words) of what a sentence names by a name, or as whose or which it is: the wasp.
+
+    A run of telling words is one thing, as far as no verb breaks it: my driving test; my boss took.
+    """
+    words, telling = line.words, {*line.telling}
+    joined = {i for i, word in enumerate(words) if i in telling or word.word == "'s"}
+    for start in (i for i in line.telling if i - 1 not in joined):
+        end, led = start, start > 0 and bool(words[start - 1].classes & {"det", "own", "other"})
+        while end + 1 in joined and (line.caps[end + 1] or not (
+                words[end + 1].word in lex.odd or words[end + 1].word.endswith("ed"))):
+            end += 1
+        after = words[end + 1].classes if end + 1 < len(words) else _NONE
+        if start <= led and not line.caps[end] and "aux" not in after:
+            end = start  # what begins a sentence may have its verb behind it
+        end -= words[end].word == "'s"
+        if not led:  # called Olga
+            start = next((i for i in range(start, end) if line.caps[i]), end)
+        if led or line.caps[end]:
+            said = " ".join(word.text for word in words[start:end + 1]).replace(" 's", "'s")
+            lead = words[start - 1].word if led else ""
+            own = led and "own" in words[start - 1].classes
+            yield words[end], f"{lead if own else 'the'} {said}" if led else said
+
+
+def spoken_of(memory: Memory, text: str) -> str:
+    """Return the rarest thing that a text names, as one says it back: your landlord; or ""."""
+    lex, found = lexicon_of(memory), {}
+    opened = lex.opened(text[:MAX_ASKED_CHARS])[0]
+    for line in map(lex.line, re.split(r"[.,;:!?]\s", opened)):
+        for head, said in things_named(lex, line):
+            if not (head.classes & {"idle", "request"} or _is_number(lex, head)
+                    or head.stem in lex.kinds["time"] | lex.kinds["unit"]):
+                found[said] = head.word[:STEM_CHARS]
+    weights = stem_weights(memory, found.values())
+    best = max(reversed(list(found)), key=lambda said: weights[found[said]], default="")
+    return turned(f"a {best}")[2:] if best else ""
+
+
+def silence(text: str, rejected: Container[str] = (), said: Container[str] = (),
+            topic: str = "") -> str:
     """Return what to say when there is nothing to say: that it is kept, or that it is not known.
 
-    It is not said in words that were just said, nor in those that were rejected.
+    It names what the text is about, where that is known. It is not said in words that were just
+    said, nor in those that were rejected.
     """
     lex, asking = lexicon(), asks(text)
-    own = " ".join(lex.phrases["unknown" if asking else "kept", lex.line(text).language])
-    told = KEPT_REPLIES if len(folded_words(text)) < PLAIN_WORDS else HEARD_REPLIES
-    words = lex.line(text[:MAX_ASKED_CHARS]).words[:5]
-    wished = [i for i, word in enumerate(words) if "request" in word.classes]
-    if wished and (wished[0] == 0 or any("you" in word.classes for word in words)):
+    line = lex.line(text[:MAX_ASKED_CHARS])
+    own = " ".join(lex.phrases["unknown" if asking else "kept", line.language])
+    wished = [i for i, word in enumerate(line.words[:5]) if "request" in word.classes]
+    if wished and (wished[0] == 0 or any("you" in word.classes for word in line.words[:5])):
         ways = CANNOT_REPLIES
+    elif asking:
+        ways = (() if line.has & {"own", "subject"} else GUESS_REPLIES) + UNKNOWN_REPLIES
     else:
-        ways = UNKNOWN_REPLIES if asking else told
-    ways = [f"{own}."] if own else ways
+        plain = len(folded_words(text)) < PLAIN_WORDS and (not topic or names_something(text))
+        ways = KEPT_REPLIES if plain else HEARD_REPLIES
+    ways = [f"{own}."] if own else [way.format(topic) for way in ways if topic or "{" not in way]
     ways = [words for words in ways if rejection(text, words) not in rejected]
     fresh = [words for words in ways if words not in said]
     return (fresh or ways or [UNKNOWN_REPLY])[0]
@@ -8459,12 +8520,12 @@ class Turn:
                 yield from re.findall(r"\S+\s*", best.text)
                 return
         like = next((fit for fit in self.fits if is_exchange(fit.entry)), None)
-        least = mind.config.recall_score if mind.sayings else LEAST_FIT
+        least = LEAST_LIKE if mind.sayings else LEAST_FIT
         if not factual and like and like.score >= least:
             yield from self._replied(Reply(like.answer, "exchange", like.entry, like.score))
         else:
             newest = {words for _, words in self.turns[-2 * FRESH_EXCHANGES:]}
-            yield silence(text, self.rejected, newest)
+            yield silence(text, self.rejected, newest, spoken_of(self.memory, text))
 
     def _forgotten(self, wish: str) -> str:
         """Forget the one statement that a wish means, or say which it may be."""
