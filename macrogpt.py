@@ -2483,12 +2483,22 @@ importlib.import_module(os.path.splitext(name)[0]).check_library(sys.argv[2])
 """
 
 
+def keep_freed_memory(keep: bool) -> None:
+    """Have glibc keep what is freed, or give back what is large.
+
+    Kept, a training step finds its memory without a page fault: 1.2 times as fast. Given back, a
+    chat whose trainer is another process stays small: 151 MB against 198 after 60 messages.
+    """
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        import ctypes
+        for option, value in ((-1, 1 << 30), (-3, 1 << 30)) if keep else (
+                (-1, 1 << 18), (-3, 1 << 18), (-8, 1)):  # trim, mmap, arenas; see mallopt(3)
+            ctypes.CDLL(None).mallopt(option, value)
+
+
 def load_kernels(path: str) -> Dict[str, Callable[..., Any]]:
     """Return the kernels of a compiled library, to be called like those in Python."""
     import ctypes
-    with contextlib.suppress(AttributeError, OSError):  # glibc: freed buffers stay ours, so that
-        for option in (-1, -3):  # a step finds its memory without a page fault (1.2 times faster)
-            ctypes.CDLL(None).mallopt(option, 1 << 30)
     library, kinds = ctypes.CDLL(path), {"int": ctypes.c_long, "float": ctypes.c_float}
     table = {}
     for kernel in KERNELS:
@@ -9563,6 +9573,7 @@ def trainer_main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(AttributeError, OSError):
         os.nice(10)
+    keep_freed_memory(True)
     notices: List[str] = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # it may have to leave while compiling
     engine = choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True, notices.append)
@@ -10607,6 +10618,7 @@ class App:
             memory = self.memory()
             self.config = stored_config(memory, self.options.assignments)
             engine = choose_engine(os.environ.get("MACROGPT_ENGINE", ""))
+            keep_freed_memory(False)
             wanted = Shape.of(self.config)
             shape = memory.setting("shape", {})
             self.config = dataclasses.replace(self.config, **shape)
@@ -11450,6 +11462,7 @@ INTERPRETED_STEP = 100_000_000  # weights times tokens that take some seconds in
 def command_bench(app: App, words: List[str]) -> None:
     """Measure this machine: training, generation, start-up, first reply, memory search."""
     config, tell = app.config, app.terminal.note
+    keep_freed_memory(True)
     best = choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True, tell)
     engines = [best] if best.name == "python" else [best, interpreted_engine()]
     tell("measuring; leave the machine alone for a while")
