@@ -78,6 +78,7 @@ import threading
 import time
 import traceback
 import unicodedata
+import urllib.parse
 import zlib
 from array import array
 from bisect import bisect_left, bisect_right
@@ -4746,8 +4747,12 @@ class Growth:
 
 
 def delta_names(layers: Iterable[str]) -> List[str]:
-    """Return the names of the deltas among layers, oldest first: delta 1 is layer 1, and so on."""
-    return sorted((n for n in layers if n.startswith("delta")), key=lambda n: int(n[5:]))
+    """Return the names of the deltas among layers, oldest first: delta 1 is layer 1, and so on.
+
+    Each is learned on those before it, so that behind a gap there are none.
+    """
+    names = (f"delta{number}" for number in itertools.count(1))
+    return list(itertools.takewhile({*layers}.__contains__, names))
 
 
 def build_model(config: Config, layers: Dict[str, Layer], engine: Engine,
@@ -4761,6 +4766,8 @@ def build_model(config: Config, layers: Dict[str, Layer], engine: Engine,
         tokenizer = EvolvingTokenizer.unpack(layers["tokenizer"].data)
     rng = random.Random(config.seed)
     base = layers.get("best" if prefer_best and "best" in layers else "base")
+    if "tokenizer" not in layers:  # damaged, perhaps: weights mean nothing without it
+        base, layers = None, {}
     model = GPT(Shape.of(config), tokenizer.vocab_size, engine, None)  # a birth draws its own
     if base is not None:
         load_params(list(model.params.values()), base)
@@ -4886,7 +4893,7 @@ class Sayings:
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
-# 12 · MEMORY — one file; copy it and you copied the being   uses: 0 1 7
+# 12 · MEMORY — one file; copy it and you copied the being   uses: 0 1 7 11
 # ──────────────────────────────────────────────────────────────────────────────────────
 #
 # Everything that must outlive the process is in one SQLite file with a rollback journal: what was
@@ -4990,6 +4997,13 @@ MIGRATIONS: Tuple[str, ...] = (
     ALTER TABLE entries ADD COLUMN days TEXT NOT NULL DEFAULT '';
     CREATE INDEX entries_told ON entries(told_at) WHERE source IN ('chat', 'taught');
     """,
+    # 6: every text carries a checksum, as every layer does
+    """
+    ALTER TABLE messages ADD COLUMN checksum INTEGER;
+    ALTER TABLE entries ADD COLUMN checksum INTEGER;
+    UPDATE messages SET checksum = crc32(text);
+    UPDATE entries SET checksum = crc32(text || words);
+    """,
 )
 
 # The stages of a message: stored; its facts are entries; a line of the session's summary; out of
@@ -5010,6 +5024,13 @@ FULL_TEXT = """
     CREATE TRIGGER IF NOT EXISTS entries_changed AFTER UPDATE OF words ON entries BEGIN
         INSERT INTO entries_fts(entries_fts, rowid, words) VALUES ('delete', old.id, old.words);
         INSERT INTO entries_fts(rowid, words) VALUES (new.id, new.words); END;
+"""
+NO_FULL_TEXT = """
+    DROP TRIGGER IF EXISTS entries_added;
+    DROP TRIGGER IF EXISTS entries_removed;
+    DROP TRIGGER IF EXISTS entries_changed;
+    DROP TABLE IF EXISTS entries_words;
+    DROP TABLE IF EXISTS entries_fts;
 """
 
 
@@ -5053,18 +5074,23 @@ NOBODY = 1 << 30  # the number of a layer that there never is
 
 
 class Memory:
-    """The organism's file.  Safe to use from several threads; every method raises StoreError."""
+    """The organism's file.  Safe to use from several threads; every method raises StoreError.
 
-    def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
-        self.path, self.clock = path, clock
+    What is only to be read is neither made nor changed; an older version of it is read in a copy.
+    """
+
+    def __init__(self, path: str, clock: Callable[[], float] = time.time,
+                 writable: bool = True) -> None:
+        self.path, self.clock, self.writable = path, clock, writable
         self._lock = threading.RLock()
         self._depth = 0
         try:
-            self._db = _connect(path)
+            _judge_file(path)
+            self._db = _connect(path) if writable else _connect_to_read(path)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(_store_trouble(path, error)) from error
         try:
-            with self.transaction():
+            with self.transaction() if writable else contextlib.nullcontext():
                 self._migrate()
         except BaseException:
             self.close()
@@ -5072,13 +5098,7 @@ class Memory:
 
     def _migrate(self) -> None:
         """Bring the file to the newest schema; each migration runs once, in order."""
-        tables = {row[0] for row in self._rows("SELECT name FROM sqlite_master "
-                                               "WHERE type = 'table'")}
-        if tables and self._one("PRAGMA application_id") != APPLICATION_ID:
-            if not {"messages", "entries", "layers", "settings"} <= tables:  # as ours always had
-                raise StoreError(f"{self.path} is another program's file, with the table "
-                                 f"{min(tables)!r}; choose another --db")
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        version = self._one("PRAGMA user_version")
         if version > len(MIGRATIONS):
             raise StoreError(f"{self.path} is of version {version}, this program knows versions up "
                              f"to {len(MIGRATIONS)}; use a newer macrogpt.py or another --db")
@@ -5091,23 +5111,39 @@ class Memory:
         self.has_fts = self._prepare_full_text()
 
     def _prepare_full_text(self) -> bool:
-        """Create or refill the full-text index; False where SQLite has no FTS5.
+        """Create the full-text index where it is missing; False where SQLite has no FTS5.
 
         There the triggers go, lest they fail; where they are missing, the index is built anew.
         """
         try:
-            if not self._rows("SELECT 1 FROM sqlite_master WHERE name = 'entries_added'"):
-                for statement in _statements(FULL_TEXT):
-                    self._db.execute(statement)
-                self._db.execute("INSERT INTO entries_fts(entries_fts) VALUES ('rebuild')")
-            self._db.execute("SELECT 1 FROM entries_fts LIMIT 1").fetchone()
+            if self._one("SELECT count(*) FROM sqlite_master WHERE name IN "
+                         "('entries_added', 'entries_fts')") < 2:
+                self.build_index()
+            try:
+                self._rows("SELECT 1 FROM entries_fts LIMIT 1")
+            except StoreError as error:
+                if "vtable constructor" not in str(error):
+                    raise
+                if not self.writable:
+                    return False
+                self.build_index()
             return True
-        except sqlite3.OperationalError as error:
+        except StoreError as error:
             if "fts5" not in str(error):
                 raise
-            for trigger in ("entries_added", "entries_removed", "entries_changed"):
-                self._db.execute(f"DROP TRIGGER IF EXISTS {trigger}")
+            for statement in list(_statements(NO_FULL_TEXT))[:3]:
+                self._rows(statement)
             return False
+
+    def build_index(self) -> None:
+        """Build the full-text index anew: all that is in it stands in the entries."""
+        with self.transaction():
+            with contextlib.suppress(StoreError):  # what is damaged cannot be dropped
+                self._rows("INSERT OR REPLACE INTO entries_fts_data VALUES "
+                           "(1, x''), (10, x'00000000000000')")
+            for statement in _statements(NO_FULL_TEXT + FULL_TEXT):
+                self._rows(statement)
+            self._rows("INSERT INTO entries_fts(entries_fts) VALUES ('rebuild')")
 
     def close(self) -> None:
         """Close the file; nothing is pending, for every change was its own transaction."""
@@ -5200,8 +5236,8 @@ class Memory:
 
     def add_message(self, session_id: int, role: str, text: str) -> int:
         """Store one message and return its id."""
-        return self._write("INSERT INTO messages(session_id, role, text, said_at) "
-                           "VALUES (?, ?, ?, ?)", session_id, role, text, self.clock())
+        return self._write("INSERT INTO messages(session_id, role, text, said_at, checksum) "
+                           "VALUES (?, ?, ?, ?, crc32(?3))", session_id, role, text, self.clock())
 
     def newest_messages(self, session_id: int, count: int) -> List[Tuple[str, str]]:
         """Return the newest (role, text) pairs of a session, oldest first."""
@@ -5267,10 +5303,11 @@ class Memory:
         with self.transaction():
             self._rows("""
                 INSERT INTO entries(source, key, text, words, session_id, told_at, closed, recall,
-                                    held_out, training, about, days)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                                    held_out, training, about, days, checksum)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, crc32(?3 || ?4))
                 ON CONFLICT(source, key) DO UPDATE SET told_at = max(told_at, excluded.told_at),
-                    words = excluded.words, about = excluded.about, days = excluded.days""",
+                    words = excluded.words, about = excluded.about, days = excluded.days,
+                    checksum = crc32(entries.text || excluded.words)""",
                        source, document.key, document.text,
                        words, session_id,
                        self.clock() if told_at is None else told_at,
@@ -5284,7 +5321,8 @@ class Memory:
     def stand_alone(self, entry: Entry) -> None:
         """Let an entry lean on nothing any more."""
         document = Document(tuple(entry.text.splitlines()), entry.closed)
-        self._write("UPDATE entries SET about = '', words = ? WHERE id = ?",
+        self._write("UPDATE entries SET about = '', words = ?1, checksum = crc32(text || ?1) "
+                    "WHERE id = ?2",
                     index_words(entry.source, document, entry.recall), entry.id)
 
     def remove_entries(self, source: str, keys: Iterable[int]) -> None:
@@ -5473,8 +5511,14 @@ class Memory:
             values = [_like_form(form) for group in groups for form in group[:most]]
             table, where = "entries", " AND ".join(
                 f"({' OR '.join([like] * len(group[:most]))})" for group in groups)
-        return [row[0] for row in self._rows(f"SELECT rowid FROM {table} WHERE {where} ORDER BY "
-                                             "rowid DESC LIMIT ?", *values, limit)]
+        sql = f"SELECT rowid FROM {table} WHERE {where} ORDER BY rowid DESC LIMIT ?"
+        try:
+            return [row[0] for row in self._rows(sql, *values, limit)]
+        except StoreError as error:
+            if "malformed" not in str(error) or self._depth:
+                raise
+            self.build_index()  # it is damaged, perhaps, and all in it can be made anew
+            return [row[0] for row in self._rows(sql, *values, limit)]
 
     def entries_of(self, ids: Sequence[int]) -> List[Entry]:
         """Return the entries of these ids that may be recalled, in the order of the ids."""
@@ -5521,11 +5565,14 @@ class Memory:
     def manifests(self, prefix: str = "") -> Dict[str, Any]:
         """Return the manifests of the present generation's layers, or of those with a prefix."""
         rows = self._rows("SELECT name, manifest FROM layers ORDER BY rowid")
-        return {name: json.loads(manifest) for name, manifest in rows
+        return {name: _decoded(manifest) for name, manifest in rows
                 if name.startswith(prefix or NEXT) == bool(prefix)}
 
     def layers(self, prefix: str = "", without: Sequence[str] = ()) -> Dict[str, Layer]:
-        """Return the present generation's layers, or with NEXT the next one's, by their names."""
+        """Return the present generation's layers, or with NEXT the next one's, by their names.
+
+        What is damaged is left out.
+        """
         return self._layers(prefix, f"name {'LIKE' if prefix else 'NOT LIKE'} ? AND name NOT IN "
                                     f"({','.join('?' * len(without))})", NEXT + "%", *without)
 
@@ -5542,14 +5589,33 @@ class Memory:
         for name, sealed, manifest, checksum, data in self._rows(
                 "SELECT substr(name, ?), sealed, manifest, checksum, data FROM layers "
                 f"WHERE {where} ORDER BY rowid", len(prefix) + 1, *values):
-            try:
-                if zlib.crc32(data) != checksum:
-                    raise ValueError(f"its checksum is {zlib.crc32(data)}, expected {checksum}")
-                found[name] = Layer(json.loads(manifest), bytes(data), bool(sealed))
-            except ValueError as error:
-                raise StoreError(f"layer {name!r} in {self.path} is damaged ({error}); restore "
-                                 f"the file from a copy") from None
+            if isinstance(data, bytes) and zlib.crc32(data) == checksum:
+                with contextlib.suppress(ValueError):
+                    found[name] = Layer(json.loads(manifest), data, bool(sealed))
         return found
+
+    def damaged_layers(self) -> List[str]:
+        """Return the names of layers whose bytes are not those that were stored."""
+        return [name for name, in self._rows("SELECT name FROM layers WHERE checksum IS NOT "
+                                             "crc32(data) OR NOT json_valid(manifest)")]
+
+    def give_up_damaged(self) -> List[str]:
+        """Remove damaged layers and what is built on them, which is then to be read again."""
+        with self.transaction():
+            bad, left = self.damaged_layers(), self.manifests()
+            for name in bad:
+                left.pop(name, None)
+            grown = self.setting("growth", {}).get("phase", "newborn") != "newborn"
+            sound = len(delta_names(left))
+            lost = [n for n in self.manifests() if n[:5] == "delta" and int(n[5:]) > sound]
+            if grown and not {"base", "tokenizer"} <= left.keys():
+                self.unlearn_from(0)
+                bad = [*self.manifests()]
+                self._rows("DELETE FROM settings WHERE name = 'growth'")
+            elif lost:
+                self.unlearn_from(sound + 1)
+            self.remove_layers([*bad, *lost])
+            return bad
 
     def remove_layers(self, names: Iterable[str]) -> None:
         """Remove layers that are no longer needed."""
@@ -5557,8 +5623,7 @@ class Memory:
 
     def setting(self, name: str, default: Any = None) -> Any:
         """Return a stored value, or the default."""
-        text = self._one("SELECT value FROM settings WHERE name = ?", name)
-        return default if text is None else json.loads(text)
+        return _decoded(self._one("SELECT value FROM settings WHERE name = ?", name), default)
 
     def set_setting(self, name: str, value: Any) -> None:
         """Store a JSON-able value under a name."""
@@ -5569,7 +5634,7 @@ class Memory:
         """Return the stored values whose names begin with prefix, without it."""
         rows = self._rows("SELECT name, value FROM settings WHERE substr(name, 1, ?) = ?",
                           len(prefix), prefix)
-        return {name[len(prefix):]: json.loads(value) for name, value in rows}
+        return {name[len(prefix):]: _decoded(value) for name, value in rows}
 
     def add_progress(self, step: int, tokens: int, loss: Optional[float],
                      held_out_bpc: Optional[float]) -> None:
@@ -5591,7 +5656,7 @@ class Memory:
     def life(self, count: int = 100) -> List[Dict[str, Any]]:
         """Return the newest events of the life log, oldest first."""
         rows = self._rows("SELECT at, event, detail FROM life ORDER BY id DESC LIMIT ?", count)
-        return [{"at": at, "event": event, **json.loads(detail)}
+        return [{"at": at, "event": event, **_decoded(detail, {})}
                 for at, event, detail in rows[::-1]]
 
     def counts(self) -> Dict[str, int]:
@@ -5602,12 +5667,41 @@ class Memory:
                   "held_out": "entries WHERE held_out"}
         return {name: self._one(f"SELECT count(*) FROM {rows}") for name, rows in tables.items()}
 
-    def integrity(self) -> str:
-        """Return "ok", or what is wrong with the file."""
+    def faults(self) -> Iterator[str]:
+        """Yield what is wrong with the file, each in one line; nothing where all is well."""
         found = self._one("PRAGMA integrity_check")
-        for prefix in ("", NEXT) if found == "ok" else ():
-            self.layers(prefix)
-        return found
+        if found != "ok":
+            yield found
+        with contextlib.closing(Memory(":memory:")) as newest:  # has every table and column
+            columns = "SELECT m.name || '.' || c.name FROM sqlite_master m, " \
+                      "pragma_table_info(m.name) c WHERE m.type = 'table'"
+            lost = sorted({row[0] for row in newest._rows(columns)}
+                          - {row[0] for row in self._rows(columns)})
+        if lost:
+            yield f"these columns are missing: {', '.join(lost[:5])}"
+            return
+        for table, text in (("messages", "text"), ("entries", "text || words")):
+            rows = self._rows(f"SELECT id FROM {table} WHERE checksum IS NOT crc32({text})")
+            if rows:
+                yield f"{len(rows)} of the {table} are damaged, the first has the id {rows[0][0]}"
+        for name in self.damaged_layers():
+            yield f"layer {name!r} is damaged; it is learned again"
+        for name, in self._rows("SELECT name FROM settings WHERE NOT json_valid(value)"):
+            yield f"the setting {name!r} is damaged and counts as not set"
+        if not self.layers() and self.setting("growth", {}).get("phase") == "grown":
+            yield "the weights are gone; all is learned again"
+        yield from self._index_faults()
+
+    def _index_faults(self) -> Iterator[str]:
+        """Yield what is wrong with the full-text index, which only a copy of it can be asked."""
+        with contextlib.closing(sqlite3.connect(":memory:")) as copy:
+            self._db.backup(copy)
+            try:
+                copy.execute("INSERT INTO entries_fts(entries_fts, rank) "
+                             "VALUES ('integrity-check', 1)")
+            except sqlite3.Error as error:
+                if "fts5" not in str(error):  # which is not there
+                    yield f"the full-text index is damaged ({error}); a chat builds it anew"
 
     # the lease: one trainer for one file
 
@@ -5641,12 +5735,73 @@ def index_words(source: str, document: Document, recall: bool, about: str = "") 
     return " ".join(["", *words, *mark])
 
 
+def _decoded(text: Any, default: Any = None) -> Any:
+    """Return a stored value, or the default where there is none, or none of its kind."""
+    with contextlib.suppress(TypeError, ValueError):
+        value = json.loads(text)
+        if not isinstance(default, (dict, list)) or type(value) is type(default):
+            return value
+    return default
+
+
+def _judge_file(path: str) -> None:
+    """Raise StoreError for a file that is not ours, by its first page alone: nothing is opened."""
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return
+    with open(path, "rb") as file:
+        head = file.read(100)
+    if head[:16] != b"SQLite format 3\0":
+        raise sqlite3.DatabaseError("file is not a database")
+    version, sign = struct.unpack(">60xI4xI28x", head.ljust(100, b"\0"))
+    if version and sign == APPLICATION_ID:
+        return
+    with contextlib.closing(_connect_to_read(path, "immutable=1")) as db:
+        tables = [row[0] for row in db.execute("SELECT name FROM sqlite_master")]
+    if sign or not {"messages", "entries", "layers", "settings"} <= {*tables}:  # as ours always had
+        raise StoreError(f"{path} is another program's file, with the table "
+                         f"{min(tables, default='none')!r}; choose another --db")
+
+
+def _connect_to_read(path: str, how: str = "mode=ro") -> sqlite3.Connection:
+    """Return a connection that changes nothing; to a copy, where there is more to do than read."""
+    if path == ":memory:":
+        return _connect(path)
+    name = f"file:{urllib.parse.quote(os.path.abspath(path))}?{how}"
+    db = sqlite3.connect(name, SECONDS_LOCKED, isolation_level=None, check_same_thread=False,
+                         uri=True)
+    try:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+    except sqlite3.OperationalError:
+        db.close()
+        if "immutable" in how:
+            raise
+        return _connect_to_read(path, "immutable=1")  # left in WAL mode, where nobody may write
+    if how == "mode=ro" and 0 < version < len(MIGRATIONS):
+        with contextlib.closing(db):
+            copy = _connect(":memory:")
+            db.backup(copy)
+            return copy
+    db.create_function("crc32", 1, _crc32)
+    return db
+
+
+SECONDS_LOCKED = 30.0  # that it waits for another program which holds the file
+
+
+def _crc32(text: Any) -> Optional[int]:
+    """Return the checksum of a text or of bytes, as SQL calls it."""
+    if text is None:
+        return None
+    return zlib.crc32(text if isinstance(text, bytes) else str(text).encode("utf-8", "replace"))
+
+
 def _connect(path: str) -> sqlite3.Connection:
     """Return a connection for all threads, with explicit transactions that reach the disk."""
     if path != ":memory:" and not os.path.exists(path):
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # for its owner alone to read
-    db = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, SECONDS_LOCKED, isolation_level=None, check_same_thread=False)
     try:
+        db.create_function("crc32", 1, _crc32)
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA secure_delete = ON")  # what is forgotten leaves the file's pages too
@@ -8693,13 +8848,18 @@ class Speaker:
             return last
         growth = Growth.of(memory.setting("growth", {}))
         layers = memory.layers(without=("optimizer", "ear"))
-        tokenizer, model = build_model(config, layers, self.engine, growth.phase == "warmup")
+        try:
+            tokenizer, model = build_model(config, layers, self.engine, growth.phase == "warmup")
+            mixer = load_mixer(config, layers.get("mixer"))
+        except (StoreError, KeyError, TypeError, ValueError, struct.error):
+            layers = {}  # damaged: what was told can be said all the same
+            tokenizer, model = build_model(config, layers, self.engine)
+            mixer = load_mixer(config, None)
         counted = last[2] if last is not None and last[2].fits(tokenizer, config) else (
             EntryCounts(memory, tokenizer, config))
         best = growth.bpc if growth.best_bpc is None else growth.best_bpc
         enough = config.trust_bpc * (1.5 if growth.phase == "grown" else 1.0)
-        trusted = growth.phase != "newborn" and best is not None and best <= enough
-        mixer = load_mixer(config, layers.get("mixer"))
+        trusted = "base" in layers and best is not None and best <= enough
         mind = Mind(config, tokenizer, model, counted.counts, mixer, growth.bpc, trusted,
                     self._heard(last))
         return state, mind, counted
@@ -8889,16 +9049,19 @@ class Learner:
         if chars >= self.config.min_merge_chars:
             tokenizer = EvolvingTokenizer(tokenizer.merges)
             tokenizer.learn_merges(texts, self._new_merges(chars), self.config.min_pair_count)
-        ear = learned_ear(self.engine, [(text.key, text.text) for text in self._trained()],
-                          EAR_EPOCHS if self.engine.is_fast else 1, self.optimizer, self.rng)
         with self.guard:
             self.tokenizer, self._ids, self.best, self.mixer = tokenizer, {}, None, None
-            self.ear = ear
             self.model = GPT(Shape.of(self.config), tokenizer.vocab_size, self.engine, self.rng)
             self.router = self.model.router = Router(tokenizer)
             self.growth = dataclasses.replace(self.growth, phase="warmup", warmup_chars=chars,
                                               first_token=self.growth.tokens)
             self.dirty.add("base")
+
+    def learn_ear(self) -> None:
+        """Learn sentence vectors from the exchanges, before the first step of a birth."""
+        texts = [(text.key, text.text) for text in self._trained()]
+        self.ear = learned_ear(self.engine, texts, EAR_EPOCHS if self.engine.is_fast else 1,
+                               self.optimizer, self._rng_of_now())
 
     def _new_merges(self, chars: int) -> int:
         """Return how many merges to learn: at first max_merges, later in step with the text."""
@@ -9444,7 +9607,8 @@ class TrainerChild:
             with learner.guard:
                 if learner.growth.phase == "warmup" and learner.dirty:  # a burst is unproven
                     self._snapshot(learner)
-        os._exit(0)
+        with self.writing:  # what is being sent is sent to its end
+            os._exit(0)
 
     def _send(self, kind: str, **message: Any) -> None:
         with self.writing:
@@ -9498,6 +9662,9 @@ class TrainerChild:
 
     def _advance(self, job: Job) -> None:
         """Do one step of a job, and say and save what is due."""
+        if job.birth and not job.learner.growth.warmup_step:
+            self._snapshot(job.learner)  # the merges took seconds, and a kill may be near
+            job.learner.learn_ear()
         report = job.advance()
         self.pace = self.pace[0] + report.tokens, self.pace[1]
         if not report.applied:
@@ -9605,8 +9772,11 @@ sys.exit(importlib.import_module(os.path.splitext(name)[0]).trainer_main())
 async def start_child() -> Any:
     """Return the process of a new trainer, which speaks in frames on its pipes."""
     debug = None if os.environ.get("MACROGPT_DEBUG") else asyncio.subprocess.DEVNULL
+    path = os.path.abspath(globals().get("__file__", "<stdin>"))
+    if not os.path.isfile(path):
+        raise LookupError("it can learn only from a file of its own: run python macrogpt.py")
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-c", CHILD_CODE, os.path.abspath(__file__),
+        sys.executable, "-c", CHILD_CODE, path,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=debug,
         start_new_session=os.name == "posix")
 
@@ -9644,6 +9814,7 @@ SMALL_LOSS = 20       # documents that may go without anybody's asking whether t
 LEASE_SECONDS = 120.0
 LISTEN_SECONDS = 3.0  # how often one that may not train asks whether it now may
 MOST_DEATHS = 5       # of a trainer without a step between them
+LASTING = ("no such table", "no such column", "malformed", "not a database")  # not of a lock
 
 
 def first_corpus() -> str:
@@ -9846,6 +10017,7 @@ class Trainer:
         self._forgotten: Tuple[Any, float] = ([], 0.0)  # what is to be unlearned, and since when
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
         self._loop: Optional[asyncio.AbstractEventLoop] = None
+        self._listens = False             # another process trains this memory
 
     # phases
 
@@ -9971,6 +10143,7 @@ class Trainer:
     async def background_trainer(self, may_begin: threading.Event) -> None:
         """Do what is due until told to stop; a trainer that dies is started again, some times."""
         self._loop, self._bell = asyncio.get_running_loop(), asyncio.Event()
+        self._loop.set_exception_handler(lambda loop, context: None)  # of pipes to the dead, 3.9
         await asyncio.to_thread(may_begin.wait)
         deaths, pause = 0, 0.0
         self._enter(Phase.ASLEEP)
@@ -9979,8 +10152,13 @@ class Trainer:
             try:
                 pause = await self._turn_to_work()
             except (TrainerError, StoreError, OSError, asyncio.IncompleteReadError) as error:
-                deaths = deaths + 1 if self._steps() == step else 1
+                passing = "locked" in str(error)  # another program holds the store for a while
+                deaths = 0 if passing else deaths + 1 if self._steps() == step else 1
+                if any(sign in str(error) for sign in LASTING):
+                    deaths = MOST_DEATHS
                 pause = min(60.0, 0.5 * 2 ** deaths)
+                if passing:
+                    continue
                 self.tell(f"the trainer stopped ({error}); it starts again from the last commit")
                 with contextlib.suppress(StoreError):
                     self.memory.log("trainer died", error=str(error))
@@ -10005,8 +10183,11 @@ class Trainer:
         if due is None:
             self._settle(order)
             return 60.0
-        if not self.memory.take_lease(self._owner, LEASE_SECONDS, holder_alive):
-            self.tell("another macrogpt trains this memory; here it only listens")
+        listened, self._listens = self._listens, not self.memory.take_lease(
+            self._owner, LEASE_SECONDS, holder_alive)
+        if self._listens:
+            if not listened:
+                self.tell("another macrogpt trains this memory; here it only listens")
             self._settle(order)
             return LISTEN_SECONDS
         if due == "unlearn":
@@ -10059,6 +10240,11 @@ class Trainer:
         self._child_learns = self._child_raises = False
         listener = asyncio.ensure_future(self._listen(child))
         try:
+            damaged = self.memory.give_up_damaged()
+            if damaged:
+                self.growth = Growth.of(self.memory.setting("growth", {}))
+                self.memory.log("damaged", layers=damaged)
+                self.tell(f"damaged, and learned again: {', '.join(damaged)}")
             self._send(child, "start", **self._state("", self.config(), self.growth))
             while not (self.stopping.is_set() or self.due() == "unlearn"):
                 self._instruct(child)
@@ -10257,6 +10443,13 @@ class Trainer:
         self._child_learns = False
 
 
+def stored_shape(memory: Memory) -> Dict[str, Any]:
+    """Return the size of the generation that the store holds, or nothing where none is known."""
+    shape, names = memory.setting("shape", {}), [f.name for f in dataclasses.fields(Shape)]
+    whole = all(type(shape.get(name)) in (int, float) for name in names)
+    return {name: shape[name] for name in names} if whole else {}
+
+
 class Organism:
     """Watcher, trainer and speaker of one memory: what an owner talks with."""
 
@@ -10280,7 +10473,7 @@ class Organism:
     @property
     def config(self) -> Config:
         """The settings, with the shape of the generation that speaks."""
-        shape = self.memory.setting("shape", {})
+        shape = stored_shape(self.memory)
         if any(getattr(self._settings, name) != value for name, value in shape.items()):
             self._settings = dataclasses.replace(self._settings, **shape)
         return self._settings
@@ -10424,8 +10617,16 @@ class Organism:
         if self._thread is None:
             self.trainer.stopping.clear()
             self.speaker.background = True
-            self._thread = threading.Thread(target=lambda: asyncio.run(self._live()), daemon=True)
+            self._thread = threading.Thread(target=self._live_on, daemon=True)
             self._thread.start()
+
+    def _live_on(self) -> None:
+        """Be the thread of the background; whatever ends it, whoever waits is told."""
+        try:
+            asyncio.run(self._live())
+        except Exception as error:  # no thread can be started, perhaps
+            if self.trainer.phase is not Phase.FAILED:
+                self.trainer._fail(str(error) or type(error).__name__)
 
     async def _live(self) -> None:
         """Watch the corpus and renew the mind, the trainer beside them, until told to stop.
@@ -10446,13 +10647,16 @@ class Organism:
                         trainer.ring()
                 except StoreError as error:  # locked, perhaps; the words are in the file
                     self._tell(str(error))
-                await asyncio.sleep(pause)
+                await asyncio.to_thread(stopping.wait, pause)
             if training.done():
                 training.result()
         except Exception as error:
             if os.environ.get("MACROGPT_DEBUG"):
                 traceback.print_exc()
-            trainer._fail(str(error) or type(error).__name__)
+            ours = isinstance(error, (MacroGPTError, LookupError, OSError, RuntimeError)) and not (
+                isinstance(error, (KeyError, IndexError)))
+            trainer._fail(str(error) if ours else f"something unexpected happened "
+                          f"({type(error).__name__}: {error}); run `doctor`")
         finally:
             stopping.set()
             self.watcher.read_once.set()
@@ -10589,7 +10793,8 @@ def _raise_terminated(number: int, frame: Any) -> None:
 
 
 GROWING_COMMANDS = ("chat", "ask", "train")
-REPORTS = ("stats", "sessions", "memory", "log", "doctor")
+REPORTS = ("stats", "sessions", "memory", "log", "doctor", "export")
+CHANGES = ("forget", "rename", "delete")  # words of a report that make it one no longer
 
 
 class App:
@@ -10605,11 +10810,13 @@ class App:
         """
         path = self.config.db_path
         empty = not os.path.exists(path) or os.path.isfile(path) and not os.path.getsize(path)
-        if self._memory is None and self.options.command in REPORTS and empty and os.path.isdir(
+        reports = self.options.command in REPORTS
+        if self._memory is None and reports and empty and os.path.isdir(
                 os.path.dirname(os.path.abspath(path))):
             path = ":memory:"
         if self._memory is None:
-            self._memory = Memory(path)
+            self._memory = Memory(path, writable=not reports or bool(
+                self.options.words and self.options.words[0] in CHANGES))
         return self._memory
 
     def organism(self) -> Organism:
@@ -10620,7 +10827,7 @@ class App:
             engine = choose_engine(os.environ.get("MACROGPT_ENGINE", ""))
             keep_freed_memory(False)
             wanted = Shape.of(self.config)
-            shape = memory.setting("shape", {})
+            shape = stored_shape(memory)
             self.config = dataclasses.replace(self.config, **shape)
             self._organism = Organism(self.config, memory, engine, self.options.session,
                                       self.options.seed is not None)
@@ -10662,7 +10869,7 @@ class App:
 
 def stored_config(memory: Memory, assignments: Sequence[str]) -> Config:
     """Return the defaults, changed by the organism's shape, by what /set stored, by assignments."""
-    shape = memory.setting("shape", {})
+    shape = stored_shape(memory)
     if shape and shape["n_ff"] == usual_ff_width(shape["n_embd"]):
         shape["n_ff"] = 0  # it goes on following n_embd
     fields = {f.name for f in dataclasses.fields(Config)}  # an older version knew others
@@ -11441,8 +11648,11 @@ def _store_checks(app: App) -> Iterator[Tuple[str, bool, str]]:
         return
     try:
         memory = app.memory()
-        found = memory.integrity()
-        yield "store", found == "ok", f"{path}: integrity {found}"
+        faults = list(memory.faults())
+        for fault in faults:
+            yield "store", False, fault
+        if not faults:
+            yield "store", True, f"{path}: integrity ok"
         yield "full text", True, f"SQLite {sqlite3.sqlite_version}, " + (
             "FTS5" if memory.has_fts else "no FTS5: searches are slower")
     except StoreError as error:

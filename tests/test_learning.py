@@ -267,7 +267,7 @@ class Child(Pupils, unittest.TestCase):
 
     def test_a_birth_is_saved_by_the_clock_and_a_burst_only_whole(self):
         child = self.child("warmup_steps=8")
-        for seconds, count in ((1.0, 0), (9.0, 1), (1.0, 1), (9.0, 2)):
+        for seconds, count in ((1.0, 1), (9.0, 2), (1.0, 2), (9.0, 3)):
             self.now += seconds
             child._advance(child.job)
             self.assertEqual(len(self.kinds("snapshot")), count)

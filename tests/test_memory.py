@@ -99,7 +99,7 @@ class TheFile(MemoryCase):
         memory.close()
         again = self.open()
         self.assertEqual(everything(again), before)
-        self.assertEqual((again.session_id("main"), again.integrity()), (session, "ok"))
+        self.assertEqual((again.session_id("main"), list(again.faults())), (session, []))
         self.assertEqual(again.probe_epochs(), dict.fromkeys(keys, 3))
         os.unlink(self.db)
         again.set_setting("a", 1)  # the next change writes it all anew
@@ -129,7 +129,7 @@ class TheFile(MemoryCase):
         self.open().close()
         schema = ("SELECT type, name, sql FROM sqlite_master ORDER BY name",)
         newest = self.aside(schema)
-        for version in range(len(m.MIGRATIONS)):
+        for version in range(1, len(m.MIGRATIONS)):
             os.unlink(self.db)
             self.aside(*((sql,) for sql in m._statements("".join(m.MIGRATIONS[:version]))),
                        (f"PRAGMA user_version = {version}",))
@@ -151,7 +151,7 @@ class AStoreOfVersion3(MemoryCase):
 
     SAME = ("SELECT id, source, key, text, words, session_id, told_at, closed, recall, held_out "
             "FROM entries ORDER BY id",
-            "SELECT * FROM messages ORDER BY id", "SELECT * FROM sessions ORDER BY id",
+            "SELECT id, session_id, role, text, said_at, verdict, stage FROM messages", "SELECT * FROM sessions ORDER BY id",
             "SELECT * FROM probes ORDER BY key", "SELECT * FROM progress", "SELECT * FROM life",
             "SELECT * FROM settings WHERE name LIKE 'config.%' OR name IN ('shape', 'rejected')",
             "SELECT name, checksum, data FROM layers WHERE name IN ('base', 'tokenizer')")
@@ -185,7 +185,7 @@ class AStoreOfVersion3(MemoryCase):
         self.assertEqual({e.id for e in memory.entries("layer IS NOT NULL AND NOT held_out")}, read)
         self.assertEqual({e.layer for e in memory.entries("layer IS NOT NULL")}, {0})
         self.assertFalse(set(memory.layers()) - {"base", "tokenizer", "optimizer"})
-        self.assertEqual(memory.integrity(), "ok")
+        self.assertEqual(list(memory.faults()), [])
         growth = m.Growth.of(memory.setting("growth"))
         self.assertEqual((growth.phase, growth.step, growth.generation), ("grown", 528, 1))
         corpus = memory.entries("source = 'corpus' AND layer = 0")[0]
@@ -256,7 +256,7 @@ class Transactions(MemoryCase):
         for role in ("owner", "self"):
             self.assertEqual([text for who, text in said if who == role],
                              [f"{role} {i}" for i in range(40)])
-        self.assertEqual((memory.entry_count(), memory.integrity()), (80, "ok"))
+        self.assertEqual((memory.entry_count(), list(memory.faults())), (80, []))
 
     @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
     def test_a_kill_in_the_middle_of_a_transaction_loses_that_one_alone(self):
@@ -278,7 +278,7 @@ class Transactions(MemoryCase):
         self.assertEqual(memory.settings(""), {"kept": 1})
         self.assertEqual((memory.entry_count(), memory.layers()), (0, {}))
         self.assertEqual(entries_with(memory, ["lost"]), [])
-        self.assertEqual(memory.integrity(), "ok")
+        self.assertEqual(list(memory.faults()), [])
 
 
 class Keeping(MemoryCase):
@@ -473,23 +473,81 @@ class Layers(MemoryCase):
         memory.remove_layers(["base", "delta1", "never there"])
         self.assertEqual(set(memory.layers()), {"tokenizer"})
 
-    def test_a_cut_off_file_a_flipped_byte_and_a_broken_manifest_are_noticed(self):
+    def test_what_is_damaged_is_named_and_left_out_and_what_it_had_read_is_to_be_read_again(self):
         def flip():
             with open(self.db, "r+b") as file:
                 at = file.read().rindex(b"needle" * 50)
                 file.seek(at)
                 file.write(b"N")
-        for name, sign, damage in (
-                ("base", "", lambda: os.truncate(self.db, 5000)), ("base", "", flip),
-                ("base", "'base'.*damaged", flip), (m.NEXT + "base", "'base'.*damaged", flip),
-                ("base", "", lambda: self.aside(("UPDATE layers SET manifest = '{broken'",)))):
+        for name, lost, damage in (
+                ("base", {"base", "delta1"}, flip), ("delta1", {"delta1"}, flip),
+                (m.NEXT + "base", set(), flip),
+                ("base", {"base", "delta1"}, lambda: self.aside(
+                    ("UPDATE layers SET manifest = '{broken' WHERE name = 'base'",)))):
             memory = self.open()
-            memory.save_layers({name: m.Layer(None, b"needle" * 20_000)})
+            layers = {n: m.Layer(None, n.encode()) for n in ("base", "tokenizer", "delta1")}
+            memory.save_layers({**layers, name: m.Layer(None, b"needle" * 20_000)})
+            memory.set_setting("growth", {"phase": "grown"})
+            for at, text in enumerate(("read by the base", "read by the delta")):
+                memory.add_entry("corpus", passage(text))
+                memory.mark_read([passage(text).key], at)
             memory.close()
             damage()
-            with self.assertRaisesRegex(m.StoreError, sign):
-                with contextlib.closing(m.Memory(self.db)) as memory:
-                    memory.integrity() if sign else memory.layers()
+            memory = self.open()
+            self.assertIn(repr(name), " ".join(memory.faults()))
+            self.assertNotIn(name, memory.layers())
+            memory.give_up_damaged()
+            self.assertEqual(list(memory.faults()), [])
+            self.assertEqual(len(memory.entries("e.layer IS NULL")), len(lost))
+            memory.close()
+            os.unlink(self.db)
+
+    def test_texts_columns_settings_and_the_index_are_examined_and_the_index_is_mended(self):
+        for sign, *damage in (
+                ("1 of the messages", "UPDATE messages SET text = 'Your cat is Rex.'"),
+                ("1 of the entries", "UPDATE entries SET checksum = 7"),
+                ("columns are missing: progress", "DROP TABLE progress"),
+                ("'growth' is damaged", "INSERT INTO settings VALUES ('growth', '{broken')"),
+                ("index is damaged", "UPDATE entries_fts_data SET block = x'00' WHERE id > 10"),
+                ("", "DELETE FROM entries_fts_data"), ("", "DROP TABLE entries_fts")):
+            memory = self.open()
+            memory.add_message(memory.session_id("main"), "owner", "My cat is Biscuit.")
+            memory.add_entry("chat", passage("My cat is Biscuit."))
+            memory.close()
+            self.aside(*((sql,) for sql in damage))
+            memory = self.open()
+            found = " ".join(memory.faults())
+            self.assertIn(sign, found)
+            self.assertEqual(bool(sign), bool(found))
+            self.assertEqual(memory.setting("growth", {}), {})
+            self.assertEqual(len(memory.ids_holding([["biscuit"]], 5)), 1)
+            memory.close()
+            os.unlink(self.db)
+
+    def test_what_is_only_read_stays_as_it_is_whatever_its_version(self):
+        for version in (5, len(m.MIGRATIONS)):
+            if version == 5:
+                self.aside(*((sql,) for sql in m._statements("".join(m.MIGRATIONS[:5]))),
+                           ("PRAGMA user_version = 5",))
+            else:
+                self.open().close()
+            before = Path(self.db).read_bytes()
+            with contextlib.closing(m.Memory(self.db, writable=False)) as memory:
+                self.assertEqual((memory.counts()["messages"], list(memory.faults())), (0, []))
+                if version > 5:
+                    with self.assertRaises(m.StoreError):
+                        memory.set_setting("mine", 1)
+            self.assertEqual(Path(self.db).read_bytes(), before)
+
+    def test_another_programs_file_is_never_opened_to_write(self):
+        for damage in ("PRAGMA application_id = 42", "CREATE VIEW mine AS SELECT 1",
+                       "PRAGMA user_version = 3", "CREATE TABLE users (id)"):
+            self.aside((damage,), ("PRAGMA journal_mode = WAL",))
+            before = Path(self.db).read_bytes()
+            for writable in (True, False):
+                with self.assertRaisesRegex(m.StoreError, "another program's file"):
+                    m.Memory(self.db, writable=writable)
+            self.assertEqual(Path(self.db).read_bytes(), before)
             os.unlink(self.db)
 
 
