@@ -38,6 +38,15 @@ Letters in shapes: B batch, T time (rows), C channels, H heads, D head width, V 
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # what happens before `main` is ready to see to it
+    if sys.version_info < (3, 9):
+        sys.exit(f"macrogpt: Python {sys.version.split()[0]} is too old; use 3.9 or later")
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import ast
 import asyncio
@@ -58,21 +67,18 @@ import itertools
 import json
 import marshal
 import math
-import os
 import platform
 import queue
 import random
 import re
 import select
 import shutil
-import signal
 import socket
 import sqlite3
 import stat
 import statistics
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -136,7 +142,11 @@ class TrainerError(MacroGPTError):
     """The trainer process cannot do its work."""
 
 
-def _setting(default: Any, doc: str, low: float = -math.inf, high: float = math.inf) -> Any:
+MOST = 1e9  # of any number that has no bound of its own: what is beyond would overflow somewhere
+MOST_WEIGHTS = 100_000_000  # of a model: with AdamW's moments 1.2 GB
+
+
+def _setting(default: Any, doc: str, low: float = -MOST, high: float = MOST) -> Any:
     """Return a dataclass field with its meaning and its closed range."""
     return field(default=default, metadata={"doc": doc, "low": low, "high": high})
 
@@ -271,6 +281,10 @@ class Config:
             raise ConfigError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head} and "
                               f"leave an even width for RoPE's pairs; try n_embd="
                               f"{self.n_embd + pairs - self.n_embd % pairs}")
+        weights = self.n_layer * self.n_embd * (4 * self.n_embd + 3 * self.ff_width)
+        if weights > MOST_WEIGHTS:
+            raise ConfigError(f"n_layer={self.n_layer} and n_embd={self.n_embd} make {weights:,} "
+                              f"weights, more than the {MOST_WEIGHTS:,} there may be; try less")
         if self.schedule not in ("linear", "cosine"):
             raise ConfigError(f"schedule={self.schedule!r} is not known; use linear or cosine")
 
@@ -304,14 +318,12 @@ def _check_setting(f: "dataclasses.Field[Any]", value: Any) -> None:
                               f"the default is {f.default!r}")
         return
     low, high = f.metadata["low"], f.metadata["high"]
-    if not (low <= value <= high and abs(value) < math.inf):
+    if not low <= value <= high:
         raise ConfigError(f"{f.name}={value!r} is out of range: expected {_range_text(low, high)} "
                           f"({f.metadata['doc']}); the default is {f.default!r}")
 
 
 def _range_text(low: float, high: float) -> str:
-    if high == math.inf:
-        return f"a number from {low:g} up"
     return f"a number from {low:g} to {high:g}"
 
 
@@ -363,8 +375,10 @@ _STRAY = re.compile(r"[\udc80-\udcff]")
 _STRAY_LETTERS = "".join(
     chr(byte) if letter == "\ufffd" else letter
     for byte, letter in enumerate(bytes(range(128, 256)).decode("cp1252", "replace"), 128))
-# What no clean line holds: controls (save the line feed), line separators, BOMs, lone surrogates.
-_ODD = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
+# What no clean line holds: controls (save the line feed), line separators, BOMs, lone surrogates,
+# and what turns the direction of writing round or cannot be seen.
+_ODD = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+                  r"\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]+")
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’»)\]]*(?=\s)|[。！？]")
 
 
@@ -377,7 +391,7 @@ def _mend(text: str) -> str:
 
 def tidied(text: str) -> str:
     """Return text mended and without controls: spaces for those that are space; line feeds stay."""
-    return _ODD.sub(lambda odd: " " if odd[0].isspace() else "", _mend(text))
+    return _ODD.sub(lambda odd: " " * sum(map(str.isspace, odd[0])), _mend(text))
 
 
 def _break_at(text: str, max_chars: int) -> int:
@@ -541,6 +555,7 @@ def to_hold_out(documents: Sequence[Document], share: float, most_chars: int) ->
 class FileStamp:
     """What changes when a file does; saving by rename changes the inode."""
     mtime_ns: int
+    ctime_ns: int  # an edit that keeps size and time changes this
     size: int
     inode: int
     device: int
@@ -578,7 +593,8 @@ def _stamp_of(path: AnyPath, opened: Optional[int] = None) -> FileStamp:
         raise _refusal(path, "a directory", "name a file in it")
     if not stat.S_ISREG(status.st_mode):
         raise _refusal(path, "a pipe, socket or device", "copy what it gives into a file")
-    return FileStamp(status.st_mtime_ns, status.st_size, status.st_ino, status.st_dev)
+    return FileStamp(status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino,
+                     status.st_dev)
 
 
 def file_stamp(path: AnyPath) -> Optional[FileStamp]:
@@ -2343,7 +2359,7 @@ C_FLAGS = ("-O3", "-ffast-math", "-fPIC", "-std=gnu99", "-w", "-fno-semantic-int
 C_TUNING = ("-march=native", "-mcpu=native")  # which of them a compiler knows, it must be asked
 KEPT_LIBRARIES = 8
 COMPILE_SECONDS = 60.0
-ANSWER_SECONDS = 5.0
+ANSWER_SECONDS = 30.0  # a machine at work may need twenty
 HANG_SECONDS = 3600.0  # for so long a compiler that did not answer is not asked again
 
 
@@ -2437,7 +2453,7 @@ def cache_folder() -> Optional[str]:
 
 def _compile(compiler: Sequence[str], folder: str) -> str:
     """Return the path, in folder, of a new library that has passed its check."""
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+    with tempfile.TemporaryDirectory(prefix="compile-", dir=folder) as place:
         source, thing, library = (os.path.join(place, name) for name in ("k.c", "k.o", "k.so"))
         with open(source, "w", encoding="utf-8") as file:
             file.write(c_source(KERNELS, 32 if "avx512vl" in _cpu_features() else 16))
@@ -2447,6 +2463,10 @@ def _compile(compiler: Sequence[str], folder: str) -> str:
         _run([sys.executable, "-c", CHECK_CODE, os.path.abspath(__file__), library],
              COMPILE_SECONDS)  # a crash in there only costs that process
         final = os.path.join(folder, _library_name(compiler))
+        os.chmod(library, 0o600)
+        with open(library, "rb") as made, open(library + ".sum", "w", encoding="ascii") as file:
+            file.write(hashlib.sha256(made.read()).hexdigest())
+        os.replace(library + ".sum", final + ".sum")
         os.replace(library, final)
     _drop_old_libraries(folder)
     return final
@@ -2467,13 +2487,28 @@ def _compile_unless_it_hangs(compiler: Sequence[str], folder: str, note: str, pa
         raise
 
 
+def _is_whole(library: str) -> bool:
+    """Return whether a compiled library is ours and as it was made: a hole in one is deadly."""
+    with contextlib.suppress(OSError):
+        status = os.stat(library)
+        with open(library, "rb") as made, open(library + ".sum", encoding="ascii") as file:
+            return status.st_uid == os.geteuid() and not status.st_mode & 0o022 and (
+                hashlib.sha256(made.read()).hexdigest() == file.read())
+    return False
+
+
 def _drop_old_libraries(folder: str) -> None:
-    """Remove the libraries of earlier programs, but for the newest."""
-    paths = [os.path.join(folder, name) for name in os.listdir(folder)
-             if name.startswith("kernels-")]
+    """Remove the libraries of earlier programs, but for the newest, and what a kill left behind."""
     with contextlib.suppress(OSError):  # another process may do the same
-        for path in sorted(paths, key=os.path.getmtime)[:-KEPT_LIBRARIES]:
-            os.unlink(path)
+        paths = sorted((os.path.join(folder, name) for name in os.listdir(folder)),
+                       key=os.path.getmtime)
+        libraries = [path for path in paths if path.endswith(".so")]
+        for path in (path + end for path in libraries[:-KEPT_LIBRARIES] for end in (".sum", "")):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        for path in paths:
+            if "compile-" in path and time.time() - os.path.getmtime(path) > 10 * COMPILE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 CHECK_CODE = """
@@ -2625,19 +2660,23 @@ def native_engine(build: bool = True, patient: bool = True,
     folder = cache_folder()
     try:
         path = os.path.join(folder, _library_name(compiler)) if folder else ""
-        if path and os.path.exists(path):
+        if path and _is_whole(path):
             with contextlib.suppress(OSError, AttributeError):  # what cannot be loaded is made anew
                 return NativeEngine(load_kernels(path))
         if not build:
             raise EngineError("the kernels have not been compiled yet; train once")
         if folder:
-            return NativeEngine(load_kernels(_compile_unless_it_hangs(
-                compiler, folder, path + ".hung", patient, clock)))
+            try:
+                return NativeEngine(load_kernels(_compile_unless_it_hangs(
+                    compiler, folder, path + ".hung", patient, clock)))
+            except (EngineError, OSError) as error:
+                if "map segment" not in str(error):  # as where it is mounted noexec
+                    raise
         with tempfile.TemporaryDirectory() as place:  # what is loaded needs no file any more
             return NativeEngine(load_kernels(_compile(compiler, place)))
     except (OSError, ImportError, AttributeError) as error:
-        raise EngineError(f"the compiled kernels cannot be used ({error}); "
-                          f"set CC to another compiler") from None
+        raise EngineError(f"the compiled kernels cannot be used ({error}); set CC to another "
+                          f"compiler, or TMPDIR to a folder that is not mounted noexec") from None
 
 
 ELEMENT_WORK = 10  # multiply-adds that a number costs where rows are normed, turned or gated
@@ -7983,7 +8022,7 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
     said = [fit for fit in fits if is_exchange(fit.entry)]
     best, alike = (fits[0].score if fits else 0.0 for fits in (told, said))
     factual = asks_for_a_fact(text)
-    if best >= least and (factual or best >= alike):
+    if told and best >= least and (factual or best >= alike):
         return Reply(told[0].answer, "memory", told[0].entry, best,
                      (told[0].entry, *told[0].others)), fits
     sure = 1.0 if not like else (2.0 + least if factual else 1.0 + 2.0 * least) / 3.0
@@ -9735,6 +9774,16 @@ class TrainerChild:
                    layers={name: tuple(layer) for name, layer in layers.items()})
 
 
+def _leave_with_parent(ready: threading.Event) -> None:
+    """End this process and its compiler when the parent is gone, until the pipe itself is read."""
+    if hasattr(select, "poll") and os.getpgrp() == os.getpid():
+        poll = select.poll()
+        poll.register(sys.stdin.fileno(), 0)
+        while not ready.is_set():
+            if poll.poll(200):
+                os.killpg(os.getpid(), signal.SIGKILL)
+
+
 def trainer_main() -> int:
     """Be the trainer: frames on stdin and stdout, until the parent goes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -9743,7 +9792,10 @@ def trainer_main() -> int:
     keep_freed_memory(True)
     notices: List[str] = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # it may have to leave while compiling
+    ready = threading.Event()
+    threading.Thread(target=_leave_with_parent, args=(ready,), daemon=True).start()
     engine = choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True, notices.append)
+    ready.set()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     child = TrainerChild(sys.stdin.buffer, sys.stdout.buffer, engine)
     signal.signal(signal.SIGINT, child.rest)
@@ -10748,13 +10800,17 @@ class Terminal:
         self.colored = color == "always" or (color == "auto" and err.isatty() and not plain)
 
     def say(self, text: str, end: str = "\n") -> None:
-        """Write to stdout at once."""
-        print(text, end=end, file=self.out, flush=True)
+        """Write to stdout at once; nothing in the text can do more than be read."""
+        print(tidied(text), end=end, file=self.out, flush=True)
 
     def note(self, text: str) -> None:
         """Write a notice to stderr, unless quiet."""
         if not self.quiet:
-            print(self.dim(text), file=self.err, flush=True)
+            self._tell(self.dim(tidied(text)))
+
+    def _tell(self, text: str, end: str = "\n") -> None:
+        with contextlib.suppress(OSError):  # a full disk behind stderr spoils no reply
+            print(text, end=end, file=self.err, flush=True)
 
     def dim(self, text: str) -> str:
         """Return the text, dimmed where colors are shown."""
@@ -10765,18 +10821,18 @@ class Terminal:
         if not self.quiet and self.err.isatty() and text != self._status:
             width = shutil.get_terminal_size().columns - 1
             self._status = text
-            print("\r" + text[:width].ljust(width), end="", file=self.err, flush=True)
+            self._tell("\r" + tidied(text)[:width].ljust(width), "")
 
     def end_status(self) -> None:
         """End the line of status, if there is one."""
         if self._status:
             self._status = ""
-            print(file=self.err, flush=True)
+            self._tell("")
 
     def tell_error(self, error: BaseException) -> int:
         """Write one line about an error to stderr; return its exit code."""
-        line = " ".join(str(error).split()) or type(error).__name__
-        print(f"macrogpt: {line}", file=self.err, flush=True)
+        line = " ".join(tidied(str(error)).split()) or type(error).__name__
+        self._tell(f"macrogpt: {line}")
         return getattr(error, "exit_code", 1)
 
 
@@ -10937,13 +10993,22 @@ def command_chat(app: App, words: List[str]) -> int:
     return (_chat_terminal if sys.stdin and sys.stdin.isatty() else _chat_piped)(app)
 
 
+def _lines_of(stream: BinaryIO) -> Iterator[bytes]:
+    """Yield each line of a stream; of a very long one only what a message can hold."""
+    most = 4 * LONGEST_MESSAGE
+    for raw in iter(functools.partial(stream.readline, most), b""):
+        yield raw
+        while len(raw) == most and raw[-1:] != b"\n":
+            raw = stream.readline(most)
+
+
 def _chat_piped(app: App) -> int:
     """Answer each line of stdin with exactly one line; a command gives one line or none."""
     wake(app)
     tell_due(app)
     code = 0
     settled = app.organism().wait_rest if app.options.wait_trained else lambda: None
-    for raw in iter(sys.stdin.buffer.readline, b"") if sys.stdin else ():
+    for raw in _lines_of(sys.stdin.buffer) if sys.stdin else ():
         line = clean_line(decode_line(raw), LONGEST_MESSAGE)
         try:
             settled()  # edits made before these words come before them
@@ -11053,8 +11118,10 @@ def prepare_readline(app: App) -> None:
         return
     path = os.path.expanduser("~/.macrogpt_history")
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NONBLOCK", 0), 0o600))
         os.chmod(path, 0o600)
+        if not os.path.isfile(path):
+            raise OSError
         readline.read_history_file(path)
     except OSError:
         app.terminal.note(f"the history file {path} cannot be used; this chat keeps none")
@@ -11941,7 +12008,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> int:
     chain_of(app.config)
     try:
         names_files = options.command in ("eval", "export", "import")
-        words = options.words if names_files else [tidied(word) for word in options.words]
+        words = options.words if names_files else [
+            tidied(decode_line(os.fsencode(word))) for word in options.words]
         return COMMANDS[options.command][0](app, words) or 0
     finally:
         for number in ENDING_SIGNALS:  # the last commit is not to be interrupted
@@ -11961,6 +12029,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for number in ENDING_SIGNALS[1:]:
         signal.signal(number, _raise_terminated)
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         return run(argv, terminal)
     except KeyboardInterrupt:
         return 130
@@ -11977,6 +12046,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
             error = MacroGPTError(f"what is said cannot be written ({error.strerror}); free some "
                                   "space, or send it elsewhere")
+        elif isinstance(error, MemoryError):
+            error = MacroGPTError("there is not enough memory; close other programs, or choose a "
+                                  "smaller model with --set n_embd=72 n_layer=2")
         elif not isinstance(error, MacroGPTError):
             error = MacroGPTError(f"something unexpected happened ({type(error).__name__}: "
                                   f"{error}); run again with --debug and report what it shows")
