@@ -5118,7 +5118,7 @@ class Memory:
     What is only to be read is neither made nor changed; an older version of it is read in a copy.
     """
 
-    def __init__(self, path: str, clock: Callable[[], float] = time.time,
+    def __init__(self, path: str, clock: Callable[[], float] = time.time, *,
                  writable: bool = True) -> None:
         self.path, self.clock, self.writable = path, clock, writable
         self._lock = threading.RLock()
@@ -8312,11 +8312,11 @@ def meant_by(memory: Memory, wish: str) -> List[Entry]:
     return [entry for held, entry in found.values() if held == best]
 
 
-def forget_told(memory: Memory, entry: Entry) -> None:
-    """Remove what was told, its copies, the replies that said it, and what may repeat it.
+def forget_told(memory: Memory, entry: Entry) -> Set[str]:
+    """Remove what was told, its copies, and what may repeat it; return the words that went with it.
 
     Every exchange leaves the prompts that shares a telling word with it; its messages stay stored,
-    save those that said just this.
+    save those that said just this, or hold a word that nothing else holds.
     """
     lex, words = lexicon(), _plainly(entry.text)
     back = {words, *(_plainly(said_back(lex, Unit(entry, lex.line(part))))
@@ -8341,8 +8341,26 @@ def forget_told(memory: Memory, entry: Entry) -> None:
         for kin in memory.told("e.about != ''"):
             if f" {words} " in f" {_plainly(kin.about)} ":
                 memory.stand_alone(kin)
+        return forget_traces(memory, [entry.text])
+
+
+def forget_traces(memory: Memory, texts: Iterable[str]) -> Set[str]:
+    """Remove messages with words of forgotten texts that no statement holds; return those words."""
+    lex = lexicon()
+    words = {word for text in texts for word in folded_words(text) if len(word) > 2 and not (
+        is_plain(word) or lex.stem(word, lex.language_of([word])) in lex.known)}
+    gone = {word for word in words if all(
+        entry.source == "approved" for entry in memory.entries_of(
+            memory.ids_holding([[word]], MOST_HELD)))}
+    with memory.transaction():
+        for word in gone:
+            memory.remove_messages(m.id for m in memory.messages_like(
+                [word if word.isascii() else ""]) if word in folded_words(m.text))
+            for entry in memory.entries_by_id(memory.ids_holding([[word]], MOST_HELD)):
+                memory.forget_entry(entry.id)  # a question, perhaps
         if memory.about_count() < MOST_TO_SCAN:  # of a million it would take long within a reply
             memory.purge_index()
+    return gone
 
 
 # compaction
@@ -8701,6 +8719,7 @@ class Turn:
         late = (*self.turns, *memory.newest_messages(session, LATE_MESSAGES))
         self.said = {words for role, words in late if role == "self"}
         self.fits: List[Recall] = []
+        self.forgotten: Set[str] = set()  # words that went with what was to be forgotten
         self.reply, self.trace = Reply("", "nothing"), None  # type: Reply, Optional[Trace]
 
     def answer(self) -> Iterator[str]:
@@ -8735,8 +8754,8 @@ class Turn:
         """Forget the one statement that a wish means, or say which it may be."""
         found = meant_by(self.memory, wish)
         if len(found) == 1:
-            forget_told(self.memory, found[0])
-            return f'I have forgotten it: "{clean_line(found[0].text, MAX_ASKED_CHARS)}"'
+            self.forgotten = forget_told(self.memory, found[0])
+            return f'{FORGOTTEN}: "{clean_line(found[0].text, MAX_ASKED_CHARS)}"'
         told = " or ".join(f'"{clean_line(entry.text, MAX_ASKED_CHARS)}"' for entry in found[:3])
         return f"Which one am I to forget, {told}?" if told else UNKNOWN_REPLY
 
@@ -8837,6 +8856,7 @@ class Turn:
         return bits * log(2.0) * sum(map(len, texts)) / ids
 
 
+FORGOTTEN = "I have forgotten it"
 AT_ONCE_CHARS = 100_000  # are counted within a reply, in 0.1 s; more is left to the background
 Ready = Tuple[Any, Mind, EntryCounts]  # of which state of the memory, the mind, what it counts
 
@@ -8929,6 +8949,8 @@ class Speaker:
                 yield piece
         finally:
             answer = "".join(pieces).strip()
+            if answer.startswith(FORGOTTEN):  # what that was is stored nowhere
+                answer = FORGOTTEN
             self.said_ids = (said, memory.add_message(session, "self", answer))
             turn.reply, self.turn = turn.reply._replace(text=answer), turn
 
@@ -9954,6 +9976,7 @@ class Watcher:
         with memory.transaction():
             held = self._hold_out([document for document in added if document.key in share])
             read = self._lose_lines(gone, corpus)
+            lost = [entry.text for entry in memory.by_keys(sorted(gone)[:BATCH_ENTRIES])]
             memory.remove_entries("corpus", gone)
             if added or gone:
                 memory.log("corpus", added=len(added), removed=len(gone))
@@ -9963,6 +9986,8 @@ class Watcher:
                 return
             self.yield_to_reply()
             self._add(added[at:at + BATCH_ENTRIES], held, share, read)
+        if 0 < len(gone) < BATCH_ENTRIES:  # what the owner has taken out by hand
+            forget_traces(memory, lost)
 
     def _add(self, documents: Sequence[Document], held: Set[int], share: Set[int],
              read: Dict[str, int]) -> None:
@@ -10799,9 +10824,10 @@ class Terminal:
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         self.colored = color == "always" or (color == "auto" and err.isatty() and not plain)
 
-    def say(self, text: str, end: str = "\n") -> None:
+    def say(self, text: str, end: str = "\n", faint: bool = False) -> None:
         """Write to stdout at once; nothing in the text can do more than be read."""
-        print(tidied(text), end=end, file=self.out, flush=True)
+        clean = tidied(text)
+        print(self.dim(clean) if faint else clean, end=end, file=self.out, flush=True)
 
     def note(self, text: str) -> None:
         """Write a notice to stderr, unless quiet."""
@@ -11089,7 +11115,7 @@ def _stream_reply(app: App, line: str) -> None:
     """Show the reply as it comes; Ctrl+C stops it, and what was said so far is kept."""
     pieces = app.organism().reply(line)
     try:
-        app.terminal.say(app.terminal.dim("  »") + " ", end="")
+        app.terminal.say("  »", " ", app.terminal.colored)
         for piece in pieces:
             app.terminal.say(piece, end="")
     except KeyboardInterrupt:
@@ -11097,6 +11123,9 @@ def _stream_reply(app: App, line: str) -> None:
     finally:
         pieces.close()  # type: ignore[attr-defined]
         app.terminal.say("")
+        turn = app.organism().speaker.turn
+        if turn and turn.forgotten:
+            forget_typed(turn.forgotten)
 
 
 def read_block(prompt: str) -> str:
@@ -11109,6 +11138,21 @@ def read_block(prompt: str) -> str:
     return "\n".join(map(tidied, block)).strip()
 
 
+HISTORY = "~/.macrogpt_history"
+
+
+def forget_typed(words: AbstractSet[str]) -> None:
+    """Take the lines with any of the words out of the history of what was typed."""
+    readline = sys.modules.get("readline")
+    if readline is not None:
+        for at in range(readline.get_current_history_length(), 0, -1):
+            line = readline.get_history_item(at) or ""
+            if line.startswith("/forget") or not words.isdisjoint(folded_words(line)):
+                readline.remove_history_item(at - 1)
+        with contextlib.suppress(OSError):
+            readline.write_history_file(os.path.expanduser(HISTORY))
+
+
 def prepare_readline(app: App) -> None:
     """Give the prompt arrow keys and a private history, where the library is there."""
     try:
@@ -11116,7 +11160,7 @@ def prepare_readline(app: App) -> None:
         import readline
     except ImportError:
         return
-    path = os.path.expanduser("~/.macrogpt_history")
+    path = os.path.expanduser(HISTORY)
     try:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NONBLOCK", 0), 0o600))
         os.chmod(path, 0o600)
@@ -11285,7 +11329,7 @@ def forget(memory: Memory, wish: str, asking: bool = False) -> str:
     words = " / ".join(found[0].text.splitlines())
     if asking and number is None and input(f"forget {words!r}? [y/N] ").strip().lower() != "y":
         return "it is kept"
-    forget_told(memory, found[0])
+    forget_typed(forget_told(memory, found[0]))
     return f"forgotten: {words}"
 
 
