@@ -5285,8 +5285,8 @@ class Memory:
         return rows[::-1]
 
     def _messages(self, where: str, *values: Any) -> List[Message]:
-        rows = self._rows(f"SELECT {', '.join(Message._fields)} FROM messages WHERE {where} "
-                          "ORDER BY id", *values)
+        fields = ", ".join(Message._fields).replace("text", "CAST(text AS TEXT)")
+        rows = self._rows(f"SELECT {fields} FROM messages WHERE {where} ORDER BY id", *values)
         return [Message(*row) for row in rows]
 
     def heard_messages(self) -> List[Message]:
@@ -5762,6 +5762,54 @@ class Memory:
         with self.transaction():
             if self.setting("lease", {}).get("owner") == owner:
                 self._rows("DELETE FROM settings WHERE name = 'lease'")
+
+
+def rescue(path: str, new: str) -> Dict[str, int]:
+    """Copy all that can be read of a damaged store into a new one; return the rows of each table.
+
+    Raises StoreError where there is something already, or nothing can be read.
+    """
+    if os.path.lexists(new):
+        raise StoreError(f"{new} is there already; name a file that is not")
+    try:
+        old = _connect_to_read(path)
+        with contextlib.closing(old), contextlib.closing(Memory(new)) as memory:
+            memory._rows("PRAGMA foreign_keys = OFF")  # a talk outlives the name of its session
+            with memory.transaction():
+                rows = {table: _rescue_table(old, memory._db, table) for table in (
+                    "sessions", "messages", "entries", "settings", "layers", "probes", "unlearning",
+                    "progress", "life")}
+                memory._rows("INSERT OR IGNORE INTO sessions(id, name, started_at) SELECT DISTINCT "
+                             "session_id, 'rescued ' || session_id, 0 FROM messages")
+                memory.give_up_damaged()
+                return rows
+    except sqlite3.Error as error:
+        raise StoreError(_store_trouble(path, error)) from error
+
+
+def _rescue_table(old: sqlite3.Connection, new: sqlite3.Connection, table: str) -> int:
+    """Copy the rows of a table that can be read and fit; return how many."""
+    count = 0
+    with contextlib.suppress(sqlite3.Error):
+        names = [{row[1] for row in db.execute(f"PRAGMA table_info({table})")}
+                 for db in (old, new)]
+        common = sorted(names[0] & names[1])
+        parts = deque([(1, old.execute(f"SELECT max(rowid) FROM {table}").fetchone()[0] or 0)])
+        while parts:
+            first, last = parts.popleft()
+            try:
+                rows = old.execute(f"SELECT {', '.join(common)} FROM {table} WHERE rowid BETWEEN "
+                                   "? AND ?", (first, last)).fetchall()
+            except sqlite3.Error:  # one of them cannot be read: look for it
+                half = (first + last) // 2
+                parts.extend([(first, half), (half + 1, last)] if first < last else [])
+                continue
+            for row in rows:
+                with contextlib.suppress(sqlite3.Error):
+                    count += new.execute(
+                        f"INSERT OR IGNORE INTO {table}({', '.join(common)}) "
+                        f"VALUES ({', '.join('?' * len(common))})", row).rowcount
+    return count
 
 
 def index_words(source: str, document: Document, recall: bool, about: str = "") -> str:
@@ -8210,15 +8258,18 @@ def things_named(lex: Lexicon, line: Line) -> Iterator[Tuple[Word, str]]:
     for start in (i for i in line.telling if i - 1 not in joined):
         end, led = start, start > 0 and bool(words[start - 1].classes & {"det", "own", "other"})
         while end + 1 in joined and (line.caps[end + 1] or not (
-                words[end + 1].word in lex.odd or words[end + 1].word.endswith("ed"))):
+                words[end + 1].word in lex.odd or words[end + 1].word[3:].endswith("ed"))):
             end += 1
         after = words[end + 1].classes if end + 1 < len(words) else _NONE
-        if start <= led and not line.caps[end] and "aux" not in after:
+        asking = bool(words[0].classes & {"question", "aux"})
+        if not line.caps[end] and start <= led and "aux" not in after:
             end = start  # what begins a sentence may have its verb behind it
+        elif asking and not line.caps[end] and end == len(words) - 1:
+            end = max(start, end - 1)  # does the oracle wear; is my old bike safe
         end -= words[end].word == "'s"
         if not led:  # called Olga
             start = next((i for i in range(start, end) if line.caps[i]), end)
-        if led or line.caps[end]:
+        if led or line.caps[end] and end > 0:
             said = " ".join(word.text for word in words[start:end + 1]).replace(" 's", "'s")
             lead = words[start - 1].word if led else ""
             own = led and "own" in words[start - 1].classes
@@ -11719,6 +11770,11 @@ def command_eval(app: App, words: List[str]) -> None:
 
 def command_doctor(app: App, words: List[str]) -> int:
     """Examine engine, compiler, SQLite, files and store; exit 1 when something is wrong."""
+    if app.options.rescue is not None:
+        rows = rescue(app.config.db_path, app.options.rescue)
+        app.report({"rescued": rows}, [f"rescued into {app.options.rescue}: " + ", ".join(
+            f"{count} {table}" for table, count in rows.items())])
+        return 0
     checks = list(itertools.chain(_machine_checks(app), _store_checks(app)))
     healthy = all(ok for _, ok, _ in checks)
     app.report({"healthy": healthy, "checks": [
@@ -11972,7 +12028,8 @@ COMMANDS: Dict[str, Tuple[Callable[[App, List[str]], Optional[int]], str, Tuple[
     "log": (command_log, "", ("last",), "its life, one line an event [--last N]"),
     "eval": (command_eval, "FILE", (), "bits per character on a text"),
     "bench": (command_bench, "", (), "the speed of this machine"),
-    "doctor": (command_doctor, "", (), "what is well and what is not"),
+    "doctor": (command_doctor, "", ("rescue",),
+               "what is well and what is not; --rescue NEW saves what can be read"),
     "export": (command_export, "FILE", ("format", "mine"),
                "talks and what was told --format jsonl|markdown [--mine]"),
     "import": (command_later, "DIR", (), "not there yet")}
@@ -12015,6 +12072,7 @@ def option_parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, metavar="N", help="generate: so many tokens")
     add("--last", type=int, metavar="N", help="log: so many events")
     add("--format", metavar="FORMAT", help="export: the format to write")
+    add("--rescue", metavar="NEW", help="doctor: copy all that can be read into a new store")
     add("--version", action="version", version=f"macrogpt {__version__}")
     return parser
 
@@ -12029,7 +12087,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     if options.words and not takes:
         raise UsageError(f"{options.command} takes no words, found {options.words[0]!r}; "
                          f"see --help, or to talk: ask {' '.join(options.words)}")
-    for name in ("steps", "seconds", "tokens", "last", "format", "mine"):
+    for name in ("steps", "seconds", "tokens", "last", "format", "mine", "rescue"):
         value = getattr(options, name)
         if value is not None and name not in own:
             raise UsageError(f"{options.command} takes no --{name}; see --help")

@@ -524,6 +524,27 @@ class Layers(MemoryCase):
             memory.close()
             os.unlink(self.db)
 
+    def test_all_that_can_be_read_of_a_damaged_file_is_rescued_into_a_new_one(self):
+        memory = self.open()
+        for number in range(400):
+            memory.add_message(memory.session_id("main"), "owner", f"My pearl {number} is white.")
+        memory.add_entry("chat", passage("My cat is Biscuit."))
+        memory.save_layers({"base": m.Layer(None, b"1"), "tokenizer": m.Layer(None, b"2")})
+        memory.close()
+        size = os.path.getsize(self.db)
+        with open(self.db, "r+b") as file:  # a page of messages, in the middle of the file
+            at = Path(self.db).read_bytes().index(b"My pearl 200 is") // 4096 * 4096
+            file.seek(at)
+            file.write(b"\xff" * 4096)
+        rows = m.rescue(self.db, self.path("new.sqlite3"))
+        self.assertEqual((rows["entries"], rows["layers"], os.path.getsize(self.db)), (1, 2, size))
+        self.assertTrue(250 < rows["messages"] < 400, rows)
+        memory = self.open(self.path("new.sqlite3"))
+        self.assertEqual(list(memory.faults()), [])
+        self.assertEqual(len(memory.ids_holding([["biscuit"]], 5)), 1)
+        with self.assertRaisesRegex(m.StoreError, "there already"):
+            m.rescue(self.db, self.path("new.sqlite3"))
+
     def test_what_is_only_read_stays_as_it_is_whatever_its_version(self):
         for version in (5, len(m.MIGRATIONS)):
             if version == 5:
