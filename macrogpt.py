@@ -4773,8 +4773,11 @@ class Growth:
     @classmethod
     def of(cls, stored: Dict[str, Any]) -> "Growth":
         """Return what was stored, also by a version that knew other fields."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in stored.items() if name in names})
+        known = dataclasses.asdict(cls())
+        kind = {name: (type(value) if isinstance(value, (dict, str)) else (int, float, type(None)))
+                for name, value in known.items()}
+        return cls(**{name: value for name, value in stored.items()
+                      if name in known and isinstance(value, kind[name])})
 
     def heir(self, generation: int) -> "Growth":
         """Return how far the next generation has come when it begins."""
@@ -5131,8 +5134,10 @@ class Memory:
         try:
             with self.transaction() if writable else contextlib.nullcontext():
                 self._migrate()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, sqlite3.Error):
+                raise StoreError(_store_trouble(path, error)) from error
             raise
 
     def _migrate(self) -> None:
@@ -10291,7 +10296,7 @@ class Trainer:
                 with contextlib.suppress(StoreError):
                     self.memory.log("trainer died", error=str(error))
                 if deaths >= MOST_DEATHS:
-                    self._fail(f"the trainer stopped {deaths} times ({error}); see --debug")
+                    self._fail(f"{error}; the trainer stopped for good, see --debug")
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._bell.wait(), pause)
             self._bell.clear()
