@@ -2463,9 +2463,10 @@ def _compile(compiler: Sequence[str], folder: str) -> str:
         _run([sys.executable, "-c", CHECK_CODE, os.path.abspath(__file__), library],
              COMPILE_SECONDS)  # a crash in there only costs that process
         final = os.path.join(folder, _library_name(compiler))
-        os.chmod(library, 0o600)
         with open(library, "rb") as made, open(library + ".sum", "w", encoding="ascii") as file:
             file.write(hashlib.sha256(made.read()).hexdigest())
+        for path in (library, library + ".sum"):
+            os.chmod(path, 0o600)
         os.replace(library + ".sum", final + ".sum")
         os.replace(library, final)
     _drop_old_libraries(folder)
@@ -5609,8 +5610,9 @@ class Memory:
     def manifests(self, prefix: str = "") -> Dict[str, Any]:
         """Return the manifests of the present generation's layers, or of those with a prefix."""
         rows = self._rows("SELECT name, manifest FROM layers ORDER BY rowid")
-        return {name: _decoded(manifest) for name, manifest in rows
-                if name.startswith(prefix or NEXT) == bool(prefix)}
+        found = {name: _decoded(manifest, "") for name, manifest in rows
+                 if name.startswith(prefix or NEXT) == bool(prefix)}
+        return {name: manifest for name, manifest in found.items() if manifest != ""}
 
     def layers(self, prefix: str = "", without: Sequence[str] = ()) -> Dict[str, Layer]:
         """Return the present generation's layers, or with NEXT the next one's, by their names.
@@ -5643,23 +5645,30 @@ class Memory:
         return [name for name, in self._rows("SELECT name FROM layers WHERE checksum IS NOT "
                                              "crc32(data) OR NOT json_valid(manifest)")]
 
+    def _is_grown(self) -> bool:
+        return self.setting("growth", {}).get("phase", "newborn") != "newborn"
+
+    def _last_reader(self) -> int:
+        """Return the number of the newest layer that has read anything."""
+        return self._one("SELECT max(layer) FROM entries WHERE layer IS NOT NULL") or 0
+
     def give_up_damaged(self) -> List[str]:
         """Remove damaged layers and what is built on them, which is then to be read again."""
         with self.transaction():
             bad, left = self.damaged_layers(), self.manifests()
             for name in bad:
                 left.pop(name, None)
-            grown = self.setting("growth", {}).get("phase", "newborn") != "newborn"
             sound = len(delta_names(left))
-            lost = [n for n in self.manifests() if n[:5] == "delta" and int(n[5:]) > sound]
-            if grown and not {"base", "tokenizer"} <= left.keys():
+            lost = [f"delta{k}" for k in range(sound + 1, self._last_reader() + 1)]
+            lost += [n for n in self.manifests() if n[:5] == "delta" and int(n[5:]) > sound]
+            if self._is_grown() and not {"base", "tokenizer"} <= left.keys():
                 self.unlearn_from(0)
-                bad = [*self.manifests()]
+                bad = [name for name, in self._rows("SELECT name FROM layers")]
                 self._rows("DELETE FROM settings WHERE name = 'growth'")
             elif lost:
                 self.unlearn_from(sound + 1)
             self.remove_layers([*bad, *lost])
-            return bad
+            return list(dict.fromkeys([*bad, *lost]))
 
     def remove_layers(self, names: Iterable[str]) -> None:
         """Remove layers that are no longer needed."""
@@ -5732,8 +5741,11 @@ class Memory:
             yield f"layer {name!r} is damaged; it is learned again"
         for name, in self._rows("SELECT name FROM settings WHERE NOT json_valid(value)"):
             yield f"the setting {name!r} is damaged and counts as not set"
-        if not self.layers() and self.setting("growth", {}).get("phase") == "grown":
+        names = self.manifests()
+        if self._is_grown() and not {"base", "tokenizer"} <= names.keys():
             yield "the weights are gone; all is learned again"
+        elif self._last_reader() > len(delta_names(names)):
+            yield "a layer is gone; what it had read is learned again"
         yield from self._index_faults()
 
     def _index_faults(self) -> Iterator[str]:
@@ -10287,16 +10299,16 @@ class Trainer:
             except (TrainerError, StoreError, OSError, asyncio.IncompleteReadError) as error:
                 passing = "locked" in str(error)  # another program holds the store for a while
                 deaths = 0 if passing else deaths + 1 if self._steps() == step else 1
-                if any(sign in str(error) for sign in LASTING):
-                    deaths = MOST_DEATHS
+                lasting = any(sign in str(error) for sign in LASTING)
                 pause = min(60.0, 0.5 * 2 ** deaths)
                 if passing:
                     continue
                 self.tell(f"the trainer stopped ({error}); it starts again from the last commit")
                 with contextlib.suppress(StoreError):
                     self.memory.log("trainer died", error=str(error))
-                if deaths >= MOST_DEATHS:
-                    self._fail(f"{error}; the trainer stopped for good, see --debug")
+                if deaths >= MOST_DEATHS or lasting:
+                    often = f"{deaths} times" if deaths > 1 else "for good"
+                    self._fail(f"the trainer stopped {often} ({error}); see --debug")
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._bell.wait(), pause)
             self._bell.clear()
@@ -10660,6 +10672,16 @@ class Organism:
             self.memory.advance_messages([m.id for m in heard], KEPT)
 
     def _after_turn(self, session: int) -> None:
+        """Take in what was said; a damaged index is found here first, and built anew."""
+        try:
+            self._settle_turn(session)
+        except StoreError as error:
+            if "malformed" not in str(error):
+                raise
+            self.memory.build_index()
+            self._settle_turn(session)
+
+    def _settle_turn(self, session: int) -> None:
         """Take in what was said; compact the session when its turns outgrow their shares."""
         mind = self.speaker.turn.mind if self.speaker.turn else self.speaker.mind()
         tokenizer = mind.tokenizer if mind.trusted else EvolvingTokenizer()
@@ -10961,7 +10983,7 @@ class App:
         """Return the organism, brought to life at its first use."""
         if self._organism is None:
             memory = self.memory()
-            self.config = stored_config(memory, self.options.assignments)
+            self.config = stored_config(memory, self.options.assignments, self.terminal.note)
             engine = choose_engine(os.environ.get("MACROGPT_ENGINE", ""))
             keep_freed_memory(False)
             wanted = Shape.of(self.config)
@@ -11005,17 +11027,21 @@ class App:
             self.terminal.note(organism.notices.popleft())
 
 
-def stored_config(memory: Memory, assignments: Sequence[str]) -> Config:
-    """Return the defaults, changed by the organism's shape, by what /set stored, by assignments."""
+def stored_config(memory: Memory, assignments: Sequence[str],
+                  tell: Callable[[str], None] = lambda notice: None) -> Config:
+    """Return the defaults, changed by what /set stored, by the organism's shape, by assignments.
+
+    What was stored and cannot be used is told, and left out.
+    """
     shape = stored_shape(memory)
     if shape and shape["n_ff"] == usual_ff_width(shape["n_embd"]):
         shape["n_ff"] = 0  # it goes on following n_embd
-    fields = {f.name for f in dataclasses.fields(Config)}  # an older version knew others
-    kept = {n: v for n, v in {**shape, **memory.settings("config.")}.items() if n in fields}
     config = Config()
-    for name, value in kept.items():
-        with contextlib.suppress(ConfigError):  # an older version had other bounds
+    for name, value in {**memory.settings("config."), **shape}.items():
+        try:
             config = config.replace([f"{name}={value}"])
+        except ConfigError as error:  # of another version, or damaged
+            tell(f"a kept setting is left out: {error}")
     return config.replace(assignments)
 
 
@@ -11821,6 +11847,7 @@ def _store_checks(app: App) -> Iterator[Tuple[str, bool, str]]:
     try:
         memory = app.memory()
         faults = list(memory.faults())
+        stored_config(memory, (), faults.append)
         for fault in faults:
             yield "store", False, fault
         if not faults:

@@ -311,7 +311,8 @@ class Piped(ProcessCase):
                 done = subprocess.run([sys.executable, PROGRAM, *TINY, "--db", self.db, "--corpus",
                                        self.corpus, "--no-train", "ask", "hello"], stdout=full,
                                       stderr=subprocess.PIPE, cwd=self.folder)
-            self.assertEqual((done.returncode, done.stderr.count(b"\n")), (1, 1), done.stderr)
+            self.assertEqual((done.returncode, done.stderr.count(b"\n")), (1, 2), done.stderr)
+            self.assertIn(b"left out: top_p=7.0", done.stderr)
             self.assertIn(b"cannot be written", done.stderr)
 
     def test_two_slashes_say_one_and_a_talk_is_shown_saved_renamed_and_deleted(self):
