@@ -5282,7 +5282,8 @@ class Memory:
     def add_message(self, session_id: int, role: str, text: str) -> int:
         """Store one message and return its id."""
         return self._write("INSERT INTO messages(session_id, role, text, said_at, checksum) "
-                           "VALUES (?, ?, ?, ?, crc32(?3))", session_id, role, text, self.clock())
+                           "VALUES (?, ?, ?, ?, ?)", session_id, role, text, self.clock(),
+                           _crc32(text))
 
     def newest_messages(self, session_id: int, count: int) -> List[Tuple[str, str]]:
         """Return the newest (role, text) pairs of a session, oldest first."""
@@ -5323,10 +5324,10 @@ class Memory:
         """Remove messages for ever, each of the owner's with the reply to it."""
         with self.transaction():
             for i in ids:
-                self._rows("""DELETE FROM messages WHERE id = ?1 OR role = 'self' AND id = (
-                    SELECT min(reply.id) FROM messages reply JOIN messages said ON said.id = ?1
+                self._rows("""DELETE FROM messages WHERE id = ? OR role = 'self' AND id = (
+                    SELECT min(reply.id) FROM messages reply JOIN messages said ON said.id = ?
                     AND said.role = 'owner' AND reply.session_id = said.session_id
-                    AND reply.id > said.id)""", i)
+                    AND reply.id > said.id)""", i, i)
 
     def judge(self, message_id: int, verdict: int) -> None:
         """Approve (1) or reject (−1) a message."""
@@ -5349,14 +5350,15 @@ class Memory:
             self._rows("""
                 INSERT INTO entries(source, key, text, words, session_id, told_at, closed, recall,
                                     held_out, training, about, days, checksum)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, crc32(?3 || ?4))
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT(source, key) DO UPDATE SET told_at = max(told_at, excluded.told_at),
                     words = excluded.words, about = excluded.about, days = excluded.days,
-                    checksum = crc32(entries.text || excluded.words)""",
+                    checksum = excluded.checksum""",
                        source, document.key, document.text,
                        words, session_id,
                        self.clock() if told_at is None else told_at,
-                       int(document.closed), int(recall), int(held_out), int(training), about, days)
+                       int(document.closed), int(recall), int(held_out), int(training), about, days,
+                       _crc32(document.text + words))
 
     def purge_index(self) -> None:
         """Merge the full-text index, so that it holds no word of what was removed."""
@@ -5366,9 +5368,9 @@ class Memory:
     def stand_alone(self, entry: Entry) -> None:
         """Let an entry lean on nothing any more."""
         document = Document(tuple(entry.text.splitlines()), entry.closed)
-        self._write("UPDATE entries SET about = '', words = ?1, checksum = crc32(text || ?1) "
-                    "WHERE id = ?2",
-                    index_words(entry.source, document, entry.recall), entry.id)
+        words = index_words(entry.source, document, entry.recall)
+        self._write("UPDATE entries SET about = '', words = ?, checksum = ? WHERE id = ?",
+                    words, _crc32(entry.text + words), entry.id)
 
     def remove_entries(self, source: str, keys: Iterable[int]) -> None:
         """Remove documents of one source by key."""
@@ -5427,9 +5429,9 @@ class Memory:
 
     def mark_read(self, keys: Iterable[int], layer: int) -> None:
         """Note that a layer has read the documents of these keys."""
-        self._each("UPDATE entries SET layer = ?1, trained = min(?1, coalesce(trained, ?1)) WHERE "
-                   "source IN ('corpus', 'chat', 'taught', 'approved') AND key = ?2",
-                   [(layer, key) for key in keys])
+        self._each("UPDATE entries SET layer = ?, trained = min(?, coalesce(trained, ?)) WHERE "
+                   "source IN ('corpus', 'chat', 'taught', 'approved') AND key = ?",
+                   [(layer, layer, layer, key) for key in keys])
 
     def mark_trained(self, layer: int) -> None:
         """Note that a layer trains from now on, on everything that is not held out."""
