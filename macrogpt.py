@@ -6272,6 +6272,16 @@ ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, rec
  dividido_por//, plus/+ moins/- fois/* divisé_par//, until.en: since until till from by, seit bis
  ab, desde hasta, depuis dès, agenda.en: happen happened happening plan plans planned going
  scheduled, dated.en: on in, am im, el en, le en
+sad.en: died dies dying dead death funeral buried grief cancer hospital surgery diagnosed ill sick
+ hurt hurts pain crying cry cried lonely alone scared afraid worried anxious sad depressed miss
+ misses divorce divorced fired failed lost stolen broke broken awful terrible worst horrible empty
+ guilty ashamed tired exhausted stressed nightmare accident crash headache angry furious shouted
+ dumped rejected cheated upset hate, traurig gestorben tot krank einsam angst verloren müde wütend,
+ triste murió muerto enfermo enferma miedo perdí cansado cansada, triste mort morte malade peur
+ perdu fatigué fatiguée, glad.en: happy glad love won win passed engaged pregnant promoted
+ promotion wonderful lovely great excited proud finally smiled married celebrate congratulations
+ yay beautiful benign joy, glücklich froh gewonnen bestanden schwanger verliebt, feliz contento
+ contenta gané embarazada, heureux heureuse content contente gagné enceinte
 short.en: 'm/am 're/are 've/have 'll/will 'd/would whats/what_is wheres/where_is whos/who_is
  hows/how_is whens/when_is im/i_am ive/i_have dont/do_not doesnt/does_not didnt/did_not isnt/is_not
  arent/are_not cant/can_not can't/can_not won't/will_not wont/will_not thats/that_is
@@ -7513,6 +7523,7 @@ def _exchange_fits(lex: Lexicon, memory: Memory, asked: Asked, text: str,
     count where they are to be exact.
     """
     line, folded = lex.line(text), folded_words(text)
+    felt = feeling_of(line)
     telling = {asked.line.words[i].stem: asked.weights[i] for i in asked.terms}
     for entry in filter(is_exchange, found):
         document = Document(tuple(entry.text.splitlines()), entry.closed)
@@ -7527,6 +7538,8 @@ def _exchange_fits(lex: Lexicon, memory: Memory, asked: Asked, text: str,
                 if near and score < 1.0:
                     score = min(0.98, (score + 4.0 * near.get((entry.key, place), 0.0)) / 5.0)
                 answer, strange = fitted_answer(lex, text, words, answer)
+                if felt * feeling_of(lex.line(f"{words} {answer}")) < 0:
+                    strange += 1.0  # glad of what is sad
                 said = filled_in(lex, memory, answer, text)
                 if said is not None:  # what is said further on hangs on what was said before
                     yield Recall(score / (1.0 + (place > 0) + strange), entry, said,
@@ -8258,6 +8271,9 @@ CANNOT_REPLIES = ("That is more than I can do, I am sorry. But tell me about {}.
                   "I am too small for that one, sorry. What matters most to you about {}?",
                   "That is more than I can do yet, I am sorry. What is it for?",
                   "I am too small for that one, sorry. Shall we talk about it instead?")
+SAD_REPLIES = ("I am sorry. Tell me more about {}.", "I am sorry to read that. How are you now?",
+               "That sounds hard. Who is with you in this?")
+GLAD_REPLIES = ("How good! Tell me more about {}.", "That is good to read. What comes next?")
 HEARD_REPLIES = ("Tell me more about {}.", "And {}, how is that for you?",
                  "I did not expect {}. What happened then?",
                  "I will keep that with care. How is it for you?", "I keep it. What comes next?",
@@ -8265,6 +8281,12 @@ HEARD_REPLIES = ("Tell me more about {}.", "And {}, how is that for you?",
 GUESS_REPLIES = ("I know too little about {} to say. What do you think?",
                  "About {} I could only guess. Who near you would know?",
                  "I have read nothing yet about {}. Tell me, and I will keep it.")
+
+
+def feeling_of(line: Line) -> int:
+    """Return the sign of what a sentence feels: −1 for sad, 1 for glad, 0 for neither or both."""
+    felt = sum(("glad" in word.classes) - ("sad" in word.classes) for word in line.words)
+    return (felt > 0) - (felt < 0)
 
 
 def things_named(lex: Lexicon, line: Line) -> Iterator[Tuple[Word, str]]:
@@ -8299,7 +8321,8 @@ def spoken_of(memory: Memory, text: str) -> str:
     """Return the rarest thing that a text names, as one says it back: your landlord; or ""."""
     lex, found = lexicon_of(memory), {}
     opened = lex.opened(text[:MAX_ASKED_CHARS])[0]
-    for line in map(lex.line, re.split(r"[.,;:!?]\s", opened)):
+    lines = [lex.line(part) for part in re.split(r"[.,;:!?]\s", opened)]
+    for line in [line for line in lines if feeling_of(line)] or lines:
         for head, said in things_named(lex, line):
             if not (head.classes & {"idle", "request"} or _is_number(lex, head)
                     or head.stem in lex.kinds["time"] | lex.kinds["unit"]):
@@ -8323,10 +8346,13 @@ def silence(text: str, rejected: Container[str] = (), said: Container[str] = (),
     if wished and (wished[0] == 0 or any("you" in word.classes for word in line.words[:5])):
         ways = CANNOT_REPLIES
     elif asking:
-        ways = (() if line.has & {"own", "subject"} else GUESS_REPLIES) + UNKNOWN_REPLIES
+        own_fact = asks_for_a_fact(text) and line.has & {"own", "subject"}
+        ways = (() if own_fact else GUESS_REPLIES) + UNKNOWN_REPLIES
     else:
         plain = len(folded_words(text)) < PLAIN_WORDS and (not topic or names_something(text))
-        ways = KEPT_REPLIES if plain else HEARD_REPLIES
+        feeling = feeling_of(line)
+        ways = (SAD_REPLIES if feeling < 0 else GLAD_REPLIES if feeling > 0 else
+                KEPT_REPLIES if plain else HEARD_REPLIES)
     ways = [f"{own}."] if own else [way.format(topic) for way in ways if topic or "{" not in way]
     ways = [words for words in ways if rejection(text, words) not in rejected]
     fresh = [words for words in ways if words not in said]
@@ -12127,7 +12153,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
             raise UsageError(f"{options.command} takes no --{name}; see --help")
         if isinstance(value, (int, float)) and not 0 < value < math.inf:
             raise UsageError(f"--{name} {value} is not above 0; give a positive number")
-    check_session(options.session)
+    options.session = check_session(decode_line(os.fsencode(options.session)))
     named = {"db_path": options.db, "corpus_path": options.corpus, "seed": options.seed}
     options.assignments = options.set + [
         f"{name}={value}" for name, value in named.items() if value is not None]
