@@ -4809,8 +4809,6 @@ def build_model(config: Config, layers: Dict[str, Layer], engine: Engine,
         tokenizer = EvolvingTokenizer.unpack(layers["tokenizer"].data)
     rng = random.Random(config.seed)
     base = layers.get("best" if prefer_best and "best" in layers else "base")
-    if "tokenizer" not in layers:  # damaged, perhaps: weights mean nothing without it
-        base, layers = None, {}
     model = GPT(Shape.of(config), tokenizer.vocab_size, engine, None)  # a birth draws its own
     if base is not None:
         load_params(list(model.params.values()), base)
@@ -5208,8 +5206,9 @@ class Memory:
                 if outermost:
                     self._db.execute("COMMIT")
             except BaseException as error:
-                if outermost and self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+                with contextlib.suppress(sqlite3.Error):  # what went wrong first is what is told
+                    if outermost and self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
                 if isinstance(error, sqlite3.Error):
                     raise StoreError(_store_trouble(self.path, error)) from error
                 raise
@@ -6276,12 +6275,12 @@ sad.en: died dies dying dead death funeral buried grief cancer hospital surgery 
  hurt hurts pain crying cry cried lonely alone scared afraid worried anxious sad depressed miss
  misses divorce divorced fired failed lost stolen broke broken awful terrible worst horrible empty
  guilty ashamed tired exhausted stressed nightmare accident crash headache angry furious shouted
- dumped rejected cheated upset hate, traurig gestorben tot krank einsam angst verloren müde wütend,
- triste murió muerto enfermo enferma miedo perdí cansado cansada, triste mort morte malade peur
- perdu fatigué fatiguée, glad.en: happy glad love won win passed engaged pregnant promoted
- promotion wonderful lovely great excited proud finally smiled married celebrate congratulations
- yay beautiful benign joy, glücklich froh gewonnen bestanden schwanger verliebt, feliz contento
- contenta gané embarazada, heureux heureuse content contente gagné enceinte
+ dumped rejected cheated upset hate nobody, traurig gestorben tot krank einsam angst verloren müde
+ wütend, triste murió muerto enfermo enferma miedo perdí cansado cansada, triste mort morte malade
+ peur perdu fatigué fatiguée, glad.en: happy glad won engaged pregnant promoted promotion wonderful
+ lovely excited proud celebrate congratulations yay benign joy, glücklich froh gewonnen bestanden
+ schwanger verliebt, feliz contento contenta gané embarazada, heureux heureuse content contente
+ gagné enceinte
 short.en: 'm/am 're/are 've/have 'll/will 'd/would whats/what_is wheres/where_is whos/who_is
  hows/how_is whens/when_is im/i_am ive/i_have dont/do_not doesnt/does_not didnt/did_not isnt/is_not
  arent/are_not cant/can_not can't/can_not won't/will_not wont/will_not thats/that_is
@@ -8280,7 +8279,9 @@ HEARD_REPLIES = ("Tell me more about {}.", "And {}, how is that for you?",
                  "That stays with me. Tell me more.")
 GUESS_REPLIES = ("I know too little about {} to say. What do you think?",
                  "About {} I could only guess. Who near you would know?",
-                 "I have read nothing yet about {}. Tell me, and I will keep it.")
+                 "I have read nothing yet about {}. Tell me, and I will keep it.",
+                 "That I cannot say from in here. What do you think yourself?",
+                 "I can only guess at that. What would you say?")
 
 
 def feeling_of(line: Line) -> int:
@@ -8296,16 +8297,14 @@ def things_named(lex: Lexicon, line: Line) -> Iterator[Tuple[Word, str]]:
     """
     words, telling = line.words, {*line.telling}
     joined = {i for i, word in enumerate(words) if i in telling or word.word == "'s"}
+    asking = bool(words) and bool(words[0].classes & {"question", "aux"})
     for start in (i for i in line.telling if i - 1 not in joined):
         end, led = start, start > 0 and bool(words[start - 1].classes & {"det", "own", "other"})
-        while end + 1 in joined and (line.caps[end + 1] or not (
-                words[end + 1].word in lex.odd or words[end + 1].word[3:].endswith("ed"))):
+        verbs = ("ed", "ing", "s") if start <= led else ("ed", "ing")  # my knee clicks
+        while end + 1 in joined and (line.caps[end + 1] or words[end + 1].word == "'s" or not (
+                words[end + 1].word in lex.odd or words[end + 1].word[3:].endswith(verbs))):
             end += 1
-        after = words[end + 1].classes if end + 1 < len(words) else _NONE
-        asking = bool(words[0].classes & {"question", "aux"})
-        if not line.caps[end] and start <= led and "aux" not in after:
-            end = start  # what begins a sentence may have its verb behind it
-        elif asking and not line.caps[end] and end == len(words) - 1:
+        if asking and end == len(words) - 1 and not line.caps[end]:
             end = max(start, end - 1)  # does the oracle wear; is my old bike safe
         end -= words[end].word == "'s"
         if not led:  # called Olga
@@ -8317,18 +8316,19 @@ def things_named(lex: Lexicon, line: Line) -> Iterator[Tuple[Word, str]]:
             yield words[end], f"{lead if own else 'the'} {said}" if led else said
 
 
-def spoken_of(memory: Memory, text: str) -> str:
-    """Return the rarest thing that a text names, as one says it back: your landlord; or ""."""
-    lex, found = lexicon_of(memory), {}
+def spoken_of(lex: Lexicon, text: str) -> str:
+    """Return the first thing that a text names, as one says it back: your landlord; or "".
+
+    Where a part of it says a feeling, it is a thing of that part.
+    """
     opened = lex.opened(text[:MAX_ASKED_CHARS])[0]
     lines = [lex.line(part) for part in re.split(r"[.,;:!?]\s", opened)]
-    for line in [line for line in lines if feeling_of(line)] or lines:
-        for head, said in things_named(lex, line):
-            if not (head.classes & {"idle", "request"} or _is_number(lex, head)
-                    or head.stem in lex.kinds["time"] | lex.kinds["unit"]):
-                found[said] = head.word[:STEM_CHARS]
-    weights = stem_weights(memory, found.values())
-    best = max(reversed(list(found)), key=lambda said: weights[found[said]], default="")
+    named = [(head, said) for line in [line for line in lines if feeling_of(line)] or lines
+             for head, said in things_named(lex, line)
+             if not (head.classes & {"function", "idle", "request"} or _is_number(lex, head)
+                     or head.stem in lex.kinds["time"] | lex.kinds["unit"])]
+    names = [said for head, said in named if said[:1].isupper() and is_question(text)]
+    best = (names or [said for _, said in named] or [""])[0]
     return turned(f"a {best}")[2:] if best else ""
 
 
@@ -8341,19 +8341,20 @@ def silence(text: str, rejected: Container[str] = (), said: Container[str] = (),
     """
     lex, asking = lexicon(), asks(text)
     line = lex.line(text[:MAX_ASKED_CHARS])
-    own = " ".join(lex.phrases["unknown" if asking else "kept", line.language])
+    foreign = " ".join(lex.phrases["unknown" if asking else "kept", line.language])
     wished = [i for i, word in enumerate(line.words[:5]) if "request" in word.classes]
     if wished and (wished[0] == 0 or any("you" in word.classes for word in line.words[:5])):
         ways = CANNOT_REPLIES
     elif asking:
-        own_fact = asks_for_a_fact(text) and line.has & {"own", "subject"}
-        ways = (() if own_fact else GUESS_REPLIES) + UNKNOWN_REPLIES
+        own = asks_for_a_fact(text) and "own" in lex.line(_question_in(lex, text)).has
+        ways = UNKNOWN_REPLIES if own else GUESS_REPLIES
     else:
         plain = len(folded_words(text)) < PLAIN_WORDS and (not topic or names_something(text))
         feeling = feeling_of(line)
         ways = (SAD_REPLIES if feeling < 0 else GLAD_REPLIES if feeling > 0 else
                 KEPT_REPLIES if plain else HEARD_REPLIES)
-    ways = [f"{own}."] if own else [way.format(topic) for way in ways if topic or "{" not in way]
+    ways = [f"{foreign}."] if foreign else [
+        way.format(topic) for way in ways if topic or "{" not in way]
     ways = [words for words in ways if rejection(text, words) not in rejected]
     fresh = [words for words in ways if words not in said]
     return (fresh or ways or [UNKNOWN_REPLY])[0]
@@ -8844,7 +8845,7 @@ class Turn:
             yield from self._replied(Reply(like.answer, "exchange", like.entry, like.score))
         else:
             newest = {words for _, words in self.turns[-2 * FRESH_EXCHANGES:]}
-            yield silence(text, self.rejected, newest, spoken_of(self.memory, text))
+            yield silence(text, self.rejected, newest, spoken_of(lexicon_of(self.memory), text))
 
     def _forgotten(self, wish: str) -> str:
         """Forget the one statement that a wish means, or say which it may be."""
@@ -9014,7 +9015,8 @@ class Speaker:
             EntryCounts(memory, tokenizer, config))
         best = growth.bpc if growth.best_bpc is None else growth.best_bpc
         enough = config.trust_bpc * (1.5 if growth.phase == "grown" else 1.0)
-        trusted = "base" in layers and best is not None and best <= enough
+        trusted = growth.phase != "newborn" and "base" in layers and (
+            best is not None and best <= enough)
         mind = Mind(config, tokenizer, model, counted.counts, mixer, growth.bpc, trusted,
                     self._heard(last))
         return state, mind, counted
@@ -10211,10 +10213,10 @@ class Trainer:
     def _fail(self, why: str) -> None:
         """Give up, and say why; whoever waits is told."""
         self.why_failed = why
-        self.tell(f"learning has ended: {why}")
-        with contextlib.suppress(StoreError):
-            self.memory.log("failed", error=why)
         self._enter(Phase.FAILED)
+        self.tell(f"learning has ended: {why}")
+        with contextlib.suppress(StoreError, MemoryError):
+            self.memory.log("failed", error=why)
 
     # what is due
 
@@ -10601,7 +10603,7 @@ class Trainer:
     async def _dismiss(self, child: Any, listener: "asyncio.Future[None]") -> None:
         """Ask the child for what it has not yet sent, take it in, and see it go."""
         self._child = None
-        with contextlib.suppress(OSError, RuntimeError):
+        with contextlib.suppress(OSError, RuntimeError, MemoryError):
             if not self._child_ready:  # it is still compiling, and has learned nothing
                 child.terminate()
             self._send(child, "stop")
@@ -10800,8 +10802,13 @@ class Organism:
         if self._thread is None:
             self.trainer.stopping.clear()
             self.speaker.background = True
-            self._thread = threading.Thread(target=self._live_on, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._live_on, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise TrainerError(f"nothing can be learned now ({error}); close other programs, "
+                                   "or talk with --no-train") from None
+            self._thread = thread
 
     def _live_on(self) -> None:
         """Be the thread of the background; whatever ends it, whoever waits is told."""

@@ -26,7 +26,7 @@ class Bursts(Pupils, unittest.TestCase):
             _, read = self.work(learner)
             self.assertEqual(sorted(read), [text[1] for text in texts])
             layers = learner.snapshot()[1]
-            self.assertEqual([(name, layers[name].sealed) for name in m.delta_names(layers)],
+            self.assertEqual([(name, layers[name].sealed) for name in sorted(layers) if name[:5] == "delta"],
                              [(f"delta{number - 1}", True)] * (number > 1)
                              + [(f"delta{number}", False)])
             self.assertEqual(self.base(learner), base)
