@@ -217,7 +217,7 @@ class Case(support.Folder, unittest.TestCase):
         text = "".join(rng.choice(rng.choice(used)) for _ in range(rng.randrange(most)))
         return text.encode("utf-8", "surrogatepass").replace(b"\n", b" ")[rng.randrange(2):]
 
-    def fuzz(self, count=100):
+    def fuzz(self, count=60):
         """Give odd lines, settings, names, corpora and files; nothing odd may come out of it."""
         rng, known = self.rng, sorted({*macrogpt.REPL_COMMANDS} - {"exit", "quit", "save"})
         if rng.random() < 0.5:
@@ -296,8 +296,8 @@ def main(argv=None):
     options, counts = vars(parser.parse_args(argv)), collections.Counter()
     seed, one = options.pop("seed"), options.pop("case")
     for part, wanted in options.items():
-        numbers = [wanted] if part == "chats" else range(  # a case is three kills, 164 odd inputs
-            -(-wanted // {"kills": 3, "fuzz": 164}.get(part, 1)))
+        numbers = [wanted] if part == "chats" else range(  # a case is three kills, 104 odd inputs
+            -(-wanted // {"kills": 3, "fuzz": 104}.get(part, 1)))
         for number in (numbers if one < 0 else [one]) if wanted else ():
             attempt(part, number, seed, counts)
         counts.update({(part, kind): 0 for kind in FAILURES if wanted})
