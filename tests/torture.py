@@ -208,7 +208,7 @@ class Case(support.Folder, unittest.TestCase):
                 for _ in range(messages - sum(map(bool, out))):
                     self.bad("replies", "one is missing")
 
-    def odd_text(self, most=200):
+    def odd_text(self, most=120):
         """Return bytes: plain letters, all of Unicode, controls, marks of direction, halves."""
         rng = self.rng
         used = rng.sample(("aeion tr.?!'\"/{}[]:,-019H", [*map(chr, range(0xa0))], BIDI,
@@ -223,7 +223,7 @@ class Case(support.Folder, unittest.TestCase):
         if rng.random() < 0.5:
             self.begin()
         settings = list(map(" ".join, itertools.product(FIELDS, ODD_VALUES)))
-        lines = [b"x" + self.odd_text(20_000 if n == 7 else 200) for n in range(count)]
+        lines = [b"x" + self.odd_text(5000 if n == 7 else 120) for n in range(count)]
         orders = [f"/{rng.choice(known)} ".encode() + self.odd_text() if rng.random() < 0.7 else
                   f"/set {rng.choice(settings)}".encode() for _ in range(count // 2)]
         file, name = self.odd_text(9999), self.odd_text(40).replace(b"\0", b"")
