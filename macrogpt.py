@@ -126,6 +126,17 @@ class UsageError(MacroGPTError):
     exit_code = 2
 
 
+def as_told(error: BaseException) -> MacroGPTError:
+    """Return any error as one that an owner can read, with what to do."""
+    if isinstance(error, MacroGPTError):
+        return error
+    if isinstance(error, MemoryError) or "start new thread" in str(error):
+        return MacroGPTError("there is not enough memory; close other programs, choose a smaller "
+                             "model with --set n_embd=72, or talk with --no-train")
+    return MacroGPTError(f"something unexpected happened ({type(error).__name__}: {error}); run "
+                         "again with --debug and report what it shows")
+
+
 class CorpusError(MacroGPTError):
     """A text file cannot be read."""
 
@@ -9946,7 +9957,7 @@ async def start_child() -> Any:
     debug = None if os.environ.get("MACROGPT_DEBUG") else asyncio.subprocess.DEVNULL
     path = os.path.abspath(globals().get("__file__", "<stdin>"))
     if not os.path.isfile(path):
-        raise LookupError("it can learn only from a file of its own: run python macrogpt.py")
+        raise EngineError("it can learn only from a file of its own: run python macrogpt.py")
     return await asyncio.create_subprocess_exec(
         sys.executable, "-c", CHILD_CODE, path,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=debug,
@@ -10326,7 +10337,8 @@ class Trainer:
             step = self._steps()
             try:
                 pause = await self._turn_to_work()
-            except (TrainerError, StoreError, OSError, asyncio.IncompleteReadError) as error:
+            except (TrainerError, StoreError, OSError, MemoryError,
+                    asyncio.IncompleteReadError) as error:
                 passing = "locked" in str(error)  # another program holds the store for a while
                 deaths = 0 if passing else deaths + 1 if self._steps() == step else 1
                 lasting = any(sign in str(error) for sign in LASTING)
@@ -10806,8 +10818,7 @@ class Organism:
             try:
                 thread.start()
             except RuntimeError as error:
-                raise TrainerError(f"nothing can be learned now ({error}); close other programs, "
-                                   "or talk with --no-train") from None
+                raise as_told(error) from None
             self._thread = thread
 
     def _live_on(self) -> None:
@@ -10816,7 +10827,7 @@ class Organism:
             asyncio.run(self._live())
         except Exception as error:  # no thread can be started, perhaps
             if self.trainer.phase is not Phase.FAILED:
-                self.trainer._fail(str(error) or type(error).__name__)
+                self.trainer._fail(str(as_told(error)))
 
     async def _live(self) -> None:
         """Watch the corpus and renew the mind, the trainer beside them, until told to stop.
@@ -10835,18 +10846,15 @@ class Organism:
                         await asyncio.to_thread(self.watcher.yield_to_reply)
                     if trainer.phase is Phase.ASLEEP and trainer.due():
                         trainer.ring()
-                except StoreError as error:  # locked, perhaps; the words are in the file
-                    self._tell(str(error))
+                except (StoreError, MemoryError) as error:  # the words are in the file
+                    self._tell(str(as_told(error)))
                 await asyncio.to_thread(stopping.wait, pause)
             if training.done():
                 training.result()
         except Exception as error:
             if os.environ.get("MACROGPT_DEBUG"):
                 traceback.print_exc()
-            ours = isinstance(error, (MacroGPTError, LookupError, OSError, RuntimeError)) and not (
-                isinstance(error, (KeyError, IndexError)))
-            trainer._fail(str(error) if ours else f"something unexpected happened "
-                          f"({type(error).__name__}: {error}); run `doctor`")
+            trainer._fail(str(as_told(error)))
         finally:
             stopping.set()
             self.watcher.read_once.set()
@@ -12215,13 +12223,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
             error = MacroGPTError(f"what is said cannot be written ({error.strerror}); free some "
                                   "space, or send it elsewhere")
-        elif isinstance(error, MemoryError):
-            error = MacroGPTError("there is not enough memory; close other programs, or choose a "
-                                  "smaller model with --set n_embd=72 n_layer=2")
-        elif not isinstance(error, MacroGPTError):
-            error = MacroGPTError(f"something unexpected happened ({type(error).__name__}: "
-                                  f"{error}); run again with --debug and report what it shows")
-        return terminal.tell_error(error)
+        return terminal.tell_error(as_told(error))
 
 
 if __name__ == "__main__":

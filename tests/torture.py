@@ -5,8 +5,24 @@
 A case is made of its seed and number alone; one that fails is told with a command that does it
 again, a few times if need be: where a kill or a fault meets the program is the clock's matter too.
 """
-import argparse, builtins, collections, concurrent.futures, contextlib, functools, itertools
-import json, marshal, os, random, re, sqlite3, subprocess, sys, threading, time, unittest
+import argparse
+import builtins
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import itertools
+import json
+import marshal
+import os
+import random
+import re
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import unittest
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, TESTS)  # as `discover` does
