@@ -60,6 +60,7 @@ import errno
 import functools
 import hashlib
 import heapq
+import html
 import importlib
 import inspect
 import io
@@ -5985,7 +5986,8 @@ def _store_trouble(path: str, error: Exception) -> str:
 # one sentence, and what holds for one language only is data.
 
 UNKNOWN_REPLY = "I do not know that yet. Tell me, and I will keep it."
-UNKNOWN_REPLIES = (UNKNOWN_REPLY, "That is something I was never told.",
+UNKNOWN_REPLIES = ("I do not know that about {} yet. Tell me, and I will keep it.",
+                   UNKNOWN_REPLY, "That is something I was never told.",
                    "I have nothing about that in my memory.", "I cannot say; nobody told me.")
 KEPT_REPLY = "I will keep that."
 KEPT_REPLIES = ("I will keep that about {}.", KEPT_REPLY, "I have it now.",
@@ -6755,6 +6757,8 @@ def as_of(lex: Lexicon, text: str, told: datetime.date, today: datetime.date) ->
             if any((word,) in ps for ps in lex.phrases["until", language].values()
                    for word in text[:when.start].casefold().split()[-1:]):
                 name = name.partition(" ")[2] or name  # until the week of 4 May
+            if text[:when.start].casefold().endswith("on ") and name.startswith("on "):
+                name = name[3:]
             text = text[:when.start] + (name if when.start else name[:1].upper() + name[1:]) + (
                 text[when.end:])
     if over:  # what was to come has been
@@ -7058,6 +7062,19 @@ def _called(lex: Lexicon, memory: Memory, asked: Asked) -> Dict[int, AbstractSet
 # how well a statement answers
 
 
+def _filled(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: Dict[int, int],
+            used: AbstractSet[int], before: int) -> int:
+    """Return how surely a statement fills a question's gap, 0 to 2, with what it has beside it."""
+    if len(used) < len(line.telling) and any(near[i] > 2 + (
+            asked.line.words[i].stem == asked.kind) for i in asked.asking & near.keys()):
+        return 2  # the very word that asks is there, and something else
+    filled = _filling(lex, asked, line, used, before)
+    if asked.slot != "name" or not asked.vital:
+        return filled
+    beside = any(_names_beside(lex, line, at[i]) for i in asked.vital if near[i] > 1)
+    return min(filled, 1 + beside)  # it is to be the name of what is asked about
+
+
 def _filling(lex: Lexicon, asked: Asked, line: Line, used: Container[int], before: int) -> int:
     """Return 2 where something new surely is of the type that is asked for, 1 for perhaps, or 0.
 
@@ -7079,7 +7096,8 @@ def _filling(lex: Lexicon, asked: Asked, line: Line, used: Container[int], befor
 
 def _began(lex: Lexicon, asked: Asked, line: Line) -> bool:
     """Return whether a statement says since when something is, where it is asked how long."""
-    return lex.dated(line.text) and (asked.slot == "age" and "birth" in line.has or (
+    born = "birth" in line.has and bool(re.search(r"\d{4}", line.text))  # a birthday has no year
+    return lex.dated(line.text) and (asked.slot == "age" and born or (
         asked.slot == "span" and any(each.has_phrase(lex, kind) for kind, each in (
             ("ago", asked.line), ("ago", line), ("until", line)))))
 
@@ -7168,12 +7186,8 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
     renamed = _renamed(asked, line, near, at)
     before = len(lex.line(unit.about, line.speaker).words) if unit.about else 0
     used = {at[i] for i in near if near[i] > 2 * (i in asked.asking)}
-    filled = _filling(lex, asked, line, used, before)
-    if len(used) < len(line.telling) and any(
-            near[i] > 2 + (q.words[i].stem == asked.kind) for i in asked.asking & near.keys()):
-        filled = 2  # the very word that asks is there, and something else
     bare = bool(renamed) and not asked.polar and _only_names(lex, asked, line, used)
-    filled *= not bare
+    filled = 0 if bare else _filled(lex, asked, line, near, at, used, before)
     terms = [i for i in asked.terms if near[i] and (near[i] > 2 or not filled)
              or i not in asked.asking and "former" not in q.words[i].classes]  # need not be there
     lost = [i for i in terms if not near[i]]
@@ -8357,8 +8371,7 @@ def silence(text: str, rejected: Container[str] = (), said: Container[str] = (),
     if wished and (wished[0] == 0 or any("you" in word.classes for word in line.words[:5])):
         ways = CANNOT_REPLIES
     elif asking:
-        own = asks_for_a_fact(text) and "own" in lex.line(_question_in(lex, text)).has
-        ways = UNKNOWN_REPLIES if own else GUESS_REPLIES
+        ways = UNKNOWN_REPLIES if asks_for_a_fact(text) else GUESS_REPLIES
     else:
         plain = len(folded_words(text)) < PLAIN_WORDS and (not topic or names_something(text))
         feeling = feeling_of(line)
@@ -10691,6 +10704,8 @@ class Organism:
 
     def session_id(self) -> int:
         """Return the id of the session that is talked in, made at its first use."""
+        if self.memory.setting("session", "main") != self.session:
+            self.memory.set_setting("session", self.session)  # where the next chat goes on
         return self.memory.session_id(self.session)
 
     def reply(self, text: str) -> Iterator[str]:
@@ -10937,6 +10952,25 @@ class Organism:
 # function of an App; an owner's mistake is one line and an exit code.
 
 
+def width_of(text: str) -> int:
+    """Return how many columns a text takes: signs of East Asia take two, marks none."""
+    return sum(0 if unicodedata.combining(sign) or unicodedata.category(sign) in ("Mn", "Me", "Cf")
+               else 1 + (unicodedata.east_asian_width(sign) in "WF") for sign in text)
+
+
+def folded(line: str, columns: int, at: int = 0) -> str:
+    """Return a line broken at words where it would pass the last column, it beginning at one."""
+    if not columns or at + width_of(line) <= columns:
+        return line
+    parts, indent = re.findall(r"\s*\S+", line), min(4, columns // 4)
+    for number, part in enumerate(parts):
+        if at and at + width_of(part) > columns:
+            part = "\n" + " " * indent + part.lstrip()
+            at, parts[number] = indent, part
+        at += width_of(part.strip("\n"))
+    return "".join(parts)
+
+
 class Terminal:
     """The two streams, and what the terminal behind them can do."""
 
@@ -10946,9 +10980,15 @@ class Terminal:
         self.colored = color == "always" or (color == "auto" and err.isatty() and not plain)
 
     def say(self, text: str, end: str = "\n", faint: bool = False) -> None:
-        """Write to stdout at once; nothing in the text can do more than be read."""
-        clean = tidied(text)
+        """Write to stdout at once, in a terminal broken at words; it can do no more than be read.
+        """
+        clean = "\n".join(folded(line, self.columns) for line in tidied(text).split("\n"))
         print(self.dim(clean) if faint else clean, end=end, file=self.out, flush=True)
+
+    @property
+    def columns(self) -> int:
+        """The width of the terminal that stdout goes to, or 0 where it goes elsewhere."""
+        return shutil.get_terminal_size().columns if self.out.isatty() else 0
 
     def note(self, text: str) -> None:
         """Write a notice to stderr, unless quiet."""
@@ -11032,7 +11072,8 @@ class App:
             wanted = Shape.of(self.config)
             shape = stored_shape(memory)
             self.config = dataclasses.replace(self.config, **shape)
-            self._organism = Organism(self.config, memory, engine, self.options.session,
+            last = memory.setting("session", "main") if self.options.command == "chat" else "main"
+            self._organism = Organism(self.config, memory, engine, self.options.session or last,
                                       self.options.seed is not None)
             if shape and wanted != Shape(**shape):
                 self._ask_for(wanted)
@@ -11188,26 +11229,28 @@ def tell_due(app: App) -> None:
 
 def _chat_terminal(app: App) -> int:
     """Read, reply, and stream, until the owner leaves."""
-    prepare_readline(app)
+    keep = prepare_readline(app)
     organism = wake(app)
     phase = {"grown": "grown up", "warmup": "still being born"}.get(
         organism.growth.phase, "newborn")
     app.terminal.note(f"macrogpt {__version__} — {organism.speaker.engine.name} engine, "
-                      f"{model_size(organism)[0]:,} parameters, {phase}. /help for commands.")
+                      f"{model_size(organism)[0]:,} parameters, {phase}, session "
+                      f"{organism.session}. /help for commands.")
     tell_due(app)
-    interrupted = False
+    interrupted = -math.inf
     while True:
         app.notices()
         try:
             line = read_block("you> ")
         except (EOFError, KeyboardInterrupt) as wish:
             app.terminal.err.write("\n")
-            if interrupted or isinstance(wish, EOFError):
+            again, interrupted = time.monotonic() - interrupted < 2.0, time.monotonic()
+            if again or isinstance(wish, EOFError):
                 return 130 if isinstance(wish, KeyboardInterrupt) else 0
-            interrupted = True
             app.terminal.note("Ctrl+C again, Ctrl+D or /exit leaves.")
             continue
-        interrupted = False
+        interrupted = -math.inf
+        keep()
         try:
             if is_command(line):
                 for text in repl_command(app, line):
@@ -11241,8 +11284,13 @@ def _stream_reply(app: App, line: str) -> None:
     pieces = app.organism().reply(line)
     try:
         app.terminal.say("  »", " ", app.terminal.colored)
+        at, columns = 4, app.terminal.columns
         for piece in pieces:
+            if at > 4 and columns and at + width_of(piece.rstrip()) > columns:
+                app.terminal.say("\n    ", end="")
+                at = 4
             app.terminal.say(piece, end="")
+            at += width_of(piece)
     except KeyboardInterrupt:
         app.terminal.say(" …", end="")
     finally:
@@ -11278,29 +11326,55 @@ def forget_typed(words: AbstractSet[str]) -> None:
             readline.write_history_file(os.path.expanduser(HISTORY))
 
 
-def prepare_readline(app: App) -> None:
-    """Give the prompt arrow keys and a private history, where the library is there."""
+def prepare_readline(app: App) -> Callable[[], None]:
+    """Give the prompt arrow keys, completion and a private history; return what keeps a line."""
+    def nothing() -> None:
+        pass
     try:
-        import atexit
         import readline
     except ImportError:
-        return
+        return nothing
+    readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else
+                            "tab: complete")
+    readline.set_completer_delims(" ")
+    readline.set_completer(lambda text, number: next(itertools.islice(
+        completions(app, readline.get_line_buffer(), text), number, None), None))
     path = os.path.expanduser(HISTORY)
+    if os.environ.get("MACROGPT_NOHISTORY"):
+        return nothing
     try:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NONBLOCK", 0), 0o600))
         os.chmod(path, 0o600)
         if not os.path.isfile(path):
             raise OSError
+        readline.set_history_length(1000)
         readline.read_history_file(path)
+        readline.write_history_file(path)
     except OSError:
         app.terminal.note(f"the history file {path} cannot be used; this chat keeps none")
-        return
-    readline.set_history_length(1000)
+        return nothing
 
     def keep() -> None:
-        with contextlib.suppress(OSError):
-            readline.write_history_file(path)
-    atexit.register(keep)
+        with contextlib.suppress(OSError, AttributeError):
+            readline.append_history_file(1, path)  # other chats write there, too
+    return keep
+
+
+def completions(app: App, line: str, text: str) -> Iterator[str]:
+    """Yield what a word at the end of a line may become: a command, a setting, a session, a file.
+    """
+    command = line.lstrip().partition(" ")[0]
+    if " " not in line.lstrip():
+        names = [f"/{name} " for name in sorted(REPL_COMMANDS)] if text.startswith("/") else []
+    elif command in ("/set", "/show"):
+        names = [f.name for f in dataclasses.fields(Config)]
+    elif command in ("/session", "/new"):
+        names = [s["name"] for s in app.memory().sessions()]
+    else:
+        folder = os.path.dirname(text) if command == "/save" else ""
+        names = [os.path.join(folder, name) for name in sorted(os.listdir(folder or "."))] if (
+            command == "/save" and os.path.isdir(folder or ".")) else []
+    return (name for name in names if name.startswith(text))
 
 
 def model_size(organism: Organism) -> Tuple[int, int]:
@@ -11345,8 +11419,13 @@ def _repl_exit(app: App, rest: str) -> List[str]:
     raise EOFError
 
 
+SHORT_CHARS = 160  # of an entry in a list
+
+
 def _repl_memory(app: App, rest: str) -> List[str]:
-    return [_entry_line(entry) for entry in search(app.memory(), rest, 10)] or [
+    found = sorted(search(app.memory(), rest, 40), key=lambda e: e.source == "corpus")
+    more = [f"and {len(found) - 10} more; memory search shows all"] * (len(found) > 10)
+    return [clean_line(_entry_line(entry), SHORT_CHARS) for entry in found[:10]] + more or [
         f"the memory holds nothing about {rest!r}"]
 
 
@@ -11461,8 +11540,14 @@ def forget(memory: Memory, wish: str, asking: bool = False) -> str:
 def _repl_session(app: App, rest: str) -> List[str]:
     organism = app.organism()
     if rest:
-        organism.session = check_session(rest)
-        organism.memory.session_id(rest)
+        known = [s["name"] for s in app.memory().sessions()]
+        alike = [name for name in known if name.startswith(rest)]
+        name = alike[0] if rest not in known and len(alike) == 1 else check_session(rest)
+        if name not in known and sys.stdin.isatty() and input(
+                f"there is no session {name!r}; begin it? [y/N] ").strip().lower() != "y":
+            return [f"session {organism.session}; known are {', '.join(known)}"]
+        organism.session = name
+        organism.session_id()
     return [f"session {organism.session}"]
 
 
@@ -11488,8 +11573,13 @@ def session_lines(sessions: List[Dict[str, Any]]) -> List[str]:
 
 def _repl_new(app: App, rest: str) -> List[str]:
     known = {s["name"] for s in app.memory().sessions()}
-    name = next(f"talk {n}" for n in range(1, len(known) + 2) if f"talk {n}" not in known)
-    return _repl_session(app, name)
+    name = check_session(rest) if rest else next(
+        f"talk {n}" for n in range(1, len(known) + 2) if f"talk {n}" not in known)
+    if name in known:
+        return [f"there is a session {name!r} already; /session {name} goes on with it"]
+    app.organism().session = name
+    app.organism().session_id()
+    return [f"session {name}"]
 
 
 def _repl_compact(app: App, rest: str) -> List[str]:
@@ -11802,10 +11892,69 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     return "".join("▁▂▃▄▅▆▇█"[int((v - low) / (high - low or 1) * 7.999)] for v in thinned)
 
 
+# A page that needs nothing else: it is read where there is no network, in the light or the dark.
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>macrogpt</title><style>
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 44em; margin: 2em auto; padding: 0 1em }}
+svg {{ width: 100%; height: auto }} polyline {{ fill: none; stroke: currentColor }}
+text {{ font-size: 12px; fill: currentColor }} pre {{ white-space: pre-wrap }}
+</style><h1>macrogpt</h1><pre>{facts}</pre>{charts}</html>
+"""
+
+
+def stats_page(facts: Dict[str, Any]) -> str:
+    """Return the facts as one page, with the losses over life drawn."""
+    curves = {"held-out text": [(p["step"], p["held_out_bpc"]) for p in facts["progress"]
+                                if p["held_out_bpc"] is not None],
+              **{f"probe {name}": points for name, points in facts["probe_curves"].items()}}
+    charts = "".join(f"<h2>{html.escape(name)}</h2>{chart(points)}"
+                     for name, points in curves.items() if len(points) > 1)
+    return PAGE.format(facts=html.escape("\n".join(stats_lines(facts))), charts=charts)
+
+
+def chart(points: Sequence[Tuple[float, float]]) -> str:
+    """Return a drawing of bits per character over the steps of a life."""
+    steps, losses = zip(*points)
+    (left, right), (low, high) = ((min(values), max(values)) for values in (steps, losses))
+    line = " ".join(f"{50 + 540 * (step - left) / ((right - left) or 1):.1f},"
+                    f"{150 - 130 * (loss - low) / ((high - low) or 1):.1f}"
+                    for step, loss in points)
+    return (f'<svg viewBox="0 0 600 180" role="img" aria-label="from {losses[0]:.2f} to '
+            f'{losses[-1]:.2f} bits per character"><polyline points="{line}"/>'
+            f'<text x="0" y="24">{high:.2f}</text><text x="0" y="154">{low:.2f}</text>'
+            f'<text x="50" y="174">step {left:,}</text>'
+            f'<text x="590" y="174" text-anchor="end">{right:,}</text></svg>')
+
+
 def command_stats(app: App, words: List[str]) -> None:
-    """Say how large, how old and how good it is."""
+    """Say how large, how old and how good it is; with --html as a page with charts."""
     facts = stats_facts(app)
-    app.report(facts, stats_lines(facts))
+    if app.options.html is None:
+        app.report(facts, stats_lines(facts))
+        return
+    write_new(app.options.html, [stats_page(facts)])
+    app.report({"html": app.options.html}, [f"drawn in {app.options.html}"])
+
+
+def command_completion(app: App, words: List[str]) -> None:
+    """Print what makes a shell complete commands and options."""
+    options = [name for action in option_parser()._actions for name in action.option_strings
+               if action.help != argparse.SUPPRESS]
+    if words == ["fish"]:
+        lines = [f"complete -c macrogpt -n __fish_use_subcommand -a {name} -d '{text}'"
+                 for name, (_, _, _, text) in COMMANDS.items()]
+        lines += [f"complete -c macrogpt -l {name[2:]}" for name in options if name[:2] == "--"]
+    elif words == ["bash"]:
+        lines = [f"complete -o default -W '{' '.join([*COMMANDS, *options])}' macrogpt"]
+    elif words == ["zsh"]:
+        lines = ["#compdef macrogpt", f"_arguments '1:command:({' '.join(COMMANDS)})' "
+                 f"'*:word:_alternative \"options:option:({' '.join(options)})\" "
+                 "\"files:file:_files\"'"]
+    else:
+        raise UsageError(f"completion takes bash, zsh or fish, found {' '.join(words)!r}")
+    app.report({"script": lines}, lines)
 
 
 def command_log(app: App, words: List[str]) -> None:
@@ -12099,7 +12248,7 @@ COMMANDS: Dict[str, Tuple[Callable[[App, List[str]], Optional[int]], str, Tuple[
                "what it was told"),
     "sessions": (command_sessions, "[list | show NAME | rename OLD NEW | delete NAME]", (),
                  "the conversations"),
-    "stats": (command_stats, "", (), "how large, how old, how good it is"),
+    "stats": (command_stats, "", ("html",), "how large, how old, how good it is [--html FILE]"),
     "log": (command_log, "", ("last",), "its life, one line an event [--last N]"),
     "eval": (command_eval, "FILE", (), "bits per character on a text"),
     "bench": (command_bench, "", (), "the speed of this machine"),
@@ -12107,7 +12256,14 @@ COMMANDS: Dict[str, Tuple[Callable[[App, List[str]], Optional[int]], str, Tuple[
                "what is well and what is not; --rescue NEW saves what can be read"),
     "export": (command_export, "FILE", ("format", "mine"),
                "talks and what was told --format jsonl|markdown [--mine]"),
-    "import": (command_later, "DIR", (), "not there yet")}
+    "import": (command_later, "DIR", (), "not there yet"),
+    "completion": (command_completion, "bash|zsh|fish", (), "what makes a shell complete words")}
+
+EXAMPLES = {"chat": "--session work", "ask": "'where did I park?' < notes.txt",
+            "train": "--seconds 60", "generate": "'The sea' --tokens 50",
+            "memory": "search cat", "sessions": "show main", "stats": "--html page.html",
+            "log": "--last 20", "eval": "book.txt", "doctor": "--rescue saved.sqlite3",
+            "export": "talks.jsonl --format jsonl --mine", "completion": "bash"}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -12120,17 +12276,19 @@ class OneLineParser(argparse.ArgumentParser):
 
 def option_parser() -> argparse.ArgumentParser:
     """Return the parser of everything that may stand on the command line."""
-    table = "\n".join(f"  {name:10}{words}{': ' * bool(words)}{text}"
+    table = "\n".join(f"  {name:11}{words}{': ' * bool(words)}{text}"
                       for name, (_, words, _, text) in COMMANDS.items())
     parser = OneLineParser(
         prog="macrogpt", description="a small living mind in one file",
-        epilog="commands:\n" + table, formatter_class=argparse.RawDescriptionHelpFormatter)
+        epilog="commands, each with a --help of its own:\n" + table, add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("-h", "--help", action="store_true", help="show this, or what a command takes")
     add("command", nargs="?", default="chat", help="see below; chat by default")
     add("words", nargs="*", help=argparse.SUPPRESS)
     add("--db", metavar="PATH", help="the memory file (default memory.sqlite3)")
     add("--corpus", metavar="PATH", help="the text file to learn from (default nonames.txt)")
-    add("--session", metavar="NAME", default="main", help="pick or make a session")
+    add("--session", metavar="NAME", help="pick or make a session (default the one used last)")
     add("--set", metavar="FIELD=VALUE", action="append", default=[], help="change a setting")
     add("--seed", metavar="N", help="make what is random repeatable")
     add("--no-train", action="store_true", help="never start the trainer")
@@ -12147,14 +12305,27 @@ def option_parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, metavar="N", help="generate: so many tokens")
     add("--last", type=int, metavar="N", help="log: so many events")
     add("--format", metavar="FORMAT", help="export: the format to write")
+    add("--html", metavar="FILE", help="stats: draw them as a page")
     add("--rescue", metavar="NEW", help="doctor: copy all that can be read into a new store")
     add("--version", action="version", version=f"macrogpt {__version__}")
     return parser
 
 
+def help_of(name: str) -> str:
+    """Return what a command does, takes, and looks like."""
+    _, words, own, text = COMMANDS[name]
+    given = [f"  {' '.join(action.option_strings)} {action.metavar or ''}  {action.help}"
+             for action in option_parser()._actions if action.dest in own]
+    return "\n".join([f"usage: macrogpt {name} {words}".rstrip(), text, *given,
+                      f"example: macrogpt {name} {EXAMPLES.get(name, '')}".rstrip(),
+                      "macrogpt --help shows the options that every command takes"])
+
+
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options, checked against the command.  Raises UsageError or ConfigError."""
     options = option_parser().parse_intermixed_args(argv)
+    if options.help:
+        return options
     if options.command not in COMMANDS:
         raise UsageError(f"there is no command {options.command!r}; "
                          f"{_nearest_hint(options.command, list(COMMANDS))}")
@@ -12162,13 +12333,14 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     if options.words and not takes:
         raise UsageError(f"{options.command} takes no words, found {options.words[0]!r}; "
                          f"see --help, or to talk: ask {' '.join(options.words)}")
-    for name in ("steps", "seconds", "tokens", "last", "format", "mine", "rescue"):
+    for name in ("steps", "seconds", "tokens", "last", "format", "mine", "rescue", "html"):
         value = getattr(options, name)
         if value is not None and name not in own:
             raise UsageError(f"{options.command} takes no --{name}; see --help")
         if isinstance(value, (int, float)) and not 0 < value < math.inf:
             raise UsageError(f"--{name} {value} is not above 0; give a positive number")
-    options.session = check_session(decode_line(os.fsencode(options.session)))
+    if options.session is not None:
+        options.session = check_session(decode_line(os.fsencode(options.session)))
     named = {"db_path": options.db, "corpus_path": options.corpus, "seed": options.seed}
     options.assignments = options.set + [
         f"{name}={value}" for name, value in named.items() if value is not None]
@@ -12178,6 +12350,10 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 def run(argv: Sequence[str], terminal: Terminal) -> int:
     """Run one command and return its exit code."""
     options = parse_options(argv)
+    if options.help:
+        known = options.command in COMMANDS and options.command in argv
+        terminal.say(help_of(options.command) if known else option_parser().format_help().rstrip())
+        return 0
     terminal = Terminal(terminal.out, terminal.err, options.color, options.quiet)
     if options.debug:
         os.environ["MACROGPT_DEBUG"] = "1"

@@ -243,7 +243,7 @@ class Silence(unittest.TestCase):
                 ("We got engaged on the boat!", "the boat", m.GLAD_REPLIES),
                 ("There's a wasp in my kitchen and I hide.", "the wasp", m.HEARD_REPLIES),
                 ("I have played the banjo since 1962.", "the banjo", m.KEPT_REPLIES),
-                ("Is it warm in Lisbon?", "Lisbon", m.GUESS_REPLIES),
+                ("Is it warm in Lisbon?", "Lisbon", m.UNKNOWN_REPLIES),
                 ("Can you remind me of my pills?", "your pills", m.CANNOT_REPLIES),
                 ("Is it raining again?", "", m.GUESS_REPLIES),
                 ("Where did I put my keys?", "your keys", m.UNKNOWN_REPLIES)):
@@ -292,7 +292,7 @@ class Turns(unittest.TestCase):
             self.assertIsNone(turn.trace)
 
     def test_what_nobody_told_the_model_is_not_asked_for_however_bold_it_is(self):
-        for text, said in (("what is my dog called?", m.UNKNOWN_REPLIES),
+        for text, said in (("what is my dog called?", [m.UNKNOWN_REPLIES[0].format("your dog")]),
                            ("My sister is called Olga.", ["I will keep that about your sister."])):
             turn = self.turn(text, boldness=99.0)
             self.assertIn(turn.said_text, said)
