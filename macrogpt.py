@@ -5883,6 +5883,10 @@ def _connect_to_read(path: str, how: str = "mode=ro") -> sqlite3.Connection:
     """Return a connection that changes nothing; to a copy, where there is more to do than read."""
     if path == ":memory:":
         return _connect(path)
+    with contextlib.suppress(OSError, sqlite3.Error), open(path + "-journal", "rb") as journal:
+        if journal.read(1):  # a kill left a commit half done, which whoever comes first takes back
+            with contextlib.closing(sqlite3.connect(path)) as db:
+                db.execute("SELECT count(*) FROM sqlite_master").fetchone()
     name = f"file:{urllib.parse.quote(os.path.abspath(path))}?{how}"
     db = sqlite3.connect(name, SECONDS_LOCKED, isolation_level=None, check_same_thread=False,
                          uri=True)
@@ -5890,7 +5894,7 @@ def _connect_to_read(path: str, how: str = "mode=ro") -> sqlite3.Connection:
         version = db.execute("PRAGMA user_version").fetchone()[0]
     except sqlite3.OperationalError:
         db.close()
-        if "immutable" in how:
+        if "immutable" in how or os.path.exists(path + "-journal"):
             raise
         return _connect_to_read(path, "immutable=1")  # left in WAL mode, where nobody may write
     if how == "mode=ro" and 0 < version < len(MIGRATIONS):

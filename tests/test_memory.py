@@ -274,6 +274,8 @@ class Transactions(MemoryCase):
         process.join()
         self.assertEqual(process.exitcode, -signal.SIGKILL)
         self.assertTrue(os.path.exists(self.db + "-journal"), "half of it had been written")
+        with contextlib.closing(m.Memory(self.db, writable=False)) as report:
+            self.assertEqual((report.entry_count(), list(report.faults())), (0, []))
         memory = self.open()
         self.assertEqual(memory.settings(""), {"kept": 1})
         self.assertEqual((memory.entry_count(), memory.layers()), (0, {}))
