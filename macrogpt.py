@@ -11290,7 +11290,7 @@ def _stream_reply(app: App, line: str) -> None:
         app.terminal.say("  »", " ", app.terminal.colored)
         at, columns = 4, app.terminal.columns
         for piece in pieces:
-            if at > 4 and columns and at + width_of(piece.rstrip()) > columns:
+            if at > 4 and columns and at + width_of(piece.rstrip()) >= columns:
                 app.terminal.say("\n    ", end="")
                 at = 4
             app.terminal.say(piece, end="")

@@ -1,5 +1,6 @@
 """Claims about the INTERFACE: streams, codes, options; in real processes: pipes and signals."""
 import contextlib
+import html.parser
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import unittest
+from pathlib import Path
 from unittest import mock
 
 import macrogpt as m
@@ -212,6 +214,24 @@ class Reports(ProcessCase):
 
 
 class Piped(ProcessCase):
+    def test_a_chat_goes_on_where_the_last_one_was_and_a_new_session_may_be_named(self):
+        self.assertEqual(self.chat("Who are you?", "/new boats", "/new boats", "/session"), [
+            "I am a small lantern in a big house.", "session boats",
+            "there is a session 'boats' already; /session boats goes on with it", "session boats"])
+        self.assertEqual(self.chat("/session", "/session ma"), ["session boats", "session main"])
+
+    def test_help_completion_and_a_page_of_stats(self):
+        self.assertIn("example: macrogpt log --last 20", self.good("log", "--help"))
+        for shell in ("bash", "zsh", "fish"):
+            said = self.good("completion", shell)
+            self.assertTrue("sessions" in said and "wait-trained" in said, said)
+        self.good("stats", "--html", self.path("page.html"))
+        page = Path(self.path("page.html")).read_text(encoding="utf-8")
+        self.assertIn("parameters", page)
+        html.parser.HTMLParser().feed(page)
+        points = [(0, 3.0), (50, 2.0), (90, 2.5)]
+        self.assertIn('points="50.0,20.0 350.0,150.0 590.0,85.0"', m.chart(points))
+
     def test_each_line_gives_exactly_one_line_in_order_whatever_it_is(self):
         said = self.chat("Who are you?", "", "What do you eat?", "   ", "zzz?",
                          b"Where does the heron sleep?\r\n", b"\xff\xfe caf\xe9 \x80\x00\x1b[2J\n",
@@ -467,6 +487,33 @@ class InATerminal(ProcessCase):
 
     def type(self, text):
         os.write(self.master, text.encode("utf-8"))
+
+    def test_words_fit_a_narrow_window_and_a_pasted_block_is_one_message(self):
+        import fcntl
+        import struct
+        import termios
+        self.expect("you> ")
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
+        self.type("Who are you?\r")
+        shown = self.expect("you> ").split("»")[1].replace("\x1b[0m", "").split("\r\n")
+        self.assertEqual(" ".join("".join(f"{part} " for part in shown).split()),
+                         "I am a small lantern in a big house.")
+        self.assertLessEqual(max(map(len, shown)), 20)
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        if importlib.util.find_spec("readline"):
+            self.type("/sess\t")
+            self.expect("ion")
+            self.type("s\r")
+            self.assertIn("main", self.expect("you> "))
+            self.type("\x1b[200~The boat is blue.\nIt is old.\x1b[201~")
+            self.expect("old.")
+            self.type("\r")
+            self.expect("you> ")
+            self.assertEqual(self.owner_said()[1:], ["The boat is blue.\nIt is old."])
+            with open(self.path(".macrogpt_history"), encoding="utf-8") as file:
+                self.assertIn("Who are you?", file.read(), "kept as it grows")
+        self.type("\x04")
+        self.leave(0)
 
     def interrupt(self):
         """Press Ctrl+C once the prompt has come to rest: before that input() does not see it."""
