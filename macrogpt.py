@@ -8302,15 +8302,16 @@ CANNOT_REPLIES = ("That is more than I can do, I am sorry. But tell me about {}.
 SAD_REPLIES = ("I am sorry. Tell me more about {}.", "I am sorry to read that. How are you now?",
                "That sounds hard. Who is with you in this?")
 GLAD_REPLIES = ("How good! Tell me more about {}.", "That is good to read. What comes next?")
-HEARD_REPLIES = ("Tell me more about {}.", "And {}, how is that for you?",
-                 "I did not expect {}. What happened then?",
-                 "I will keep that with care. How is it for you?", "I keep it. What comes next?",
-                 "That stays with me. Tell me more.")
-GUESS_REPLIES = ("I know too little about {} to say. What do you think?",
+HEARD_REPLIES = ("I will keep that about {}. How is it for you?",
+                 "Tell me more about {}. How is it for you?",
+                 "I will keep that with care. How is it for you?",
+                 "That stays with me. What happened then?", "I keep it. What comes next?")
+GUESS_REPLIES = ("I am too small to know much about {}, sorry. What do you think?",
                  "About {} I could only guess. Who near you would know?",
-                 "I have read nothing yet about {}. Tell me, and I will keep it.",
-                 "That I cannot say from in here. What do you think yourself?",
+                 "I cannot know that from in here, sorry. Who near you could tell?",
                  "I can only guess at that. What would you say?")
+WORRY_REPLIES = ("I cannot know that from in here, and I am sorry that it weighs on you. Who near "
+                 "you could help?", "I wish I knew. Whom do you trust with such a question?")
 
 
 def feeling_of(line: Line) -> int:
@@ -8370,15 +8371,16 @@ def silence(text: str, rejected: Container[str] = (), said: Container[str] = (),
     """
     lex, asking = lexicon(), asks(text)
     line = lex.line(text[:MAX_ASKED_CHARS])
+    feeling = feeling_of(line)
     foreign = " ".join(lex.phrases["unknown" if asking else "kept", line.language])
     wished = [i for i, word in enumerate(line.words[:5]) if "request" in word.classes]
     if wished and (wished[0] == 0 or any("you" in word.classes for word in line.words[:5])):
         ways = CANNOT_REPLIES
     elif asking:
-        ways = UNKNOWN_REPLIES if asks_for_a_fact(text) else GUESS_REPLIES
+        ways = (WORRY_REPLIES if feeling < 0 else
+                UNKNOWN_REPLIES if asks_for_a_fact(text) else GUESS_REPLIES)
     else:
         plain = len(folded_words(text)) < PLAIN_WORDS and (not topic or names_something(text))
-        feeling = feeling_of(line)
         ways = (SAD_REPLIES if feeling < 0 else GLAD_REPLIES if feeling > 0 else
                 KEPT_REPLIES if plain else HEARD_REPLIES)
     ways = [f"{foreign}."] if foreign else [
