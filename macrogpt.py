@@ -6277,7 +6277,8 @@ refers.en: he she it they him them his her its their, er ihn ihm sein seine sein
  paid sent booked got ordered, erledigt gekauft, hecho comprado, fait acheté, more.en: heavier
  older bigger larger taller longer higher wider deeper faster dearer more later, schwerer älter
  größer länger teurer, less.en: lighter younger smaller shorter lower narrower cheaper slower less
- fewer earlier, leichter jünger kleiner kürzer billiger, corrects.en: scrap, reckons.en: calculate
+ fewer earlier, leichter jünger kleiner kürzer billiger, sums.en: together altogether total,
+ zusammen insgesamt, juntos juntas total, ensemble total, corrects.en: scrap, reckons.en: calculate
  compute sum makes equal equals much reckon result, request.en: write help make recommend suggest
  explain translate sing play draw find set remind call send look compose invent advise, duty.en:
  have_to has_to need_to got_to must, muss, tengo_que debo, dois, birth.en: born birthday, geboren,
@@ -7709,6 +7710,38 @@ def _topic(lex: Lexicon, question: str, reply: str, pronoun: str) -> str:
                 found[0][1] if found else "")
 
 
+def feeling_of(line: Line) -> int:
+    """Return the sign of what a sentence feels: −1 for sad, 1 for glad, 0 for neither or both."""
+    felt = sum(("glad" in word.classes) - ("sad" in word.classes) for word in line.words)
+    return (felt > 0) - (felt < 0)
+
+
+def things_named(lex: Lexicon, line: Line) -> Iterator[Tuple[Word, str]]:
+    """Yield (head, words) of what a sentence names by a name, or as whose or which it is: the wasp.
+
+    A run of telling words is one thing, as far as no verb breaks it: my driving test; my boss took.
+    """
+    words, telling = line.words, {*line.telling}
+    joined = {i for i, word in enumerate(words) if i in telling or word.word == "'s"}
+    asking = bool(words) and bool(words[0].classes & {"question", "aux"})
+    for start in (i for i in line.telling if i - 1 not in joined):
+        end, led = start, start > 0 and bool(words[start - 1].classes & {"det", "own", "other"})
+        verbs = ("ed", "ing", "s") if start <= led else ("ed", "ing")  # my knee clicks
+        while end + 1 in joined and (line.caps[end + 1] or words[end + 1].word == "'s" or not (
+                words[end + 1].word in lex.odd or words[end + 1].word[3:].endswith(verbs))):
+            end += 1
+        if asking and end == len(words) - 1 and not line.caps[end]:
+            end = max(start, end - 1)  # does the oracle wear; is my old bike safe
+        end -= words[end].word == "'s"
+        if not led:  # called Olga
+            start = next((i for i in range(start, end) if line.caps[i]), end)
+        if led or line.caps[end] and end > 0:
+            said = " ".join(word.text for word in words[start:end + 1]).replace(" 's", "'s")
+            lead = words[start - 1].word if led else ""
+            own = led and "own" in words[start - 1].classes
+            yield words[end], f"{lead if own else 'the'} {said}" if led else said
+
+
 # what is asked of the memory as a whole
 
 
@@ -7863,7 +7896,8 @@ def list_items(lex: Lexicon, memory: Memory, name: AbstractSet[str], kind: str =
                 items, used = [*items, *_split_items(_object(lex, unit.line))], [*used, unit]
             elif used and "not" not in unit.line.has and (
                     ours and "strikes" in unit.line.has or "done" in unit.line.has
-                    or kind == "todo" and "aux" in unit.line.has):
+                    or kind == "todo" and (  # the kettle's descaled
+                        "aux" in unit.line.has or any(w.word == "'s" for w in unit.line.words))):
                 kept = [item for item in items if not {w.stem for w in lex.line(item).words if
                         "function" not in w.classes} & {w.stem for w in unit.line.words}]
                 used += [unit] * (kept != items)
@@ -7968,25 +8002,33 @@ def _value(lex: Lexicon, word: Word, line: Line) -> Optional[float]:
 
 
 def _compared(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
-             today: datetime.date) -> Looked:
-    """Which of two is more or less, where both were told in one unit: the crate or the trunk?"""
-    more, less = (kind in asked.line.has for kind in ("more", "less"))
-    parts = re.split(r",? (?:or|oder|o|ou) ", asked.line.text)
-    if not (more or less) or len(parts) != 2:
+              today: datetime.date) -> Looked:
+    """What told numbers come to: which of two things is more, by how much, or both together."""
+    more, less, sums = (kind in asked.line.has for kind in ("more", "less", "sums"))
+    names = [said for _, said in things_named(lex, asked.line)]
+    if not (more or less or sums) or len(names) < 2:
         return None
-    found: List[Tuple[float, Unit, str]] = []
-    for part in (re.split(r", ", parts[0])[-1], parts[1]):
-        for unit in reversed(_about(lex, memory, analyzed(lex, part))):
-            digits_first = sorted(unit.line.words, key=lambda w: not w.word[:1].isdigit())
-            values = [v for v in (_value(lex, w, unit.line) for w in digits_first) if v is not None]
-            if values:
-                found.append((values[0], unit, part.strip(" ?.")))
-                break
-    if len(found) != 2 or found[0][0] == found[1][0]:
+    found = [each for each in (_figure_of(lex, memory, name) for name in names) if each]
+    if len(found) < 2 or len({value for value, _, _ in found}) < 2 and not sums:
         return None
-    _, _, name = (max if more else min)(found, key=itemgetter(0))
-    said = " ".join(dict.fromkeys(said_back(lex, unit, today) for _, unit, _ in found))
-    return f"{turned(name)[:1].upper()}{turned(name)[1:]}. {said}", [unit for _, unit, _ in found]
+    told = " ".join(dict.fromkeys(said_back(lex, unit, today) for _, unit, _ in found))
+    values = [value for value, _, _ in found]
+    if sums or asked.slot:  # how much longer
+        lead = f"{sum(values) if sums else max(values) - min(values):g}: "
+    else:
+        name = turned((max if more else min)(found, key=itemgetter(0))[2])
+        lead = f"{name[:1].upper()}{name[1:]}. "
+    return lead + told, [unit for _, unit, _ in found]
+
+
+def _figure_of(lex: Lexicon, memory: Memory, name: str) -> Optional[Tuple[float, Unit, str]]:
+    """Return the number told last of a thing, the statement, and the thing; None where none was."""
+    for unit in reversed(_about(lex, memory, analyzed(lex, name))):
+        digits_first = sorted(unit.line.words, key=lambda w: not w.word[:1].isdigit())
+        values = [v for v in (_value(lex, w, unit.line) for w in digits_first) if v is not None]
+        if values:
+            return values[0], unit, name
+    return None
 
 
 def _counted_up(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
@@ -8312,38 +8354,6 @@ GUESS_REPLIES = ("I am too small to know much about {}, sorry. What do you think
                  "I can only guess at that. What would you say?")
 WORRY_REPLIES = ("I cannot know that from in here, and I am sorry that it weighs on you. Who near "
                  "you could help?", "I wish I knew. Whom do you trust with such a question?")
-
-
-def feeling_of(line: Line) -> int:
-    """Return the sign of what a sentence feels: −1 for sad, 1 for glad, 0 for neither or both."""
-    felt = sum(("glad" in word.classes) - ("sad" in word.classes) for word in line.words)
-    return (felt > 0) - (felt < 0)
-
-
-def things_named(lex: Lexicon, line: Line) -> Iterator[Tuple[Word, str]]:
-    """Yield (head, words) of what a sentence names by a name, or as whose or which it is: the wasp.
-
-    A run of telling words is one thing, as far as no verb breaks it: my driving test; my boss took.
-    """
-    words, telling = line.words, {*line.telling}
-    joined = {i for i, word in enumerate(words) if i in telling or word.word == "'s"}
-    asking = bool(words) and bool(words[0].classes & {"question", "aux"})
-    for start in (i for i in line.telling if i - 1 not in joined):
-        end, led = start, start > 0 and bool(words[start - 1].classes & {"det", "own", "other"})
-        verbs = ("ed", "ing", "s") if start <= led else ("ed", "ing")  # my knee clicks
-        while end + 1 in joined and (line.caps[end + 1] or words[end + 1].word == "'s" or not (
-                words[end + 1].word in lex.odd or words[end + 1].word[3:].endswith(verbs))):
-            end += 1
-        if asking and end == len(words) - 1 and not line.caps[end]:
-            end = max(start, end - 1)  # does the oracle wear; is my old bike safe
-        end -= words[end].word == "'s"
-        if not led:  # called Olga
-            start = next((i for i in range(start, end) if line.caps[i]), end)
-        if led or line.caps[end] and end > 0:
-            said = " ".join(word.text for word in words[start:end + 1]).replace(" 's", "'s")
-            lead = words[start - 1].word if led else ""
-            own = led and "own" in words[start - 1].classes
-            yield words[end], f"{lead if own else 'the'} {said}" if led else said
 
 
 def spoken_of(lex: Lexicon, text: str) -> str:

@@ -369,6 +369,17 @@ class Days(Folder, unittest.TestCase):
         with open(self.db, "rb") as file:
             self.assertNotIn(b"quazzel", file.read().lower())
 
+    def test_numbers_of_two_things_are_compared_taken_from_each_other_and_summed(self):
+        said = self.at("2026-05-08T09:00", "The Tweed is 155 kilometres long.",
+                       "The Tees is 137 kilometres long.", "The clutch cost 420 pounds.",
+                       "The labour was 180 pounds.", "Which is longer, the Tees or the Tweed?",
+                       "How many kilometres longer is the Tweed than the Tees?",
+                       "What did the clutch and the labour cost together?",
+                       "What did the clutch and the tyres cost together?")
+        self.assertEqual([line.split()[:2] for line, _ in said[4:7]],
+                         [["The", "Tweed."], ["18:", "The"], ["600:", "The"]])
+        self.assertNotIn("420:", said[7][0])
+
     def test_the_very_words_of_a_statement_forget_it_alone_among_many_alike(self):
         words = [f"The {a} of room {i} is kept in the {b} box." for i, (a, b) in enumerate(
             itertools.permutations("oboe urn mirror velvet dagger jasper ribbon".split(), 2))]
