@@ -5990,15 +5990,13 @@ def _store_trouble(path: str, error: Exception) -> str:
 # one sentence, and what holds for one language only is data.
 
 UNKNOWN_REPLY = "I do not know that yet. Tell me, and I will keep it."
-UNKNOWN_REPLIES = ("I do not know that about {} yet. Tell me, and I will keep it.",
-                   UNKNOWN_REPLY, "That is something I was never told.",
+UNKNOWN_REPLIES = (UNKNOWN_REPLY, "That is something I was never told.",
                    "I have nothing about that in my memory.", "I cannot say; nobody told me.")
 KEPT_REPLY = "I will keep that."
-KEPT_REPLIES = ("I will keep that about {}.", KEPT_REPLY, "I have it now.",
-                "That is in my memory now.")
+KEPT_REPLIES = (KEPT_REPLY, "I have it now.", "That is in my memory now.",
+                "I have read it, thank you.")
 STEM_CHARS = 5
 WEAK_SCORE = 0.45       # an exchange that fits so well is like what was said
-LEAST_LIKE = 0.6        # what vectors find and fits less was rated lower than "tell me more"
 NEAR_SCORE = 0.035      # exchanges that fit equally well up to this are equals
 FEWEST_ENTRIES = 2000   # as if: in a small memory a word is rare by chance
 MOST_HELD = 100         # entries that one word brings, newest first
@@ -6292,11 +6290,11 @@ ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, rec
 sad.en: died dies dying dead death funeral buried grief cancer hospital surgery diagnosed ill sick
  hurt hurts pain crying cry cried lonely alone scared afraid worried anxious sad depressed miss
  misses divorce divorced fired failed lost stolen broke broken awful terrible worst horrible empty
- guilty ashamed tired exhausted stressed nightmare accident crash headache angry furious shouted
- dumped rejected cheated upset hate nobody, traurig gestorben tot krank einsam angst verloren müde
- wütend, triste murió muerto enfermo enferma miedo perdí cansado cansada, triste mort morte malade
- peur perdu fatigué fatiguée, glad.en: happy glad won engaged pregnant promoted promotion wonderful
- lovely excited proud celebrate congratulations yay benign joy, glücklich froh gewonnen bestanden
+ guilty ashamed exhausted stressed nightmare accident crash headache angry furious shouted dumped
+ rejected cheated upset hate, traurig gestorben tot krank einsam angst verloren müde wütend, triste
+ murió muerto enfermo enferma miedo perdí cansado cansada, triste mort morte malade peur perdu
+ fatigué fatiguée, glad.en: happy glad won engaged pregnant promoted promotion wonderful lovely
+ excited proud celebrate congratulations yay benign joy, glücklich froh gewonnen bestanden
  schwanger verliebt, feliz contento contenta gané embarazada, heureux heureuse content contente
  gagné enceinte
 short.en: 'm/am 're/are 've/have 'll/will 'd/would whats/what_is wheres/where_is whos/who_is
@@ -8177,7 +8175,7 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
                      (told[0].entry, *told[0].others)), fits
     sure = 1.0 if not like else (2.0 + least if factual else 1.0 + 2.0 * least) / 3.0
     exchange = Reply(said[0].answer, "tool" if said[0].told else "exchange", said[0].entry,
-                     alike) if said and alike >= max(least, LEAST_LIKE * bool(like)) else None
+                     alike) if said and alike >= least else None
     if exchange and (alike >= sure or not (factual or names_something(text))):
         return exchange, fits
     quote = _quotation(known, text, told[:2], factual)
@@ -8336,68 +8334,43 @@ def rejection(question: str, answer: str) -> str:
     return f"{line_key(asked):x}:{line_key(' '.join(folded_words(answer))):x}"
 
 
-# What is said where nothing fits; in those with braces stands what the text is about.
-CANNOT_REPLIES = ("That is more than I can do, I am sorry. But tell me about {}.",
-                  "I am too small for that one, sorry. What matters most to you about {}?",
-                  "That is more than I can do yet, I am sorry. What is it for?",
-                  "I am too small for that one, sorry. Shall we talk about it instead?")
-SAD_REPLIES = ("I am sorry. Tell me more about {}.", "I am sorry to read that. How are you now?",
+CANNOT_REPLIES = ("That is more than I can do yet, I am sorry. What is it for?",
+                  "I am too small for that one, sorry. Shall we talk about it instead?",
+                  "I cannot do that well yet, I am sorry. Tell me more about it?")
+HEARD_REPLIES = ("I will keep that with care. How is it for you?", "I keep it. What comes next?",
+                 "That stays with me. Tell me more.", "I have read it. How do you feel about it?")
+SAD_REPLIES = ("I am sorry. Do you want to tell me more about it?",
+               "I am sorry to read that. How are you now?",
                "That sounds hard. Who is with you in this?")
-GLAD_REPLIES = ("How good! Tell me more about {}.", "That is good to read. What comes next?")
-HEARD_REPLIES = ("I will keep that about {}. How is it for you?",
-                 "Tell me more about {}. How is it for you?",
-                 "I will keep that with care. How is it for you?",
-                 "That stays with me. What happened then?", "I keep it. What comes next?")
-GUESS_REPLIES = ("I am too small to know much about {}, sorry. What do you think?",
-                 "About {} I could only guess. Who near you would know?",
-                 "I cannot know that from in here, sorry. Who near you could tell?",
+GUESS_REPLIES = ("I cannot know that from in here, sorry. Who near you could tell?",
                  "I can only guess at that. What would you say?")
 WORRY_REPLIES = ("I cannot know that from in here, and I am sorry that it weighs on you. Who near "
                  "you could help?", "I wish I knew. Whom do you trust with such a question?")
 
 
-def spoken_of(lex: Lexicon, text: str) -> str:
-    """Return the first thing that a text names, as one says it back: your landlord; or "".
-
-    Where a part of it says a feeling, it is a thing of that part.
-    """
-    opened = lex.opened(text[:MAX_ASKED_CHARS])[0]
-    lines = [lex.line(part) for part in re.split(r"[.,;:!?]\s", opened)]
-    named = [(head, said) for line in [line for line in lines if feeling_of(line)] or lines
-             for head, said in things_named(lex, line)
-             if not (head.classes & {"function", "idle", "request"} or _is_number(lex, head)
-                     or head.stem in lex.kinds["time"] | lex.kinds["unit"])]
-    names = [said for head, said in named if said[:1].isupper() and is_question(text)]
-    best = (names or [said for _, said in named] or [""])[0]
-    return turned(f"a {best}")[2:] if best else ""
-
-
-def silence(text: str, rejected: Container[str] = (), said: Container[str] = (),
-            topic: str = "") -> str:
+def silence(text: str, rejected: Container[str] = (), said: Container[str] = ()) -> str:
     """Return what to say when there is nothing to say: that it is kept, or that it is not known.
 
-    It names what the text is about, where that is known. It is not said in words that were just
-    said, nor in those that were rejected.
+    It is not said in words that were just said, nor in those that were rejected. To name what the
+    text is about was tried, and rated lower: 0.9 of 3 against 1.4.
     """
     lex, asking = lexicon(), asks(text)
     line = lex.line(text[:MAX_ASKED_CHARS])
-    feeling = feeling_of(line)
-    foreign = " ".join(lex.phrases["unknown" if asking else "kept", line.language])
-    wished = [i for i, word in enumerate(line.words[:5]) if "request" in word.classes]
-    if wished and (wished[0] == 0 or any("you" in word.classes for word in line.words[:5])):
+    sad, words = feeling_of(line) < 0, line.words[:5]
+    own = " ".join(lex.phrases["unknown" if asking else "kept", line.language])
+    wished = [i for i, word in enumerate(words) if "request" in word.classes]
+    if wished and (wished[0] == 0 or any("you" in word.classes for word in words)):
         ways = CANNOT_REPLIES
     elif asking:
-        ways = (WORRY_REPLIES if feeling < 0 else
+        ways = (WORRY_REPLIES if sad else
                 UNKNOWN_REPLIES if asks_for_a_fact(text) else GUESS_REPLIES)
     else:
-        plain = len(folded_words(text)) < PLAIN_WORDS and (not topic or names_something(text))
-        ways = (SAD_REPLIES if feeling < 0 else GLAD_REPLIES if feeling > 0 else
-                KEPT_REPLIES if plain else HEARD_REPLIES)
-    ways = [f"{foreign}."] if foreign else [
-        way.format(topic) for way in ways if topic or "{" not in way]
-    ways = [words for words in ways if rejection(text, words) not in rejected]
-    fresh = [words for words in ways if words not in said]
-    return (fresh or ways or [UNKNOWN_REPLY])[0]
+        plain = len(folded_words(text)) < PLAIN_WORDS and states_a_fact(text)
+        ways = SAD_REPLIES if sad else KEPT_REPLIES if plain else HEARD_REPLIES
+    ways = (f"{own}.",) if own else ways
+    kept = [words for words in ways if rejection(text, words) not in rejected]
+    fresh = [words for words in kept if words not in said]
+    return (fresh or kept or [UNKNOWN_REPLY])[0]
 
 
 # forgetting
@@ -8880,12 +8853,12 @@ class Turn:
                 yield from re.findall(r"\S+\s*", best.text)
                 return
         like = next((fit for fit in self.fits if is_exchange(fit.entry)), None)
-        least = LEAST_LIKE if mind.sayings else LEAST_FIT
+        least = mind.config.recall_score if mind.sayings else LEAST_FIT
         if not factual and like and like.score >= least:
             yield from self._replied(Reply(like.answer, "exchange", like.entry, like.score))
         else:
             newest = {words for _, words in self.turns[-2 * FRESH_EXCHANGES:]}
-            yield silence(text, self.rejected, newest, spoken_of(lexicon_of(self.memory), text))
+            yield silence(text, self.rejected, newest)
 
     def _forgotten(self, wish: str) -> str:
         """Forget the one statement that a wish means, or say which it may be."""

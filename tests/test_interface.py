@@ -239,7 +239,7 @@ class Piped(ProcessCase):
         self.assertEqual(len(said), 9, "a last line without its end is a line")
         self.assertEqual({said[0], said[8]}, {"I am a small lantern in a big house."})
         self.assertEqual(said[2], "I eat words and a little electricity.")
-        self.assertIn(said[4], m.GUESS_REPLIES)
+        self.assertIn(said[4], m.GUESS_REPLIES + m.UNKNOWN_REPLIES)
         self.assertEqual(said[5], "The heron sleeps beside the mill pond.")
         self.assertTrue(all(line.strip() for line in said))
         self.assertEqual(self.chat(), [])
@@ -495,10 +495,10 @@ class InATerminal(ProcessCase):
         self.expect("you> ")
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
         self.type("Who are you?\r")
-        shown = self.expect("you> ").split("»")[1].replace("\x1b[0m", "").split("\r\n")
-        self.assertEqual(" ".join("".join(f"{part} " for part in shown).split()),
-                         "I am a small lantern in a big house.")
+        shown = (self.expect("house.").split("»")[1] + "house.").replace("\x1b[0m", "").split("\r\n")
+        self.assertEqual(" ".join(" ".join(shown).split()), "I am a small lantern in a big house.")
         self.assertLessEqual(max(map(len, shown)), 20)
+        self.expect("you> ")
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         if importlib.util.find_spec("readline"):
             self.type("/sess\t")

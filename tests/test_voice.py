@@ -233,22 +233,11 @@ class Silence(unittest.TestCase):
                 ("write me a letter to the mayor", *m.CANNOT_REPLIES),
                 ("Could you help me with my taxes?", *m.CANNOT_REPLIES),
                 ("The bus left without me and then it rained all the way.", *m.HEARD_REPLIES),
-                ("Where did I put my keys?", *m.UNKNOWN_REPLIES)):
+                ("Where did I put my keys?", *m.UNKNOWN_REPLIES),
+                ("We buried him on Monday and the house is so quiet.", *m.SAD_REPLIES),
+                ("My chest hurts, should I be worried?", *m.WORRY_REPLIES),
+                ("Do you think it will rain?", *m.GUESS_REPLIES)):
             self.assertIn(m.silence(text), said)
-
-    def test_it_names_what_the_text_is_about(self):
-        for text, topic, said in (
-                ("My boss took credit for my report.", "your boss", m.HEARD_REPLIES),
-                ("I am tired. The old cat died on Sunday.", "the old cat", m.SAD_REPLIES),
-                ("We got engaged on the boat!", "the boat", m.GLAD_REPLIES),
-                ("There's a wasp in my kitchen and I hide.", "the wasp", m.HEARD_REPLIES),
-                ("I have played the banjo since 1962.", "the banjo", m.KEPT_REPLIES),
-                ("Is it warm in Lisbon?", "Lisbon", m.UNKNOWN_REPLIES),
-                ("Can you remind me of my pills?", "your pills", m.CANNOT_REPLIES),
-                ("Is it raining again?", "", m.GUESS_REPLIES),
-                ("Where did I put my keys?", "your keys", m.UNKNOWN_REPLIES)):
-            self.assertEqual(m.spoken_of(m.lexicon(), text), topic)
-            self.assertIn(m.silence(text, (), (), topic), [way.format(topic) for way in said])
 
     def test_it_varies_and_says_nothing_that_was_rejected(self):
         said = {m.UNKNOWN_REPLY}
@@ -292,8 +281,8 @@ class Turns(unittest.TestCase):
             self.assertIsNone(turn.trace)
 
     def test_what_nobody_told_the_model_is_not_asked_for_however_bold_it_is(self):
-        for text, said in (("what is my dog called?", [m.UNKNOWN_REPLIES[0].format("your dog")]),
-                           ("My sister is called Olga.", ["I will keep that about your sister."])):
+        for text, said in (("what is my dog called?", m.UNKNOWN_REPLIES),
+                           ("My sister is called Olga.", m.KEPT_REPLIES)):
             turn = self.turn(text, boldness=99.0)
             self.assertIn(turn.said_text, said)
             self.assertEqual((turn.reply.source, turn.reply.entry, turn.trace),
@@ -315,7 +304,7 @@ class Turns(unittest.TestCase):
         alone = self.turn("well it rains on and on", boldness=99.0, mix=0)
         self.assertEqual((alone.reply.source, alone.trace), ("voice", None))
         timid = self.turn("well it rains on and on", boldness=0.0)
-        self.assertEqual((timid.reply.source, timid.said_text in m.KEPT_REPLIES), ("nothing", True))
+        self.assertEqual((timid.reply.source, timid.said_text in m.HEARD_REPLIES), ("nothing", True))
 
     def test_what_was_rejected_is_not_said_again_to_the_same(self):
         for text in ("well it rains on and on", "tell me a joke", "what is my cat called?"):
