@@ -7565,11 +7565,14 @@ def _exchange_fits(lex: Lexicon, memory: Memory, asked: Asked, text: str,
                 if near and score < 1.0:
                     score = min(0.98, (score + 4.0 * near.get((entry.key, place), 0.0)) / 5.0)
                 answer, strange = fitted_answer(lex, text, words, answer)
-                if felt * feeling_of(lex.line(f"{words} {answer}")) < 0:
+                saying = lex.line(words)
+                if felt * feeling_of(saying) < 0 or felt * feeling_of(lex.line(answer)) < 0:
                     strange += 1.0  # glad of what is sad
+                strange += 0.5 * (("not" in saying.has) != ("not" in line.has))  # no thanks
                 said = filled_in(lex, memory, answer, text)
                 if said is not None:  # what is said further on hangs on what was said before
-                    yield Recall(score / (1.0 + (place > 0) + strange), entry, said,
+                    later = (place > 0) * (0.2 if same else 1.0)
+                    yield Recall(score / (1.0 + later + strange), entry, said,
                                  answer if said != answer else "")
 
 
