@@ -7571,8 +7571,7 @@ def _exchange_fits(lex: Lexicon, memory: Memory, asked: Asked, text: str,
                 strange += 0.5 * (("not" in saying.has) != ("not" in line.has))  # no thanks
                 said = filled_in(lex, memory, answer, text)
                 if said is not None:  # what is said further on hangs on what was said before
-                    later = (place > 0) * (0.2 if same else 1.0)
-                    yield Recall(score / (1.0 + later + strange), entry, said,
+                    yield Recall(score / (1.0 + (place > 0) + strange), entry, said,
                                  answer if said != answer else "")
 
 
