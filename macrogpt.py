@@ -5054,8 +5054,8 @@ MIGRATIONS: Tuple[str, ...] = (
     """
     ALTER TABLE messages ADD COLUMN checksum INTEGER;
     ALTER TABLE entries ADD COLUMN checksum INTEGER;
-    UPDATE messages SET checksum = crc32(text);
-    UPDATE entries SET checksum = crc32(text || words);
+    UPDATE messages SET checksum = crc32(CAST(text AS BLOB));
+    UPDATE entries SET checksum = crc32(CAST(text || words AS BLOB));
     """,
 )
 
@@ -5747,7 +5747,8 @@ class Memory:
             yield f"these columns are missing: {', '.join(lost[:5])}"
             return
         for table, text in (("messages", "text"), ("entries", "text || words")):
-            rows = self._rows(f"SELECT id FROM {table} WHERE checksum IS NOT crc32({text})")
+            rows = self._rows(f"SELECT id FROM {table} WHERE checksum IS NOT "
+                              f"crc32(CAST({text} AS BLOB))")
             if rows:
                 yield f"{len(rows)} of the {table} are damaged, the first has the id {rows[0][0]}"
         for name in self.damaged_layers():
@@ -5902,7 +5903,7 @@ def _connect_to_read(path: str, how: str = "mode=ro") -> sqlite3.Connection:
             copy = _connect(":memory:")
             db.backup(copy)
             return copy
-    db.create_function("crc32", 1, _crc32)
+    _prepare(db)
     return db
 
 
@@ -5916,13 +5917,19 @@ def _crc32(text: Any) -> Optional[int]:
     return zlib.crc32(text if isinstance(text, bytes) else str(text).encode("utf-8", "replace"))
 
 
+def _prepare(db: sqlite3.Connection) -> None:
+    """Let a connection read damaged texts as far as it can, and know checksums."""
+    db.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
+    db.create_function("crc32", 1, _crc32)
+
+
 def _connect(path: str) -> sqlite3.Connection:
     """Return a connection for all threads, with explicit transactions that reach the disk."""
     if path != ":memory:" and not os.path.exists(path):
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # for its owner alone to read
     db = sqlite3.connect(path, SECONDS_LOCKED, isolation_level=None, check_same_thread=False)
     try:
-        db.create_function("crc32", 1, _crc32)
+        _prepare(db)
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA secure_delete = ON")  # what is forgotten leaves the file's pages too

@@ -108,6 +108,7 @@ class Case(support.Folder, unittest.TestCase):
         with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(
                 f"file:{self.db}?mode=rw", uri=True, isolation_level=None)) as db:
             db.execute("PRAGMA ignore_check_constraints = ON")
+            db.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
             return [row[0] for row in db.execute(sql)]
         return []  # it is not there, or cannot be read
 
