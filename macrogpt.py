@@ -5087,6 +5087,7 @@ NO_FULL_TEXT = """
 """
 
 
+SQL_ERRORS = (sqlite3.Error, UnicodeDecodeError)  # a damaged schema breaks even its complaint
 MAX_LIKE_FORMS = 900  # SQLite takes expressions of up to 1,000 levels
 TOLD = ("chat", "taught")
 WORDS_MARK = "_words_"  # a word of every entry with lines of word knowledge
@@ -5140,14 +5141,14 @@ class Memory:
         try:
             _judge_file(path)
             self._db = _connect(path) if writable else _connect_to_read(path)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, *SQL_ERRORS) as error:
             raise StoreError(_store_trouble(path, error)) from error
         try:
             with self.transaction() if writable else contextlib.nullcontext():
                 self._migrate()
         except BaseException as error:
             self.close()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, SQL_ERRORS):
                 raise StoreError(_store_trouble(path, error)) from error
             raise
 
@@ -5218,10 +5219,10 @@ class Memory:
                 if outermost:
                     self._db.execute("COMMIT")
             except BaseException as error:
-                with contextlib.suppress(sqlite3.Error):  # what went wrong first is what is told
+                with contextlib.suppress(*SQL_ERRORS):  # what went wrong first is what is told
                     if outermost and self._db.in_transaction:
                         self._db.execute("ROLLBACK")
-                if isinstance(error, sqlite3.Error):
+                if isinstance(error, SQL_ERRORS):
                     raise StoreError(_store_trouble(self.path, error)) from error
                 raise
             finally:
@@ -5240,7 +5241,7 @@ class Memory:
         with self._lock:
             try:
                 return self._db.execute(sql, values).fetchall()
-            except sqlite3.Error as error:
+            except SQL_ERRORS as error:
                 raise StoreError(_store_trouble(self.path, error)) from error
 
     def _one(self, sql: str, *values: Any) -> Any:
@@ -5769,7 +5770,7 @@ class Memory:
             try:
                 copy.execute("INSERT INTO entries_fts(entries_fts, rank) "
                              "VALUES ('integrity-check', 1)")
-            except sqlite3.Error as error:
+            except SQL_ERRORS as error:
                 if "fts5" not in str(error):  # which is not there
                     yield f"the full-text index is damaged ({error}); a chat builds it anew"
 
@@ -5814,14 +5815,14 @@ def rescue(path: str, new: str) -> Dict[str, int]:
                              "session_id, 'rescued ' || session_id, 0 FROM messages")
                 memory.give_up_damaged()
                 return rows
-    except sqlite3.Error as error:
+    except SQL_ERRORS as error:
         raise StoreError(_store_trouble(path, error)) from error
 
 
 def _rescue_table(old: sqlite3.Connection, new: sqlite3.Connection, table: str) -> int:
     """Copy the rows of a table that can be read and fit; return how many."""
     count = 0
-    with contextlib.suppress(sqlite3.Error):
+    with contextlib.suppress(*SQL_ERRORS):
         names = [{row[1] for row in db.execute(f"PRAGMA table_info({table})")}
                  for db in (old, new)]
         common = sorted(names[0] & names[1])
@@ -5831,12 +5832,12 @@ def _rescue_table(old: sqlite3.Connection, new: sqlite3.Connection, table: str) 
             try:
                 rows = old.execute(f"SELECT {', '.join(common)} FROM {table} WHERE rowid BETWEEN "
                                    "? AND ?", (first, last)).fetchall()
-            except sqlite3.Error:  # one of them cannot be read: look for it
+            except SQL_ERRORS:  # one of them cannot be read: look for it
                 half = (first + last) // 2
                 parts.extend([(first, half), (half + 1, last)] if first < last else [])
                 continue
             for row in rows:
-                with contextlib.suppress(sqlite3.Error):
+                with contextlib.suppress(*SQL_ERRORS):
                     count += new.execute(
                         f"INSERT OR IGNORE INTO {table}({', '.join(common)}) "
                         f"VALUES ({', '.join('?' * len(common))})", row).rowcount
@@ -5884,7 +5885,7 @@ def _connect_to_read(path: str, how: str = "mode=ro") -> sqlite3.Connection:
     """Return a connection that changes nothing; to a copy, where there is more to do than read."""
     if path == ":memory:":
         return _connect(path)
-    with contextlib.suppress(OSError, sqlite3.Error), open(path + "-journal", "rb") as journal:
+    with contextlib.suppress(OSError, *SQL_ERRORS), open(path + "-journal", "rb") as journal:
         if journal.read(1):  # a kill left a commit half done, which whoever comes first takes back
             with contextlib.closing(sqlite3.connect(path)) as db:
                 db.execute("SELECT count(*) FROM sqlite_master").fetchone()

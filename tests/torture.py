@@ -105,7 +105,7 @@ class Case(support.Folder, unittest.TestCase):
         return code, out
 
     def rows(self, sql):
-        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(
+        with contextlib.suppress(sqlite3.Error, ValueError), contextlib.closing(sqlite3.connect(
                 f"file:{self.db}?mode=rw", uri=True, isolation_level=None)) as db:
             db.execute("PRAGMA ignore_check_constraints = ON")
             db.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
