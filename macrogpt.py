@@ -5765,7 +5765,7 @@ class Memory:
 
     def _index_faults(self) -> Iterator[str]:
         """Yield what is wrong with the full-text index, which only a copy of it can be asked."""
-        with contextlib.closing(sqlite3.connect(":memory:")) as copy:
+        with contextlib.closing(sqlite3.connect("")) as copy:  # in a file, if it is large
             self._db.backup(copy)
             try:
                 copy.execute("INSERT INTO entries_fts(entries_fts, rank) "
@@ -6878,7 +6878,9 @@ def analyzed(lex: Lexicon, text: str) -> Asked:
         for kind, language in lex.phrases if kind.startswith("asks.") and language == line.language
         for i in size if lex.phrase_at(words, i, kind, language)), ("", set()))
     which = next((i for i, word in enumerate(line.words) if "which" in word.classes), len(words))
-    ahead = [w.stem for w in line.words[which + 1:which + 4] if "function" not in w.classes]
+    beside = itertools.takewhile(  # what does the holiday cost: it asks for no kind of holiday
+        lambda w: lex.odd.get(w.word, w.word) != "do", line.words[which + 1:which + 4])
+    ahead = [w.stem for w in beside if "function" not in w.classes]
     kind = ahead[0] if ahead and ahead[0] in lex.kinds and ahead[0] not in lex.loose else ""
     content = ([i for i in line.telling if "idle" not in line.words[i].classes
                 and not (i in at and len(at) > 1)] or line.telling)[:MAX_QUERY_TERMS]
@@ -7063,6 +7065,7 @@ def _called(lex: Lexicon, memory: Memory, asked: Asked) -> Dict[int, AbstractSet
                         w.stem == word.stem for w in _names_beside(lex, line, at)):
                     found.add(line.words[at].stem)
                 elif lex.nearness(word, line.words[at]) > 1 and (
+                        "asks.name" not in line.words[at].classes) and (
                         line.owners[at] == owner if owner == "my" else owners & stems
                         or owner in ("the", "") and not asked.line.caps[i]):
                     found |= {w.stem for w in _names_beside(lex, line, at)}
@@ -7082,7 +7085,8 @@ def _filled(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: Di
     filled = _filling(lex, asked, line, used, before)
     if asked.slot != "name" or not asked.vital:
         return filled
-    beside = any(_names_beside(lex, line, at[i]) for i in asked.vital if near[i] > 1)
+    things = [i for i in asked.vital if not asked.line.caps[i]] or asked.vital
+    beside = any(_names_beside(lex, line, at[i]) for i in things if near[i] > 1)
     return min(filled, 1 + beside)  # it is to be the name of what is asked about
 
 
