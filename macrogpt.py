@@ -6023,10 +6023,10 @@ FADE = 16.0             # exchanges after which what was said counts half
 # Weights of the judge and the score from which a statement is quoted; the one from which it is
 # said is the owner's recall_score. Fitted by tests/fit_recall.py, which says on what.
 JUDGE = {
-    "quote": 0.049, "bias": -2.31, "tale": -3.50, "same": 0.84, "mass": 0.55, "rare": 0.60,
-    "two": 1.16, "whole": 2.52, "thing lost": -0.41, "new": -1.40, "empty": -0.93,
-    "empty whole": -2.24, "half whole": -1.36, "filled thing": 0.46, "I": 0.39, "yours": -0.78,
-    "owner": 0.18, "other's": -1.54, "rival": -0.83, "leant": 0.43}
+    "quote": 0.051, "bias": -2.30, "tale": -3.51, "same": 0.87, "mass": 0.56, "rare": 0.54,
+    "two": 1.14, "whole": 2.52, "thing lost": -0.39, "new": -1.38, "empty": -0.93,
+    "empty whole": -2.24, "half whole": -1.32, "filled thing": 0.54, "I": 0.41, "yours": -0.64,
+    "owner": 0.21, "other's": -1.59, "rival": -0.76, "leant": 0.47}
 
 # What is known of words, one format for all. A line begins with = where its words name the same
 # thing, with ~ where they are near, with ! where forms follow their base; or with names of a kind
