@@ -5408,7 +5408,8 @@ class Memory:
 
     def entries(self, where: str = "1", *values: Any, limit: int = -1) -> List[Entry]:
         """Return entries in the order in which they came, filtered by an SQL condition on e."""
-        rows = self._rows(f"SELECT {', '.join(Entry._fields)} FROM entries e WHERE {where} "
+        fields = ", ".join(Entry._fields).replace("text", "CAST(text AS TEXT)")
+        rows = self._rows(f"SELECT {fields} FROM entries e WHERE {where} "
                           f"ORDER BY id LIMIT {int(limit)}", *values)
         return [Entry(*row[:5], *map(bool, row[5:8]), *row[8:]) for row in rows]
 
