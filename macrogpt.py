@@ -10716,13 +10716,13 @@ class Organism:
         """Yield the reply to what the owner said, piece by piece; both are remembered."""
         with self.trainer.paused():
             session = self.session_id()
-            self._take_in_messages()
+            self.take_in_messages()
             try:
                 yield from self.speaker.reply(text, session)
             finally:
                 self._after_turn(session)
 
-    def _take_in_messages(self) -> None:
+    def take_in_messages(self) -> None:
         """Make entries of what the owner said, also of what a crash left lying, as of then."""
         with self.memory.transaction():
             heard = self.memory.heard_messages()
@@ -10748,7 +10748,7 @@ class Organism:
         tokenizer = mind.tokenizer if mind.trusted else EvolvingTokenizer()
         room = mind.prompt_budget * (SHARE - 1) // SHARE
         with self.memory.transaction():
-            self._take_in_messages()
+            self.take_in_messages()
             exchanges = exchanges_of(m for m in self.memory.prompt_messages(session)
                                      if m.stage < SUMMED)
             if turns_to_keep(tokenizer, exchanges, room) < len(exchanges):
@@ -10759,7 +10759,7 @@ class Organism:
         """Sum up all turns of the session but the newest; return how many, and the summary."""
         budget, session = self.speaker.mind().prompt_budget, self.session_id()
         with self.memory.transaction():
-            self._take_in_messages()  # what is not an entry is not summed up
+            self.take_in_messages()  # what is not an entry is not summed up
             count = summarise(self.memory, session, budget)
             summary = [m for m in self.memory.prompt_messages(session) if m.stage == SUMMED]
         return count, "".join(summary_texts(summary, budget))
@@ -11241,9 +11241,10 @@ def _chat_terminal(app: App) -> int:
                       f"{model_size(organism)[0]:,} parameters, {phase}, session "
                       f"{organism.session}. /help for commands.")
     tell_due(app)
-    interrupted = -math.inf
+    interrupted = told = -math.inf
     while True:
         app.notices()
+        told = tell_learning(app, told)
         try:
             line = read_block("you> ")
         except (EOFError, KeyboardInterrupt) as wish:
@@ -11265,6 +11266,18 @@ def _chat_terminal(app: App) -> int:
             return 0
         except MacroGPTError as error:
             app.terminal.tell_error(error)
+
+
+def tell_learning(app: App, told: float) -> float:
+    """Say in one line how far learning has come, every ten seconds; return when that was."""
+    trainer, now = app.organism().trainer, time.monotonic()
+    progress = trainer.progress if trainer.phase is Phase.LEARNING else {}
+    if not progress or now - told < 10.0:
+        return told
+    bpc = "" if progress["bpc"] is None else f", {progress['bpc']:.2f} bits per character"
+    app.terminal.note(f"learning beside this: {progress['share']:.0%}, step "
+                      f"{progress['step']:,}{bpc}")
+    return now
 
 
 def _whole_reply(app: App, line: str) -> str:
@@ -12236,6 +12249,28 @@ def command_export(app: App, words: List[str]) -> None:
     app.terminal.note(f"{words[0]} holds what you said, word for word")
 
 
+def command_import(app: App, words: List[str]) -> None:
+    """Take in talks of JSONL, in a session of their own: what was said there is heard here."""
+    if len(words) != 1 or os.path.isdir(words[0]):
+        command_later(app, words)
+    organism, memory, turns = app.organism(), app.memory(), []
+    for number, line in enumerate(read_text(words[0]).splitlines(), 1):
+        try:
+            turns += [({"user": "owner", "assistant": "self", "system": ""}[turn["role"]],
+                       tidied(turn["content"])) for turn in json.loads(line)["messages"]]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UsageError(f"line {number} of {words[0]} is no talk; expected an object like "
+                             '{"messages": [{"role": "user", "content": "Hi!"}]}') from None
+    name = check_session(clean_line(f"import {os.path.basename(words[0])}", 80))
+    with memory.transaction():
+        for role, text in turns:
+            if role and text.strip():
+                memory.add_message(memory.session_id(name), role, text)
+        organism.take_in_messages()
+    app.report({"messages": len(turns), "session": name},
+               [f"{len(turns)} messages came into session {name!r}"])
+
+
 def command_later(app: App, words: List[str]) -> None:
     """Say that a command is not there yet."""
     raise MacroGPTError(f"{app.options.command} is not there yet; see the README for what is")
@@ -12260,14 +12295,15 @@ COMMANDS: Dict[str, Tuple[Callable[[App, List[str]], Optional[int]], str, Tuple[
                "what is well and what is not; --rescue NEW saves what can be read"),
     "export": (command_export, "FILE", ("format", "mine"),
                "talks and what was told --format jsonl|markdown [--mine]"),
-    "import": (command_later, "DIR", (), "not there yet"),
+    "import": (command_import, "FILE", (), "talks of JSONL, as export writes them"),
     "completion": (command_completion, "bash|zsh|fish", (), "what makes a shell complete words")}
 
 EXAMPLES = {"chat": "--session work", "ask": "'where did I park?' < notes.txt",
             "train": "--seconds 60", "generate": "'The sea' --tokens 50",
             "memory": "search cat", "sessions": "show main", "stats": "--html page.html",
             "log": "--last 20", "eval": "book.txt", "doctor": "--rescue saved.sqlite3",
-            "export": "talks.jsonl --format jsonl --mine", "completion": "bash"}
+            "export": "talks.jsonl --format jsonl --mine", "import": "talks.jsonl",
+            "completion": "bash"}
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -220,6 +220,16 @@ class Piped(ProcessCase):
             "there is a session 'boats' already; /session boats goes on with it", "session boats"])
         self.assertEqual(self.chat("/session", "/session ma"), ["session boats", "session main"])
 
+    def test_what_was_exported_is_imported_elsewhere_and_answered(self):
+        self.chat("My boat is called Plover.", "Who are you?")
+        self.good("export", self.path("talks.jsonl"), "--format", "jsonl", "--mine")
+        there = ("--db", self.path("there.sqlite3"))
+        self.assertIn("4 messages", self.good("import", self.path("talks.jsonl"), *there))
+        self.assertEqual(self.chat("What is my boat called?", args=("--no-train", *there)),
+                         ["Your boat is called Plover."])
+        self.write("odd.jsonl", '{"messages": [{"role": "pirate", "content": "Ahoy"}]}\n')
+        self.mistake(2, "import", "odd.jsonl", *there, signs=["line 1", "messages"])
+
     def test_help_completion_and_a_page_of_stats(self):
         self.assertIn("example: macrogpt log --last 20", self.good("log", "--help"))
         for shell in ("bash", "zsh", "fish"):
