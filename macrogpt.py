@@ -5891,8 +5891,8 @@ def _connect_to_read(path: str, how: str = "mode=ro") -> sqlite3.Connection:
             with contextlib.closing(sqlite3.connect(path)) as db:
                 db.execute("SELECT count(*) FROM sqlite_master").fetchone()
     name = f"file:{urllib.parse.quote(os.path.abspath(path))}?{how}"
-    db = sqlite3.connect(name, SECONDS_LOCKED, isolation_level=None, check_same_thread=False,
-                         uri=True)
+    db = sqlite3.connect(name, timeout=SECONDS_LOCKED, isolation_level=None,
+                         check_same_thread=False, uri=True)
     try:
         version = db.execute("PRAGMA user_version").fetchone()[0]
     except sqlite3.OperationalError:
@@ -5929,7 +5929,8 @@ def _connect(path: str) -> sqlite3.Connection:
     """Return a connection for all threads, with explicit transactions that reach the disk."""
     if path != ":memory:" and not os.path.exists(path):
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # for its owner alone to read
-    db = sqlite3.connect(path, SECONDS_LOCKED, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=SECONDS_LOCKED, isolation_level=None,
+                         check_same_thread=False)
     try:
         _prepare(db)
         db.execute("PRAGMA foreign_keys = ON")
@@ -6005,6 +6006,7 @@ KEPT_REPLY = "I will keep that."
 KEPT_REPLIES = (KEPT_REPLY, "I have it now.", "That is in my memory now.",
                 "I have read it, thank you.")
 STEM_CHARS = 5
+LEAST_SCORE = 0.1       # one that fits less is never said
 WEAK_SCORE = 0.45       # an exchange that fits so well is like what was said
 NEAR_SCORE = 0.035      # exchanges that fit equally well up to this are equals
 FEWEST_ENTRIES = 2000   # as if: in a small memory a word is rare by chance
@@ -7563,20 +7565,24 @@ def _exchange_fits(lex: Lexicon, memory: Memory, asked: Asked, text: str,
     count where they are to be exact.
     """
     line, folded = lex.line(text), folded_words(text)
-    felt = feeling_of(line)
+    felt, begun = feeling_of(line), {word[:STEM_CHARS - 1] for word in folded}
     telling = {asked.line.words[i].stem: asked.weights[i] for i in asked.terms}
     for entry in filter(is_exchange, found):
         document = Document(tuple(entry.text.splitlines()), entry.closed)
         turns = document.turns() if document.is_exchange else []
         for place, ((asker, words), (teller, answer)) in enumerate(zip(turns, turns[1:])):
             if (asker, teller) == ("H", "A") and answer:
-                same = folded_words(words) == folded
-                if exact and not same:
-                    continue
+                said_then, cosine = folded_words(words), near.get((entry.key, place), 0.0)
+                same = said_then == folded
+                if not same and (exact or not cosine and begun.isdisjoint(
+                        word[:STEM_CHARS - 1] for word in said_then)):
+                    continue  # it shares no word, and most need not be taken apart
                 score = 1.0 if same else min(
                     0.98, _likeness(lex, line, lex.line(words), telling))
                 if near and score < 1.0:
-                    score = min(0.98, (score + 4.0 * near.get((entry.key, place), 0.0)) / 5.0)
+                    score = min(0.98, (score + 4.0 * cosine) / 5.0)
+                if score < LEAST_SCORE:
+                    continue
                 answer, strange = fitted_answer(lex, text, words, answer)
                 saying = lex.line(words)
                 if felt * feeling_of(saying) < 0 or felt * feeling_of(lex.line(answer)) < 0:
@@ -11916,7 +11922,7 @@ PAGE = """<!doctype html>
 :root {{ color-scheme: light dark }}
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 44em; margin: 2em auto; padding: 0 1em }}
 svg {{ width: 100%; height: auto }} polyline {{ fill: none; stroke: currentColor }}
-text {{ font-size: 12px; fill: currentColor }} pre {{ white-space: pre-wrap }}
+text {{ font-size: 16px; fill: currentColor }} pre {{ white-space: pre-wrap }}
 </style><h1>macrogpt</h1><pre>{facts}</pre>{charts}</html>
 """
 
