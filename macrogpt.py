@@ -6505,7 +6505,8 @@ def _word_groups(table: str) -> Iterator[Tuple[str, List[str]]]:
                 name, _, group = group.partition(":")
             elif not sign:
                 name = name[:-3] + _NEXT_LANGUAGE.get(name[-3:], name[-3:])
-            yield name.strip(), group.split()
+            if group.split():  # an owner's line may hold only its sign
+                yield name.strip(), group.split()
 
 
 @functools.lru_cache(maxsize=4)

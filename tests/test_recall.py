@@ -293,6 +293,12 @@ def scenes():
             yield [line.partition(" ")[::2] for line in block.splitlines()[1:] if line]
 
 
+class OwnersWords(unittest.TestCase):
+    def test_lines_of_word_knowledge_with_nothing_in_them_do_no_harm(self):
+        for line in ("!", "=", "~ ", "! |", "pet:", "pet: ,", "a.xx:", "turn.nl: /", "= ,a"):
+            self.assertTrue(m.Lexicon(m.WORD_TABLE + line + "\n").line("My cat sleeps.").words)
+
+
 class Days(Folder, unittest.TestCase):
     """A talk over days, with a clock that the test moves."""
 
