@@ -7364,8 +7364,9 @@ def _held(memory: Memory, forms: Sequence[str], others: Sequence[str]) -> Tuple[
     ids = memory.ids_holding([forms], MOST_HELD)
     if len(ids) < MOST_HELD:
         return set(ids), set()
-    told = {*memory.ids_holding([forms, [TOLD_MARK]], MOST_HELD),
-            *memory.ids_holding([forms, others or forms, [TOLD_MARK]], MOST_HELD)}
+    told = {*memory.ids_holding([forms, [TOLD_MARK]], MOST_HELD)}
+    if len(told) == MOST_HELD:
+        told.update(memory.ids_holding([forms, others or forms, [TOLD_MARK]], MOST_HELD))
     return {*ids, *told, *memory.ids_holding([forms, others or forms], MOST_HELD)}, told
 
 
