@@ -7754,8 +7754,9 @@ def things_named(lex: Lexicon, line: Line) -> Iterator[Tuple[Word, str]]:
         if asking and end == len(words) - 1 and not line.caps[end]:
             end = max(start, end - 1)  # does the oracle wear; is my old bike safe
         end -= words[end].word == "'s"
-        if not led:  # called Olga
+        if not led:  # called Olga; Olga pays
             start = next((i for i in range(start, end) if line.caps[i]), end)
+            end = next((i for i in range(start, end) if not line.caps[i + 1]), end)
         if led or line.caps[end] and end > 0:
             said = " ".join(word.text for word in words[start:end + 1]).replace(" 's", "'s")
             lead = words[start - 1].word if led else ""
