@@ -6960,10 +6960,10 @@ def _clauses(lex: Lexicon, sentence: str) -> List[str]:
         named = bool(other.caps[:1]) and (other.caps[0] or bool(other.words[0].classes & {
             "own", "refers"}))
         verb = next((word for i, word in enumerate(other.words) if i and not other.caps[i]
-                     and not other.owners[i] and "'s" != word.word), _NO_WORD)
+                     and not other.owners[i] and (i in other.telling or "aux" in word.classes)),
+                    None)  # Farah, Ines and Kwabena have none
         whole = "aux" in one.has or any(not one.caps[i] and not one.owners[i] for i in one.telling)
-        if named and whole and len(one.telling) > 1 and len(other.telling) > 1 and (
-                not verb.classes & _FUNCTIONS or "aux" in verb.classes):
+        if named and whole and len(one.telling) > 1 and len(other.telling) > 1 and verb:
             found.append(sentence[start:cut.start()])
             start = cut.end()
     return [*found, sentence[start:]]

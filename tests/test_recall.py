@@ -293,6 +293,14 @@ def scenes():
             yield [line.partition(" ")[::2] for line in block.splitlines()[1:] if line]
 
 
+class Clauses(unittest.TestCase):
+    def test_a_clause_has_a_verb_of_its_own_and_an_enumeration_is_none(self):
+        for text, count in (("Wim pays 410, Ayodele pays 380 and Constance pays 450.", 3),
+                            ("On our chess team are Leopold, Farah, Ines and Kwabena.", 1),
+                            ("I have three lodgers: Wim, Ayodele and Constance.", 1)):
+            self.assertEqual(len(m.statements_of(text)), count, m.statements_of(text))
+
+
 class OwnersWords(unittest.TestCase):
     def test_lines_of_word_knowledge_with_nothing_in_them_do_no_harm(self):
         for line in ("!", "=", "~ ", "! |", "pet:", "pet: ,", "a.xx:", "turn.nl: /", "= ,a"):
