@@ -6270,15 +6270,15 @@ day.en: today/0 tonight/0 this_morning/0 this_afternoon/0 this_evening/0 tomorro
  sont/étaient ai/avais a/avait
 refers.en: he she it they him them his her its their, er ihn ihm sein seine seinem seinen, él ella,
  il elle ils elles, stands.en: one ones, former.en: before old former formerly previous previously
- originally at_first used_to use_to in_the_past before_that, früher vorher alte alten altes, antes
- antiguo antigua, avant ancien ancienne, ended.en: any_more anymore no_longer gave given sold away
- quit cancelled lost threw got_rid stopped broke died, nicht_mehr kein_mehr verkauft gekündigt,
- ya_no vendí vendimos, ne_plus vendu, corrects.en: no nope actually sorry wait correction i_mean
- i_meant rather oops wrong mistyped misspelt out_of_date put_it_off mistake, nein doch ich_meine,
- no perdón quiero_decir, non pardon je_veux_dire, goes_on.en: and what_about how_about, und
- was_ist_mit, y, et, says.en: say said tell told mention mentioned, sagte gesagt erzählt, dije
- dicho contado, dit raconté, lately.en: just last, gerade zuletzt, última último, dernier dernière,
- about.en: know_about tell_me_about know_of tell_me_all_about remember_about say_about
+ originally at_first used_to in_the_past before_that, früher vorher alte alten altes, antes antiguo
+ antigua, avant ancien ancienne, ended.en: any_more anymore no_longer gave given sold away quit
+ cancelled lost threw got_rid stopped broke died, nicht_mehr kein_mehr verkauft gekündigt, ya_no
+ vendí vendimos, ne_plus vendu, corrects.en: no nope actually sorry wait correction i_mean i_meant
+ rather oops wrong mistyped misspelt out_of_date put_it_off mistake, nein doch ich_meine, no perdón
+ quiero_decir, non pardon je_veux_dire, goes_on.en: and what_about how_about, und was_ist_mit, y,
+ et, says.en: say said tell told mention mentioned, sagte gesagt erzählt, dije dicho contado, dit
+ raconté, lately.en: just last, gerade zuletzt, última último, dernier dernière, about.en:
+ know_about tell_me_about know_of tell_me_all_about remember_about say_about
  tell_me_everything_about know_everything_about, über, sobre, sur, todo.en: to_do have_to_do
  left_to_do, list.en: list lists, liste, lista, liste, puts.en: put add write note include, setz
  setze schreib, pon añade apunta, mets ajoute, strikes.en: cross strike take remove delete tick
