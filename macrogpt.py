@@ -5172,15 +5172,8 @@ class Memory:
         There the triggers go, lest they fail; where they are missing, the index is built anew.
         """
         try:
-            if self._one("SELECT count(*) FROM sqlite_master WHERE name IN "
-                         "('entries_added', 'entries_fts')") < 2:
-                self.build_index()
-            try:
-                self._rows("SELECT 1 FROM entries_fts LIMIT 1")
-            except StoreError as error:
-                if "vtable constructor" not in str(error):
-                    raise
-                if not self.writable:
+            if not self._index_answers():
+                if not self.writable:  # a report makes nothing, and searches as without one
                     return False
                 self.build_index()
             return True
@@ -5190,6 +5183,16 @@ class Memory:
             for statement in list(_statements(NO_FULL_TEXT))[:3]:
                 self._rows(statement)
             return False
+
+    def _index_answers(self) -> bool:
+        """Return whether the full-text index and its triggers are there and can be opened."""
+        try:
+            self._rows("SELECT 1 FROM entries_fts LIMIT 1")
+        except StoreError as error:
+            if "fts5" in str(error):  # there is no such module
+                raise
+            return False
+        return bool(self._rows("SELECT 1 FROM sqlite_master WHERE name = 'entries_added'"))
 
     def build_index(self) -> None:
         """Build the full-text index anew: all that is in it stands in the entries."""

@@ -517,6 +517,10 @@ class Layers(MemoryCase):
             memory.add_entry("chat", passage("My cat is Biscuit."))
             memory.close()
             self.aside(*((sql,) for sql in damage))
+            before = Path(self.db).read_bytes()
+            with contextlib.closing(m.Memory(self.db, writable=False)) as report:
+                list(report.faults())
+            self.assertEqual(Path(self.db).read_bytes(), before, "a report mends nothing")
             memory = self.open()
             found = " ".join(memory.faults())
             self.assertIn(sign, found)
