@@ -10993,8 +10993,9 @@ def folded(line: str, columns: int, at: int = 0) -> str:
 class Terminal:
     """The two streams, and what the terminal behind them can do."""
 
-    def __init__(self, out: TextIO, err: TextIO, color: str = "auto", quiet: bool = False) -> None:
-        self.out, self.err, self.quiet, self._status = out, err, quiet, ""
+    def __init__(self, out: TextIO, err: TextIO, color: str = "auto", quiet: bool = False,
+                 folds: bool = True) -> None:
+        self.out, self.err, self.quiet, self.folds, self._status = out, err, quiet, folds, ""
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         self.colored = color == "always" or (color == "auto" and err.isatty() and not plain)
 
@@ -11007,7 +11008,8 @@ class Terminal:
     @property
     def columns(self) -> int:
         """The width of the terminal that stdout goes to, or 0 where it goes elsewhere."""
-        return shutil.get_terminal_size().columns if self.out.isatty() else 0
+        wide = self.folds and self.out.isatty()  # JSON is one line however long
+        return shutil.get_terminal_size().columns if wide else 0
 
     def note(self, text: str) -> None:
         """Write a notice to stderr, unless quiet."""
@@ -12409,7 +12411,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> int:
         known = options.command in COMMANDS and options.command in argv
         terminal.say(help_of(options.command) if known else option_parser().format_help().rstrip())
         return 0
-    terminal = Terminal(terminal.out, terminal.err, options.color, options.quiet)
+    terminal = Terminal(terminal.out, terminal.err, options.color, options.quiet, not options.json)
     if options.debug:
         os.environ["MACROGPT_DEBUG"] = "1"
     app = App(options, Config().replace(options.assignments), terminal)
