@@ -393,13 +393,13 @@ class Training(ProcessCase):
 
     @unittest.skipUnless(os.name == "posix", "compiled kernels are a thing of POSIX")
     def test_a_compiler_that_hangs_keeps_nobody_and_one_that_fails_is_told_and_done_without(self):
-        env = {"CC": f"sh {self.path('compiler')}", "XDG_CACHE_HOME": self.folder,
-               "MACROGPT_ENGINE": "auto"}
-        self.write("compiler", "exec sleep 30\n")
+        env = {"CC": f"{sys.executable} {self.path('compiler')}", "XDG_CACHE_HOME": self.folder,
+               "MACROGPT_ENGINE": "auto"}  # no shell is needed, where there is no compiler either
+        self.write("compiler", "import time; time.sleep(30)\n")
         began = time.monotonic()
         self.assertEqual(len(self.chat("hello", args=(), env=env)), 1)
         self.assertLess(time.monotonic() - began, PATIENCE_SECONDS)  # of its 30
-        self.write("compiler", "exit 1\n")
+        self.write("compiler", "raise SystemExit(1)\n")
         done = self.run_here("train", "--steps", "1", env=env)
         self.assertEqual((done.returncode, done.stderr.count(b"interpreted")), (0, 1))
         self.assertIn(b"1 steps", done.stdout)
