@@ -5140,6 +5140,8 @@ class Memory:
         self._depth = 0
         try:
             _judge_file(path)
+            if not writable:
+                _take_back(path)
             self._db = _connect(path) if writable else _connect_to_read(path)
         except (OSError, *SQL_ERRORS) as error:
             raise StoreError(_store_trouble(path, error)) from error
@@ -5804,13 +5806,15 @@ class Memory:
 def rescue(path: str, new: str) -> Dict[str, int]:
     """Copy all that can be read of a damaged store into a new one; return the rows of each table.
 
-    Raises StoreError where there is something already, or nothing can be read.
+    The damaged file stays as it is: a half commit is taken back in a copy of it. Raises
+    StoreError where there is something already, or nothing can be read.
     """
     if os.path.lexists(new):
         raise StoreError(f"{new} is there already; name a file that is not")
     try:
-        old = _connect_to_read(path)
-        with contextlib.closing(old), contextlib.closing(Memory(new)) as memory:
+        with tempfile.TemporaryDirectory() as folder, \
+                contextlib.closing(_connect_to_read(_whole_copy(path, folder))) as old, \
+                contextlib.closing(Memory(new)) as memory:
             memory._rows("PRAGMA foreign_keys = OFF")  # a talk outlives the name of its session
             with memory.transaction():
                 rows = {table: _rescue_table(old, memory._db, table) for table in (
@@ -5820,8 +5824,19 @@ def rescue(path: str, new: str) -> Dict[str, int]:
                              "session_id, 'rescued ' || session_id, 0 FROM messages")
                 memory.give_up_damaged()
                 return rows
-    except SQL_ERRORS as error:
+    except (OSError, *SQL_ERRORS) as error:
         raise StoreError(_store_trouble(path, error)) from error
+
+
+def _whole_copy(path: str, folder: str) -> str:
+    """Return the path of a copy in which a half commit is taken back; of the file, without one."""
+    if not os.path.exists(path + "-journal"):
+        return path
+    copy = os.path.join(folder, "damaged.sqlite3")
+    for end in ("", "-journal"):
+        shutil.copyfile(path + end, copy + end)
+    _take_back(copy)
+    return copy
 
 
 def _rescue_table(old: sqlite3.Connection, new: sqlite3.Connection, table: str) -> int:
@@ -5886,14 +5901,18 @@ def _judge_file(path: str) -> None:
                          f"{min(tables, default='none')!r}; choose another --db")
 
 
+def _take_back(path: str) -> None:
+    """Let SQLite take back a commit that a kill left half done, as whoever comes first must."""
+    with contextlib.suppress(OSError, *SQL_ERRORS), open(path + "-journal", "rb") as journal:
+        if journal.read(1):
+            with contextlib.closing(sqlite3.connect(path)) as db:
+                db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+
+
 def _connect_to_read(path: str, how: str = "mode=ro") -> sqlite3.Connection:
     """Return a connection that changes nothing; to a copy, where there is more to do than read."""
     if path == ":memory:":
         return _connect(path)
-    with contextlib.suppress(OSError, *SQL_ERRORS), open(path + "-journal", "rb") as journal:
-        if journal.read(1):  # a kill left a commit half done, which whoever comes first takes back
-            with contextlib.closing(sqlite3.connect(path)) as db:
-                db.execute("SELECT count(*) FROM sqlite_master").fetchone()
     name = f"file:{urllib.parse.quote(os.path.abspath(path))}?{how}"
     db = sqlite3.connect(name, timeout=SECONDS_LOCKED, isolation_level=None,
                          check_same_thread=False, uri=True)

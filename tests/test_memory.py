@@ -46,6 +46,20 @@ class MemoryCase(Folder, unittest.TestCase):
         with contextlib.closing(sqlite3.connect(self.db)) as db, db:
             return [db.execute(sql, values).fetchall() for sql, *values in statements][-1]
 
+    def half_a_commit(self):
+        """Leave the closed file as a kill in the middle of a commit does; return both files."""
+        pair = [Path(self.db), Path(self.db + "-journal")]
+        with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as db:
+            db.execute("PRAGMA cache_size = 1")
+            db.execute("BEGIN IMMEDIATE")
+            db.execute("CREATE TABLE half (data)")
+            db.executemany("INSERT INTO half VALUES (?)", [("x" * 4000,)] * 100)
+            torn = [path.read_bytes() for path in pair]
+            db.execute("ROLLBACK")
+        for path, data in zip(pair, torn):
+            path.write_bytes(data)
+        return pair
+
     def refuse(self, path, *signs):
         """Assert that opening path is refused in one line that holds every sign, and closed."""
         made, connect = [], m._connect
@@ -551,6 +565,17 @@ class Layers(MemoryCase):
         with self.assertRaisesRegex(m.StoreError, "there already"):
             m.rescue(self.db, self.path("new.sqlite3"))
 
+    def test_a_rescue_takes_back_a_half_commit_and_leaves_the_damaged_file_as_it_is(self):
+        memory = self.open()
+        memory.add_message(memory.session_id("main"), "owner", "My cat is Biscuit.")
+        memory.close()
+        pair = self.half_a_commit()
+        before = [path.read_bytes() for path in pair]
+        self.assertEqual(m.rescue(self.db, self.path("new.sqlite3"))["messages"], 1)
+        self.assertEqual([path.read_bytes() for path in pair], before)
+        with contextlib.closing(m.Memory(self.db, writable=False)) as report:  # it is taken back
+            self.assertEqual((report.counts()["messages"], list(report.faults())), (1, []))
+
     def test_what_is_only_read_stays_as_it_is_whatever_its_version(self):
         for version in (5, len(m.MIGRATIONS)):
             if version == 5:
@@ -576,6 +601,15 @@ class Layers(MemoryCase):
                     m.Memory(self.db, writable=writable)
             self.assertEqual(Path(self.db).read_bytes(), before)
             os.unlink(self.db)
+
+    def test_another_programs_half_commit_waits_for_that_program(self):
+        self.aside(("CREATE TABLE users (id)",))
+        pair = self.half_a_commit()
+        before = [path.read_bytes() for path in pair]
+        for writable in (True, False):
+            with self.assertRaisesRegex(m.StoreError, "another program's file"):
+                m.Memory(self.db, writable=writable)
+        self.assertEqual([path.read_bytes() for path in pair], before)
 
 
 class ReadersAndGenerations(MemoryCase):
