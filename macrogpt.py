@@ -146,6 +146,14 @@ class StoreError(MacroGPTError):
     """The memory file cannot be opened, read or written."""
 
 
+class StoreLocked(StoreError):
+    """Another program holds the memory file, for a while perhaps."""
+
+
+class StoreDamaged(StoreError):
+    """What stands in the memory file, or in its index, makes no sense."""
+
+
 class EngineError(MacroGPTError):
     """The engine asked for is not to be had on this machine."""
 
@@ -5138,21 +5146,17 @@ class Memory:
         self.path, self.clock, self.writable = path, clock, writable
         self._lock = threading.RLock()
         self._depth = 0
-        try:
+        with _told(path, OSError):
             _judge_file(path)
             if not writable:
                 _take_back(path)
             self._db = _connect(path) if writable else _connect_to_read(path)
-        except (OSError, *SQL_ERRORS) as error:
-            raise StoreError(_store_trouble(path, error)) from error
-        try:
-            with self.transaction() if writable else contextlib.nullcontext():
-                self._migrate()
-        except BaseException as error:
-            self.close()
-            if isinstance(error, SQL_ERRORS):
-                raise StoreError(_store_trouble(path, error)) from error
-            raise
+            try:
+                with self.transaction() if writable else contextlib.nullcontext():
+                    self._migrate()
+            except BaseException:
+                self.close()
+                raise
 
     def _migrate(self) -> None:
         """Bring the file to the newest schema; each migration runs once, in order."""
@@ -5206,6 +5210,17 @@ class Memory:
                 self._rows(statement)
             self._rows("INSERT INTO entries_fts(entries_fts) VALUES ('rebuild')")
 
+    def mending(self, work: Callable[[], Any]) -> Any:
+        """Return what work does; where it meets a damaged index, that is built anew first."""
+        try:
+            return work()
+        except StoreDamaged:
+            with self._lock:
+                if self._depth:  # whoever began the transaction comes back, and begins again
+                    raise
+                self.build_index()
+            return work()
+
     def close(self) -> None:
         """Close the file; nothing is pending, for every change was its own transaction."""
         with self._lock:
@@ -5214,7 +5229,7 @@ class Memory:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Make everything inside one commit, or nothing of it.  May be nested."""
-        with self._lock:
+        with self._lock, _told(self.path):
             outermost, self._depth = self._depth == 0, self._depth + 1
             try:
                 if outermost:
@@ -5223,12 +5238,10 @@ class Memory:
                 yield
                 if outermost:
                     self._db.execute("COMMIT")
-            except BaseException as error:
+            except BaseException:
                 with contextlib.suppress(*SQL_ERRORS):  # what went wrong first is what is told
                     if outermost and self._db.in_transaction:
                         self._db.execute("ROLLBACK")
-                if isinstance(error, SQL_ERRORS):
-                    raise StoreError(_store_trouble(self.path, error)) from error
                 raise
             finally:
                 self._depth -= 1
@@ -5236,18 +5249,16 @@ class Memory:
     def _revive(self) -> None:
         """Write the file anew from the open connection when somebody has removed it."""
         if self.path != ":memory:" and not os.path.exists(self.path):
-            anew = _connect(self.path)
+            with _told(self.path, OSError):
+                anew = _connect(self.path)
             self._db.backup(anew)
             self._db.close()
             self._db = anew
 
     def _rows(self, sql: str, *values: Any) -> List[Any]:
         """Run one statement and return its rows."""
-        with self._lock:
-            try:
-                return self._db.execute(sql, values).fetchall()
-            except SQL_ERRORS as error:
-                raise StoreError(_store_trouble(self.path, error)) from error
+        with self._lock, _told(self.path):
+            return self._db.execute(sql, values).fetchall()
 
     def _one(self, sql: str, *values: Any) -> Any:
         """Return the first column of the first row, or None."""
@@ -5577,13 +5588,7 @@ class Memory:
             table, where = "entries", " AND ".join(
                 f"({' OR '.join([like] * len(group[:most]))})" for group in groups)
         sql = f"SELECT rowid FROM {table} WHERE {where} ORDER BY rowid DESC LIMIT ?"
-        try:
-            return [row[0] for row in self._rows(sql, *values, limit)]
-        except StoreError as error:
-            if "malformed" not in str(error) or self._depth:
-                raise
-            self.build_index()  # it is damaged, perhaps, and all in it can be made anew
-            return [row[0] for row in self._rows(sql, *values, limit)]
+        return [row[0] for row in self.mending(lambda: self._rows(sql, *values, limit))]
 
     def entries_of(self, ids: Sequence[int]) -> List[Entry]:
         """Return the entries of these ids that may be recalled, in the order of the ids."""
@@ -5811,21 +5816,18 @@ def rescue(path: str, new: str) -> Dict[str, int]:
     """
     if os.path.lexists(new):
         raise StoreError(f"{new} is there already; name a file that is not")
-    try:
-        with tempfile.TemporaryDirectory() as folder, \
-                contextlib.closing(_connect_to_read(_whole_copy(path, folder))) as old, \
-                contextlib.closing(Memory(new)) as memory:
-            memory._rows("PRAGMA foreign_keys = OFF")  # a talk outlives the name of its session
-            with memory.transaction():
-                rows = {table: _rescue_table(old, memory._db, table) for table in (
-                    "sessions", "messages", "entries", "settings", "layers", "probes", "unlearning",
-                    "progress", "life")}
-                memory._rows("INSERT OR IGNORE INTO sessions(id, name, started_at) SELECT DISTINCT "
-                             "session_id, 'rescued ' || session_id, 0 FROM messages")
-                memory.give_up_damaged()
-                return rows
-    except (OSError, *SQL_ERRORS) as error:
-        raise StoreError(_store_trouble(path, error)) from error
+    with _told(path, OSError), tempfile.TemporaryDirectory() as folder, \
+            contextlib.closing(_connect_to_read(_whole_copy(path, folder))) as old, \
+            contextlib.closing(Memory(new)) as memory:
+        memory._rows("PRAGMA foreign_keys = OFF")  # a talk outlives the name of its session
+        with memory.transaction():
+            rows = {table: _rescue_table(old, memory._db, table) for table in (
+                "sessions", "messages", "entries", "settings", "layers", "probes", "unlearning",
+                "progress", "life")}
+            memory._rows("INSERT OR IGNORE INTO sessions(id, name, started_at) SELECT DISTINCT "
+                         "session_id, 'rescued ' || session_id, 0 FROM messages")
+            memory.give_up_damaged()
+            return rows
 
 
 def _whole_copy(path: str, folder: str) -> str:
@@ -5992,23 +5994,32 @@ def _parts(values: Sequence[Any], size: int = 500) -> Iterator[Sequence[Any]]:
     return (values[at:at + size] for at in range(0, len(values), size))
 
 
+STORE_TROUBLES: Tuple[Tuple[str, type, str], ...] = (  # a sign of it, and what to do
+    ("not a database", StoreDamaged, "it is some other file: choose another --db"),
+    ("malformed", StoreDamaged, "it is damaged: restore it from a copy, or choose another --db"),
+    ("no such table", StoreDamaged, "run `doctor`, or choose another --db"),
+    ("no such column", StoreDamaged, "run `doctor`, or choose another --db"),
+    ("no such file", StoreError, "check that its folder exists, or use --db"),
+    ("unable to open", StoreError, "check that its folder exists and may be written, or use --db"),
+    ("readonly", StoreError, "make it and its folder writable, or use --db"),
+    ("read-only", StoreError, "make it and its folder writable, or use --db"),
+    ("is a directory", StoreError, "that is a folder: name a file with --db"),
+    ("disk is full", StoreError, "free some space and try again"),
+    ("no space left", StoreError, "free some space and try again"),
+    ("disk i/o", StoreError, "check the disk and its free space"),
+    ("locked", StoreLocked, "another program holds it: close that and try again"),
+    ("", StoreError, "run `doctor`, or choose another --db"))
 
 
-def _store_trouble(path: str, error: Exception) -> str:
-    """Return one line that says what is wrong with the file and what to do."""
-    remedies = (("not a database", "it is some other file: choose another --db"),
-                ("malformed", "it is damaged: restore it from a copy, or choose another --db"),
-                ("No such file", "check that its folder exists, or use --db"),
-                ("unable to open", "check that its folder exists and may be written, or use --db"),
-                ("readonly", "make it and its folder writable, or use --db"),
-                ("read-only", "make it and its folder writable, or use --db"),
-                ("Is a directory", "that is a folder: name a file with --db"),
-                ("disk is full", "free some space and try again"),
-                ("disk I/O", "check the disk and its free space"),
-                ("locked", "another program holds it: close that and try again"))
-    remedy = next((remedy for sign, remedy in remedies if sign.lower() in str(error).lower()),
-                  "run `doctor`, or choose another --db")
-    return f"the memory file {path} cannot be used ({error}); {remedy}"
+@contextlib.contextmanager
+def _told(path: str, *others: type) -> Iterator[None]:
+    """Raise StoreError for what SQLite raises within, and for others: what is wrong, what to do."""
+    try:
+        yield
+    except (*SQL_ERRORS, *others) as error:
+        text = str(error).lower()
+        kind, remedy = next((kind, remedy) for sign, kind, remedy in STORE_TROUBLES if sign in text)
+        raise kind(f"the memory file {path} cannot be used ({error}); {remedy}") from error
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
@@ -10048,7 +10059,6 @@ SMALL_LOSS = 20       # documents that may go without anybody's asking whether t
 LEASE_SECONDS = 120.0
 LISTEN_SECONDS = 3.0  # how often one that may not train asks whether it now may
 MOST_DEATHS = 5       # of a trainer without a step between them
-LASTING = ("no such table", "no such column", "malformed", "not a database")  # not of a lock
 
 
 def first_corpus() -> str:
@@ -10390,16 +10400,15 @@ class Trainer:
                 pause = await self._turn_to_work()
             except (TrainerError, StoreError, OSError, MemoryError,
                     asyncio.IncompleteReadError) as error:
-                passing = "locked" in str(error)  # another program holds the store for a while
+                passing = isinstance(error, StoreLocked)
                 deaths = 0 if passing else deaths + 1 if self._steps() == step else 1
-                lasting = any(sign in str(error) for sign in LASTING)
                 pause = min(60.0, 0.5 * 2 ** deaths)
                 if passing:
                     continue
                 self.tell(f"the trainer stopped ({error}); it starts again from the last commit")
                 with contextlib.suppress(StoreError):
                     self.memory.log("trainer died", error=str(error))
-                if deaths >= MOST_DEATHS or lasting:
+                if deaths >= MOST_DEATHS or isinstance(error, StoreDamaged):
                     often = f"{deaths} times" if deaths > 1 else "for good"
                     self._fail(f"the trainer stopped {often} ({error}); see --debug")
             with contextlib.suppress(asyncio.TimeoutError):
@@ -10754,7 +10763,7 @@ class Organism:
             try:
                 yield from self.speaker.reply(text, session)
             finally:
-                self._after_turn(session)
+                self.memory.mending(lambda: self._settle_turn(session))
 
     def take_in_messages(self) -> None:
         """Make entries of what the owner said, also of what a crash left lying, as of then."""
@@ -10765,16 +10774,6 @@ class Organism:
                     self._remember(m.text, "chat", m.session_id, holds_statements(m.text),
                                    m.said_at)
             self.memory.advance_messages([m.id for m in heard], KEPT)
-
-    def _after_turn(self, session: int) -> None:
-        """Take in what was said; a damaged index is found here first, and built anew."""
-        try:
-            self._settle_turn(session)
-        except StoreError as error:
-            if "malformed" not in str(error):
-                raise
-            self.memory.build_index()
-            self._settle_turn(session)
 
     def _settle_turn(self, session: int) -> None:
         """Take in what was said; compact the session when its turns outgrow their shares."""

@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import stat
@@ -119,6 +120,18 @@ class TheFile(MemoryCase):
         again.set_setting("a", 1)  # the next change writes it all anew
         again.close()
         self.assertEqual(everything(self.open()), before)
+
+    def test_a_folder_removed_while_we_run_is_told_and_one_made_again_is_written_anew(self):
+        os.mkdir(self.path("folder"))
+        memory = self.open(self.path("folder", "memory.sqlite3"))
+        memory.set_setting("a", 1)
+        shutil.rmtree(self.path("folder"))
+        with self.assertRaisesRegex(m.StoreError, "check that its folder exists"):
+            memory.set_setting("a", 2)
+        self.assertEqual(memory.setting("a"), 1)
+        os.mkdir(self.path("folder"))
+        memory.set_setting("b", 3)
+        self.assertEqual(self.open(memory.path).settings(""), {"a": 1, "b": 3})
 
     def test_a_path_with_odd_characters_is_a_path(self):
         for name in ("a b?mode=memory.db", "ü%20#.db", "-x", "file:y.db"):
