@@ -10264,7 +10264,6 @@ class Trainer:
         self._forgotten: Tuple[Any, float] = ([], 0.0)  # what is to be unlearned, and since when
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
         self._loop: Optional[asyncio.AbstractEventLoop] = None
-        self._listens = False             # another process trains this memory
 
     # phases
 
@@ -10392,30 +10391,36 @@ class Trainer:
         self._loop, self._bell = asyncio.get_running_loop(), asyncio.Event()
         self._loop.set_exception_handler(lambda loop, context: None)  # of pipes to the dead, 3.9
         await asyncio.to_thread(may_begin.wait)
-        deaths, pause = 0, 0.0
+        deaths, pause, barred = 0, 0.0, False
         self._enter(Phase.ASLEEP)
         while not self.stopping.is_set() and self.phase is not Phase.FAILED:
             step = self._steps()
             try:
+                before, barred = barred, self.barred()
+                if barred and not before:
+                    self.tell("another macrogpt trains this memory; here it only listens")
                 pause = await self._turn_to_work()
             except (TrainerError, StoreError, OSError, MemoryError,
                     asyncio.IncompleteReadError) as error:
                 passing = isinstance(error, StoreLocked)
                 deaths = 0 if passing else deaths + 1 if self._steps() == step else 1
                 pause = min(60.0, 0.5 * 2 ** deaths)
-                if passing:
-                    continue
-                self.tell(f"the trainer stopped ({error}); it starts again from the last commit")
-                with contextlib.suppress(StoreError):
-                    self.memory.log("trainer died", error=str(error))
-                if deaths >= MOST_DEATHS or isinstance(error, StoreDamaged):
-                    often = f"{deaths} times" if deaths > 1 else "for good"
-                    self._fail(f"the trainer stopped {often} ({error}); see --debug")
+                if not passing:
+                    self._note_death(error, deaths)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._bell.wait(), pause)
             self._bell.clear()
         with contextlib.suppress(StoreError):
             self.memory.drop_lease(self._owner)
+
+    def _note_death(self, error: BaseException, deaths: int) -> None:
+        """Tell of a death, and give up after many in a row, or where another start cannot help."""
+        self.tell(f"the trainer stopped ({error}); it starts again from the last commit")
+        with contextlib.suppress(StoreError):
+            self.memory.log("trainer died", error=str(error))
+        if deaths >= MOST_DEATHS or isinstance(error, StoreDamaged):
+            often = f"{deaths} times" if deaths > 1 else "for good"
+            self._fail(f"the trainer stopped {often} ({error}); see --debug")
 
     def _steps(self) -> Any:
         """Return how far both generations have come, as far as that can be read."""
@@ -10430,11 +10435,7 @@ class Trainer:
         if due is None:
             self._settle(order)
             return 60.0
-        listened, self._listens = self._listens, not self.memory.take_lease(
-            self._owner, LEASE_SECONDS, holder_alive)
-        if self._listens:
-            if not listened:
-                self.tell("another macrogpt trains this memory; here it only listens")
+        if not self.memory.take_lease(self._owner, LEASE_SECONDS, holder_alive):
             self._settle(order)
             return LISTEN_SECONDS
         if due == "unlearn":
