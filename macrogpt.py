@@ -11000,11 +11000,11 @@ def folded(line: str, columns: int, at: int = 0) -> str:
     """Return a line broken at words where it would pass the last column, it beginning at one."""
     if not columns or at + width_of(line) <= columns:
         return line
-    parts, indent = re.findall(r"\s*\S+", line), min(4, columns // 4)
+    parts, indent = re.findall(r"\s*\S+|\s+", line), min(4, columns // 4)
     for number, part in enumerate(parts):
         if at and at + width_of(part) > columns:
             part = "\n" + " " * indent + part.lstrip()
-            at, parts[number] = indent, part
+            at, parts[number] = 0, part
         at += width_of(part.strip("\n"))
     return "".join(parts)
 
@@ -11015,14 +11015,18 @@ class Terminal:
     def __init__(self, out: TextIO, err: TextIO, color: str = "auto", quiet: bool = False,
                  folds: bool = True) -> None:
         self.out, self.err, self.quiet, self.folds, self._status = out, err, quiet, folds, ""
+        self._at = 0  # the column of stdout in which the next sign comes
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         self.colored = color == "always" or (color == "auto" and err.isatty() and not plain)
 
     def say(self, text: str, end: str = "\n", faint: bool = False) -> None:
         """Write to stdout at once, in a terminal broken at words; it can do no more than be read.
         """
-        clean = "\n".join(folded(line, self.columns) for line in tidied(text).split("\n"))
+        clean = "\n".join(map(folded, tidied(text).split("\n"), repeat(self.columns),
+                              itertools.chain([self._at], repeat(0))))
         print(self.dim(clean) if faint else clean, end=end, file=self.out, flush=True)
+        _, newline, last = (clean + end).rpartition("\n")
+        self._at = width_of(last) + (0 if newline else self._at)
 
     @property
     def columns(self) -> int:
@@ -11336,14 +11340,9 @@ def _stream_reply(app: App, line: str) -> None:
     """Show the reply as it comes; Ctrl+C stops it, and what was said so far is kept."""
     pieces = app.organism().reply(line)
     try:
-        app.terminal.say("  »", " ", app.terminal.colored)
-        at, columns = 4, app.terminal.columns
+        app.terminal.say("  »", " ", faint=True)
         for piece in pieces:
-            if at > 4 and columns and at + width_of(piece.rstrip()) >= columns:
-                app.terminal.say("\n    ", end="")
-                at = 4
             app.terminal.say(piece, end="")
-            at += width_of(piece)
     except KeyboardInterrupt:
         app.terminal.say(" …", end="")
     finally:

@@ -2,6 +2,7 @@
 import contextlib
 import html.parser
 import importlib.util
+import io
 import json
 import os
 import random
@@ -93,6 +94,36 @@ class ProcessCase(Waiting, unittest.TestCase):
 
     def step(self):
         return self.setting("growth").get("step", 0)
+
+
+class Window(unittest.TestCase):
+    """What is shown in a narrow terminal."""
+
+    def shown(self, pieces, columns):
+        out = io.StringIO()
+        out.isatty = lambda: True
+        size = os.terminal_size((columns, 24))
+        with mock.patch.object(shutil, "get_terminal_size", lambda: size):
+            terminal = m.Terminal(out, io.StringIO(), color="never")
+            terminal.say("  »", " ")
+            for piece in pieces:
+                terminal.say(piece, "")
+            terminal.say("")
+        return out.getvalue()
+
+    def test_a_line_fits_the_window_and_breaks_at_the_same_words_said_whole_or_in_pieces(self):
+        rng = random.Random(5)
+        for _ in range(300):
+            words = ["".join(rng.choices("aé\u732b", k=rng.randint(1, 6)))
+                     for _ in range(rng.randint(1, 30))]
+            columns, text = rng.randint(20, 60), " ".join(words)
+            whole = self.shown([text], columns)
+            self.assertEqual(self.shown(re.findall(r"\s*\S+", text), columns), whole)
+            self.assertEqual(whole.split(), ["»", *words])
+            lines = whole.splitlines()
+            self.assertLessEqual(max(map(m.width_of, lines)), columns)
+            for line, after in zip(lines, lines[1:]):
+                self.assertGreater(m.width_of(f"{line} {after.split()[0]}"), columns)
 
 
 class CommandLine(ProcessCase):
