@@ -5665,35 +5665,33 @@ class Memory:
                     found[name] = Layer(json.loads(manifest), data, bool(sealed))
         return found
 
-    def damaged_layers(self) -> List[str]:
-        """Return the names of layers whose bytes are not those that were stored."""
-        return [name for name, in self._rows("SELECT name FROM layers WHERE checksum IS NOT "
-                                             "crc32(data) OR NOT json_valid(manifest)")]
+    def lost_layers(self) -> Tuple[Optional[int], List[str]]:
+        """Return the first layer that must be learned again, 0 the base, and the names that go.
 
-    def _is_grown(self) -> bool:
-        return self.setting("growth", {}).get("phase", "newborn") != "newborn"
-
-    def _last_reader(self) -> int:
-        """Return the number of the newest layer that has read anything."""
-        return self._one("SELECT max(layer) FROM entries WHERE layer IS NOT NULL") or 0
+        A layer goes when it is damaged or gone, and with it what is built on it.
+        """
+        names, bad = ([name for name, in self._rows(f"SELECT name FROM layers WHERE {which}")]
+                      for which in ("1", "checksum IS NOT crc32(data) OR NOT json_valid(manifest)"))
+        left = {*names} - {*bad}
+        born = self.setting("growth", {}).get("phase", "newborn") != "newborn"
+        if born and not {"base", "tokenizer"} <= left:
+            return 0, list(dict.fromkeys(["base", *names]))
+        sound = len(delta_names(left))
+        read = self._one("SELECT max(layer) FROM entries WHERE layer IS NOT NULL") or 0
+        lost = [f"delta{number}" for number in range(sound + 1, read + 1)]
+        lost += [name for name in names if name[:5] == "delta" and int(name[5:]) > sound]
+        return sound + 1 if lost else None, list(dict.fromkeys([*bad, *lost]))
 
     def give_up_damaged(self) -> List[str]:
         """Remove damaged layers and what is built on them, which is then to be read again."""
         with self.transaction():
-            bad, left = self.damaged_layers(), self.manifests()
-            for name in bad:
-                left.pop(name, None)
-            sound = len(delta_names(left))
-            lost = [f"delta{k}" for k in range(sound + 1, self._last_reader() + 1)]
-            lost += [n for n in self.manifests() if n[:5] == "delta" and int(n[5:]) > sound]
-            if self._is_grown() and not {"base", "tokenizer"} <= left.keys():
-                self.unlearn_from(0)
-                bad = [name for name, in self._rows("SELECT name FROM layers")]
+            first, names = self.lost_layers()
+            if first is not None:
+                self.unlearn_from(first)
+            if first == 0:
                 self._rows("DELETE FROM settings WHERE name = 'growth'")
-            elif lost:
-                self.unlearn_from(sound + 1)
-            self.remove_layers([*bad, *lost])
-            return list(dict.fromkeys([*bad, *lost]))
+            self.remove_layers(names)
+            return names
 
     def remove_layers(self, names: Iterable[str]) -> None:
         """Remove layers that are no longer needed."""
@@ -5764,15 +5762,10 @@ class Memory:
                               f"crc32(CAST({text} AS BLOB))")
             if rows:
                 yield f"{len(rows)} of the {table} are damaged, the first has the id {rows[0][0]}"
-        for name in self.damaged_layers():
-            yield f"layer {name!r} is damaged; it is learned again"
+        for name in self.lost_layers()[1]:
+            yield f"layer {name!r} cannot be used; it is learned again"
         for name, in self._rows("SELECT name FROM settings WHERE NOT json_valid(value)"):
             yield f"the setting {name!r} is damaged and counts as not set"
-        names = self.manifests()
-        if self._is_grown() and not {"base", "tokenizer"} <= names.keys():
-            yield "the weights are gone; all is learned again"
-        elif self._last_reader() > len(delta_names(names)):
-            yield "a layer is gone; what it had read is learned again"
         yield from self._index_faults()
 
     def _index_faults(self) -> Iterator[str]:
