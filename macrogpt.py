@@ -7614,7 +7614,7 @@ def _exchange_fits(lex: Lexicon, memory: Memory, asked: Asked, text: str,
                     continue
                 answer, strange = fitted_answer(lex, text, words, answer)
                 saying = lex.line(words)
-                if felt * feeling_of(saying) < 0 or felt * feeling_of(lex.line(answer)) < 0:
+                if felt and -felt in (feeling_of(saying), feeling_of(lex.line(answer))):
                     strange += 1.0  # glad of what is sad
                 strange += 0.5 * (("not" in saying.has) != ("not" in line.has))  # no thanks
                 said = filled_in(lex, memory, answer, text)
@@ -8224,7 +8224,8 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
     if told and best >= least and (factual or best >= alike):
         return Reply(told[0].answer, "memory", told[0].entry, best,
                      (told[0].entry, *told[0].others)), fits
-    sure = 1.0 if not like else (2.0 + least if factual else 1.0 + 2.0 * least) / 3.0
+    likely = (1.0 + 2.0 * least) / 3.0
+    sure = 1.0 if not like else (2.0 + least) / 3.0 if factual else likely
     exchange = Reply(said[0].answer, "tool" if said[0].told else "exchange", said[0].entry,
                      alike) if said and alike >= least else None
     if exchange and (alike >= sure or not (factual or names_something(text))):
@@ -8233,7 +8234,7 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
     if quote and rejection(text, quote.text) not in rejected:
         return quote, fits
     # what asks for advice is no question about the owner
-    advises = exchange and like and alike >= 0.7 and "own" not in known.line(text).has
+    advises = exchange and like and alike >= likely and "own" not in known.line(text).has
     return exchange if advises and not quote else None, fits
 
 
