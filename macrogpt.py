@@ -339,12 +339,8 @@ def _check_setting(f: "dataclasses.Field[Any]", value: Any) -> None:
         return
     low, high = f.metadata["low"], f.metadata["high"]
     if not low <= value <= high:
-        raise ConfigError(f"{f.name}={value!r} is out of range: expected {_range_text(low, high)} "
-                          f"({f.metadata['doc']}); the default is {f.default!r}")
-
-
-def _range_text(low: float, high: float) -> str:
-    return f"a number from {low:g} to {high:g}"
+        raise ConfigError(f"{f.name}={value!r} is out of range: expected a number from {low:g} to "
+                          f"{high:g} ({f.metadata['doc']}); the default is {f.default!r}")
 
 
 def parse_assignment(text: str) -> Tuple[str, Any]:
@@ -5294,6 +5290,11 @@ class Memory:
     def messages_of(self, session: str) -> List[Message]:
         """Return all that was said in a session, by its name."""
         return self._messages("session_id = (SELECT id FROM sessions WHERE name = ?)", session)
+
+    def last_session(self) -> str:
+        """Return the name of the session that was talked in last, or "main" where it is gone."""
+        name = self._one("SELECT name FROM sessions WHERE id = ?", self.setting("session"))
+        return name or "main"
 
     def rename_session(self, old: str, new: str) -> None:
         """Give a session another name."""
@@ -10746,9 +10747,10 @@ class Organism:
 
     def session_id(self) -> int:
         """Return the id of the session that is talked in, made at its first use."""
-        if self.memory.setting("session", "main") != self.session:
-            self.memory.set_setting("session", self.session)  # where the next chat goes on
-        return self.memory.session_id(self.session)
+        session = self.memory.session_id(self.session)
+        if self.memory.setting("session") != session:
+            self.memory.set_setting("session", session)  # where the next chat goes on
+        return session
 
     def reply(self, text: str) -> Iterator[str]:
         """Yield the reply to what the owner said, piece by piece; both are remembered."""
@@ -11074,8 +11076,6 @@ def _raise_terminated(number: int, frame: Any) -> None:
 
 
 GROWING_COMMANDS = ("chat", "ask", "train")
-REPORTS = ("stats", "sessions", "memory", "log", "doctor", "export")
-CHANGES = ("forget", "rename", "delete")  # words of a report that make it one no longer
 
 
 class App:
@@ -11089,15 +11089,13 @@ class App:
     def memory(self) -> Memory:
         """Return the store, opened at its first use; a report makes none, and tells of a newborn's.
         """
-        path = self.config.db_path
-        empty = not os.path.exists(path) or os.path.isfile(path) and not os.path.getsize(path)
-        reports = self.options.command in REPORTS
-        if self._memory is None and reports and empty and os.path.isdir(
-                os.path.dirname(os.path.abspath(path))):
-            path = ":memory:"
         if self._memory is None:
-            self._memory = Memory(path, writable=not reports or bool(
-                self.options.words and self.options.words[0] in CHANGES))
+            path, command = self.config.db_path, COMMANDS[self.options.command]
+            empty = not os.path.exists(path) or os.path.isfile(path) and not os.path.getsize(path)
+            if command.reports and empty and os.path.isdir(os.path.dirname(os.path.abspath(path))):
+                path = ":memory:"
+            self._memory = Memory(path, writable=not command.reports or not {
+                *command.changes}.isdisjoint(self.options.words[:1]))
         return self._memory
 
     def organism(self) -> Organism:
@@ -11110,7 +11108,7 @@ class App:
             wanted = Shape.of(self.config)
             shape = stored_shape(memory)
             self.config = dataclasses.replace(self.config, **shape)
-            last = memory.setting("session", "main") if self.options.command == "chat" else "main"
+            last = memory.last_session() if self.options.command == "chat" else "main"
             self._organism = Organism(self.config, memory, engine, self.options.session or last,
                                       self.options.seed is not None)
             if shape and wanted != Shape(**shape):
@@ -11409,17 +11407,18 @@ def prepare_readline(app: App) -> Callable[[], None]:
 def completions(app: App, line: str, text: str) -> Iterator[str]:
     """Yield what a word at the end of a line may become: a command, a setting, a session, a file.
     """
-    command = line.lstrip().partition(" ")[0]
-    if " " not in line.lstrip():
+    command, space, _ = line.lstrip().partition(" ")
+    names: List[str] = []
+    if not space:
         names = [f"/{name} " for name in sorted(REPL_COMMANDS)] if text.startswith("/") else []
     elif command in ("/set", "/show"):
         names = [f.name for f in dataclasses.fields(Config)]
     elif command in ("/session", "/new"):
         names = [s["name"] for s in app.memory().sessions()]
-    else:
-        folder = os.path.dirname(text) if command == "/save" else ""
-        names = [os.path.join(folder, name) for name in sorted(os.listdir(folder or "."))] if (
-            command == "/save" and os.path.isdir(folder or ".")) else []
+    elif command == "/save":
+        folder = os.path.dirname(text)
+        with contextlib.suppress(OSError):
+            names = [os.path.join(folder, name) for name in sorted(os.listdir(folder or "."))]
     return (name for name in names if name.startswith(text))
 
 
@@ -11584,17 +11583,22 @@ def forget(memory: Memory, wish: str, asking: bool = False) -> str:
 
 
 def _repl_session(app: App, rest: str) -> List[str]:
-    organism = app.organism()
-    if rest:
-        known = [s["name"] for s in app.memory().sessions()]
-        alike = [name for name in known if name.startswith(rest)]
-        name = alike[0] if rest not in known and len(alike) == 1 else check_session(rest)
-        if name not in known and sys.stdin.isatty() and input(
-                f"there is no session {name!r}; begin it? [y/N] ").strip().lower() != "y":
-            return [f"session {organism.session}; known are {', '.join(known)}"]
-        organism.session = name
-        organism.session_id()
-    return [f"session {organism.session}"]
+    present = app.organism().session
+    if not rest:
+        return [f"session {present}"]
+    known = [s["name"] for s in app.memory().sessions()]
+    alike = [name for name in known if name.startswith(rest)]
+    name = alike[0] if rest not in known and len(alike) == 1 else check_session(rest)
+    if name not in known and sys.stdin.isatty() and input(
+            f"there is no session {name!r}; begin it? [y/N] ").strip().lower() != "y":
+        return [f"session {present}; known are {', '.join(known)}"]
+    return _enter_session(app, name)
+
+
+def _enter_session(app: App, name: str) -> List[str]:
+    app.organism().session = name
+    app.organism().session_id()
+    return [f"session {name}"]
 
 
 def _repl_forget(app: App, rest: str) -> List[str]:
@@ -11623,9 +11627,7 @@ def _repl_new(app: App, rest: str) -> List[str]:
         f"talk {n}" for n in range(1, len(known) + 2) if f"talk {n}" not in known)
     if name in known:
         return [f"there is a session {name!r} already; /session {name} goes on with it"]
-    app.organism().session = name
-    app.organism().session_id()
-    return [f"session {name}"]
+    return _enter_session(app, name)
 
 
 def _repl_compact(app: App, rest: str) -> List[str]:
@@ -11989,8 +11991,8 @@ def command_completion(app: App, words: List[str]) -> None:
     options = [name for action in option_parser()._actions for name in action.option_strings
                if action.help != argparse.SUPPRESS]
     if words == ["fish"]:
-        lines = [f"complete -c macrogpt -n __fish_use_subcommand -a {name} -d '{text}'"
-                 for name, (_, _, _, text) in COMMANDS.items()]
+        lines = [f"complete -c macrogpt -n __fish_use_subcommand -a {name} -d '{command.text}'"
+                 for name, command in COMMANDS.items()]
         lines += [f"complete -c macrogpt -l {name[2:]}" for name in options if name[:2] == "--"]
     elif words == ["bash"]:
         lines = [f"complete -o default -W '{' '.join([*COMMANDS, *options])}' macrogpt"]
@@ -12266,11 +12268,11 @@ def as_markdown(memory: Memory) -> Iterator[str]:
 def command_export(app: App, words: List[str]) -> None:
     """Write talks as JSONL for fine-tuning tools, or what it was told as Markdown for people."""
     kind, memory = app.options.format, app.memory()
+    if kind is None or len(words) != 1:
+        raise UsageError("export takes a file to write and a format; for example: "
+                         "export talks.jsonl --format jsonl")
     if kind not in ("jsonl", "markdown"):
-        command_later(app, words)
-    if len(words) != 1:
-        raise UsageError("export takes a file to write; for example: export talks.jsonl "
-                         "--format jsonl")
+        raise MacroGPTError(f"export as {kind} is not there yet; use --format jsonl or markdown")
     rows = chat_records(memory, bool(app.options.mine))
     lines = as_markdown(memory) if kind == "markdown" else (
         json.dumps(row, ensure_ascii=False) for row in rows)
@@ -12280,9 +12282,9 @@ def command_export(app: App, words: List[str]) -> None:
 
 def command_import(app: App, words: List[str]) -> None:
     """Take in talks of JSONL, in a session of their own: what was said there is heard here."""
-    if len(words) != 1 or os.path.isdir(words[0]):
-        command_later(app, words)
-    organism, memory, turns = app.organism(), app.memory(), []
+    if len(words) != 1:
+        raise UsageError("import takes one file of talks; for example: import talks.jsonl")
+    turns: List[Tuple[str, str]] = []
     for number, line in enumerate(read_text(words[0]).splitlines(), 1):
         try:
             turns += [({"user": "owner", "assistant": "self", "system": ""}[turn["role"]],
@@ -12290,6 +12292,7 @@ def command_import(app: App, words: List[str]) -> None:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UsageError(f"line {number} of {words[0]} is no talk; expected an object like "
                              '{"messages": [{"role": "user", "content": "Hi!"}]}') from None
+    organism, memory = app.organism(), app.memory()
     name = check_session(clean_line(f"import {os.path.basename(words[0])}", 80))
     with memory.transaction():
         for role, text in turns:
@@ -12300,39 +12303,46 @@ def command_import(app: App, words: List[str]) -> None:
                [f"{len(turns)} messages came into session {name!r}"])
 
 
-def command_later(app: App, words: List[str]) -> None:
-    """Say that a command is not there yet."""
-    raise MacroGPTError(f"{app.options.command} is not there yet; see the README for what is")
+class Command(NamedTuple):
+    """A command of the command line: what it does, takes, says of itself, and does to the store."""
+
+    run: Callable[[App, List[str]], Optional[int]]
+    words: str
+    text: str
+    example: str = ""
+    options: Tuple[str, ...] = ()    # that are its own
+    reports: bool = False            # it only reads, and makes no store
+    changes: Tuple[str, ...] = ()    # words after which it does more than read
 
 
-# Each command's function, the words it takes, the options that are its own, and its help.
-COMMANDS: Dict[str, Tuple[Callable[[App, List[str]], Optional[int]], str, Tuple[str, ...], str]] = {
-    "chat": (command_chat, "", (), "talk (the default)"),
-    "ask": (command_ask, "TEXT", (), "one reply on stdout"),
-    "train": (command_train, "", ("steps", "seconds"),
-              "train in the foreground [--steps N] [--seconds S]"),
-    "generate": (command_generate, "[PROMPT]", ("tokens",), "free text [--tokens N]"),
-    "memory": (command_memory, "search TEXT | about TEXT | list | forget TEXT-or-ID", (),
-               "what it was told"),
-    "sessions": (command_sessions, "[list | show NAME | rename OLD NEW | delete NAME]", (),
-                 "the conversations"),
-    "stats": (command_stats, "", ("html",), "how large, how old, how good it is [--html FILE]"),
-    "log": (command_log, "", ("last",), "its life, one line an event [--last N]"),
-    "eval": (command_eval, "FILE", (), "bits per character on a text"),
-    "bench": (command_bench, "", (), "the speed of this machine"),
-    "doctor": (command_doctor, "", ("rescue",),
-               "what is well and what is not; --rescue NEW saves what can be read"),
-    "export": (command_export, "FILE", ("format", "mine"),
-               "talks and what was told --format jsonl|markdown [--mine]"),
-    "import": (command_import, "FILE", (), "talks of JSONL, as export writes them"),
-    "completion": (command_completion, "bash|zsh|fish", (), "what makes a shell complete words")}
-
-EXAMPLES = {"chat": "--session work", "ask": "'where did I park?' < notes.txt",
-            "train": "--seconds 60", "generate": "'The sea' --tokens 50",
-            "memory": "search cat", "sessions": "show main", "stats": "--html page.html",
-            "log": "--last 20", "eval": "book.txt", "doctor": "--rescue saved.sqlite3",
-            "export": "talks.jsonl --format jsonl --mine", "import": "talks.jsonl",
-            "completion": "bash"}
+COMMANDS: Dict[str, Command] = {
+    "chat": Command(command_chat, "", "talk (the default)", "--session work"),
+    "ask": Command(command_ask, "TEXT", "one reply on stdout",
+                   "'where did I park?' < notes.txt"),
+    "train": Command(command_train, "", "train in the foreground [--steps N] [--seconds S]",
+                     "--seconds 60", ("steps", "seconds")),
+    "generate": Command(command_generate, "[PROMPT]", "free text [--tokens N]",
+                        "'The sea' --tokens 50", ("tokens",)),
+    "memory": Command(command_memory, "search TEXT | about TEXT | list | forget TEXT-or-ID",
+                      "what it was told", "search cat", (), True, ("forget",)),
+    "sessions": Command(command_sessions, "[list | show NAME | rename OLD NEW | delete NAME]",
+                        "the conversations", "show main", (), True, ("rename", "delete")),
+    "stats": Command(command_stats, "", "how large, how old, how good it is [--html FILE]",
+                     "--html page.html", ("html",), True),
+    "log": Command(command_log, "", "its life, one line an event [--last N]", "--last 20",
+                   ("last",), True),
+    "eval": Command(command_eval, "FILE", "bits per character on a text", "book.txt"),
+    "bench": Command(command_bench, "", "the speed of this machine"),
+    "doctor": Command(command_doctor, "",
+                      "what is well and what is not; --rescue NEW saves what can be read",
+                      "--rescue saved.sqlite3", ("rescue",), True),
+    "export": Command(command_export, "FILE",
+                      "talks and what was told --format jsonl|markdown [--mine]",
+                      "talks.jsonl --format jsonl --mine", ("format", "mine"), True),
+    "import": Command(command_import, "FILE", "talks of JSONL, as export writes them",
+                      "talks.jsonl"),
+    "completion": Command(command_completion, "bash|zsh|fish",
+                          "what makes a shell complete words", "bash")}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -12345,8 +12355,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def option_parser() -> argparse.ArgumentParser:
     """Return the parser of everything that may stand on the command line."""
-    table = "\n".join(f"  {name:11}{words}{': ' * bool(words)}{text}"
-                      for name, (_, words, _, text) in COMMANDS.items())
+    table = "\n".join(f"  {name:11}{command.words}{': ' * bool(command.words)}{command.text}"
+                      for name, command in COMMANDS.items())
     parser = OneLineParser(
         prog="macrogpt", description="a small living mind in one file",
         epilog="commands, each with a --help of its own:\n" + table, add_help=False,
@@ -12365,7 +12375,6 @@ def option_parser() -> argparse.ArgumentParser:
         help="learn what is there before the first reply, and what is due before the next one")
     add("--json", action="store_true", help="machine-readable reports")
     add("--quiet", action="store_true", help="no banner, no notices")
-    add("--mine", action="store_true", default=None, help=argparse.SUPPRESS)
     add("--yes", action="store_true", help="delete and forget without asking")
     add("--debug", action="store_true", help="show tracebacks")
     add("--color", choices=("auto", "always", "never"), default="auto")
@@ -12374,6 +12383,7 @@ def option_parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, metavar="N", help="generate: so many tokens")
     add("--last", type=int, metavar="N", help="log: so many events")
     add("--format", metavar="FORMAT", help="export: the format to write")
+    add("--mine", action="store_true", default=None, help="export: your talks alone")
     add("--html", metavar="FILE", help="stats: draw them as a page")
     add("--rescue", metavar="NEW", help="doctor: copy all that can be read into a new store")
     add("--version", action="version", version=f"macrogpt {__version__}")
@@ -12382,11 +12392,11 @@ def option_parser() -> argparse.ArgumentParser:
 
 def help_of(name: str) -> str:
     """Return what a command does, takes, and looks like."""
-    _, words, own, text = COMMANDS[name]
+    command = COMMANDS[name]
     given = [f"  {' '.join(action.option_strings)} {action.metavar or ''}  {action.help}"
-             for action in option_parser()._actions if action.dest in own]
-    return "\n".join([f"usage: macrogpt {name} {words}".rstrip(), text, *given,
-                      f"example: macrogpt {name} {EXAMPLES.get(name, '')}".rstrip(),
+             for action in option_parser()._actions if action.dest in command.options]
+    return "\n".join([f"usage: macrogpt {name} {command.words}".rstrip(), command.text, *given,
+                      f"example: macrogpt {name} {command.example}".rstrip(),
                       "macrogpt --help shows the options that every command takes"])
 
 
@@ -12398,13 +12408,13 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     if options.command not in COMMANDS:
         raise UsageError(f"there is no command {options.command!r}; "
                          f"{_nearest_hint(options.command, list(COMMANDS))}")
-    _, takes, own, _ = COMMANDS[options.command]
-    if options.words and not takes:
+    command = COMMANDS[options.command]
+    if options.words and not command.words:
         raise UsageError(f"{options.command} takes no words, found {options.words[0]!r}; "
                          f"see --help, or to talk: ask {' '.join(options.words)}")
-    for name in ("steps", "seconds", "tokens", "last", "format", "mine", "rescue", "html"):
+    for name in dict.fromkeys(name for each in COMMANDS.values() for name in each.options):
         value = getattr(options, name)
-        if value is not None and name not in own:
+        if value is not None and name not in command.options:
             raise UsageError(f"{options.command} takes no --{name}; see --help")
         if isinstance(value, (int, float)) and not 0 < value < math.inf:
             raise UsageError(f"--{name} {value} is not above 0; give a positive number")
@@ -12432,7 +12442,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> int:
         names_files = options.command in ("eval", "export", "import")
         words = options.words if names_files else [
             tidied(decode_line(os.fsencode(word))) for word in options.words]
-        return COMMANDS[options.command][0](app, words) or 0
+        return COMMANDS[options.command].run(app, words) or 0
     finally:
         for number in ENDING_SIGNALS:  # the last commit is not to be interrupted
             signal.signal(number, signal.SIG_IGN)

@@ -250,6 +250,11 @@ class Piped(ProcessCase):
             "I am a small lantern in a big house.", "session boats",
             "there is a session 'boats' already; /session boats goes on with it", "session boats"])
         self.assertEqual(self.chat("/session", "/session ma"), ["session boats", "session main"])
+        self.chat("/session boats", "hello")
+        self.good("sessions", "rename", "boats", "ships")
+        self.assertEqual(self.chat("/session"), ["session ships"])
+        self.good("sessions", "delete", "ships")
+        self.assertEqual(self.chat("/session"), ["session main"])
 
     def test_what_was_exported_is_imported_elsewhere_and_answered(self):
         self.chat("My boat is called Plover.", "Who are you?")
@@ -266,6 +271,9 @@ class Piped(ProcessCase):
         for shell in ("bash", "zsh", "fish"):
             said = self.good("completion", shell)
             self.assertTrue("sessions" in said and "wait-trained" in said, said)
+        for name in m.COMMANDS:
+            said = m.help_of(name)
+            self.assertTrue(said.startswith(f"usage: macrogpt {name}") and "SUPPRESS" not in said)
         self.good("stats", "--html", self.path("page.html"))
         page = Path(self.path("page.html")).read_text(encoding="utf-8")
         self.assertIn("parameters", page)
