@@ -5320,10 +5320,14 @@ class Memory:
                           "ORDER BY id DESC LIMIT ?", session_id, count)
         return rows[::-1]
 
+    def _fields(self, kind: Any, rest: str, *values: Any) -> List[Any]:
+        """Return the fields of a kind of rows; a damaged text is read as far as it can be."""
+        fields = ", ".join(kind._fields).replace("text", "CAST(text AS TEXT)")
+        return self._rows(f"SELECT {fields} FROM {rest}", *values)
+
     def _messages(self, where: str, *values: Any) -> List[Message]:
-        fields = ", ".join(Message._fields).replace("text", "CAST(text AS TEXT)")
-        rows = self._rows(f"SELECT {fields} FROM messages WHERE {where} ORDER BY id", *values)
-        return [Message(*row) for row in rows]
+        return [Message(*row) for row in self._fields(
+            Message, f"messages WHERE {where} ORDER BY id", *values)]
 
     def heard_messages(self) -> List[Message]:
         """Return the messages, of any session, whose facts may not be entries yet."""
@@ -5425,9 +5429,8 @@ class Memory:
 
     def entries(self, where: str = "1", *values: Any, limit: int = -1) -> List[Entry]:
         """Return entries in the order in which they came, filtered by an SQL condition on e."""
-        fields = ", ".join(Entry._fields).replace("text", "CAST(text AS TEXT)")
-        rows = self._rows(f"SELECT {fields} FROM entries e WHERE {where} "
-                          f"ORDER BY id LIMIT {int(limit)}", *values)
+        rows = self._fields(Entry, f"entries e WHERE {where} ORDER BY id LIMIT {int(limit)}",
+                            *values)
         return [Entry(*row[:5], *map(bool, row[5:8]), *row[8:]) for row in rows]
 
     def by_keys(self, keys: Sequence[int]) -> Iterator[Entry]:
