@@ -15,7 +15,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = os.path.join(ROOT, "macrogpt.py")
 # Without site-packages, of which nothing is used and some are slow to look through. START does what
 # the script does, by way of its bytecode: as a script it is compiled anew at every start.
-START = "import sys; sys.path.insert(0, sys.argv.pop(1)); import macrogpt; sys.exit(macrogpt.main())"
+# It ends where a connection is made, as this process does; a pair of sockets is one on Windows.
+START = ("import sys; sys.addaudithook(lambda event, args: event == 'socket.connect' and "
+         "args[1][0] != '127.0.0.1' and sys.exit(f'connected to {args[1]}')); "
+         "sys.path.insert(0, sys.argv.pop(1)); import macrogpt; sys.exit(macrogpt.main())")
 
 # Where kernels are compiled to, once for all tests; the home of each test is its own.
 CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -23,6 +26,14 @@ CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~")
 # What is started in the background of a script ignores Ctrl+C, and so would what we start from here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _unconnected(event, args):
+    if event == "socket.connect" and args[1][0] != "127.0.0.1":
+        raise AssertionError(f"connected to {args[1]}")
+
+
+sys.addaudithook(_unconnected)
 
 # The smallest organism worth a process: a warm-up of six steps takes a fraction of a second.
 TINY = tuple(word for setting in (

@@ -246,6 +246,13 @@ class Layout(unittest.TestCase):
                        or isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.argv")
                    and self.section_at(node.lineno) is not self.sections[-1]])
 
+    def test_of_the_network_it_knows_the_name_of_this_host_and_how_a_path_is_quoted(self):
+        used = {ast.unparse(node) for node in self.nodes if isinstance(node, ast.Attribute)}
+        self.assertEqual({name for name in used if name.startswith(("socket.", "urllib."))},
+                         {"socket.gethostname", "urllib.parse", "urllib.parse.quote"})
+        self.assertFalse(self.imported & {"http", "ftplib", "smtplib", "socketserver", "ssl",
+                                          "xmlrpc", "webbrowser"})
+
     def test_the_size_of_every_section_is_shown(self):
         ends = [*(s.line - 2 for s in self.sections[1:]), len(self.lines)]
         sizes = [end - s.line + 2 for s, end in zip(self.sections, ends)]
