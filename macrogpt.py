@@ -10389,13 +10389,13 @@ class Trainer:
         self._loop, self._bell = asyncio.get_running_loop(), asyncio.Event()
         self._loop.set_exception_handler(lambda loop, context: None)  # of pipes to the dead, 3.9
         await asyncio.to_thread(may_begin.wait)
-        deaths, pause, barred = 0, 0.0, False
+        deaths, pause, told = 0, 0.0, False
         self._enter(Phase.ASLEEP)
         while not self.stopping.is_set() and self.phase is not Phase.FAILED:
             step = self._steps()
             try:
-                before, barred = barred, self.barred()
-                if barred and not before:
+                if not told and self.barred():
+                    told = True
                     self.tell("another macrogpt trains this memory; here it only listens")
                 pause = await self._turn_to_work()
             except (TrainerError, StoreError, OSError, MemoryError,
