@@ -7736,27 +7736,12 @@ def _topic(lex: Lexicon, question: str, reply: str, pronoun: str) -> str:
     found: List[Tuple[bool, str]] = []
     asked = analyzed(lex, question)
     for text in (reply, question) if asked.slot in ("person", "name") else (question, reply):
-        text = turned(text) if text is reply else text
-        line, spans = lex.line(text), [m.span() for m in _WORD.finditer(text)]
-        if len(spans) != len(line.words):  # it's is two words
-            text = " ".join(word.text for word in line.words).replace(" 's", "'s")
-            spans = [m.span() for m in _WORD.finditer(text.replace("'s", " s"))]
-            text = text.replace("'s", " s") if len(spans) == len(line.words) else ""
-        for i in line.telling if text else ():
-            if line.caps[i] or line.owners[i] and line.owners[i] != "your":
-                start = i
-                while start and (line.caps[i] and line.caps[start - 1] or not line.caps[i] and (
-                        line.words[start - 1].classes & {"own", "det"}
-                        or line.words[start - 1].word == "'s"
-                        or line.words[start].word == "'s")):
-                    start -= 1
-                end = i
-                while end + 1 < len(line.words) and line.caps[i] and line.caps[end + 1]:
-                    end += 1
-                person = line.caps[i] or line.words[i].stem in lex.kinds["person"]
-                name = text[spans[start][0]:spans[end][1]].replace(" s ", "'s ")
-                if not (text is not question and name.casefold() in question.casefold()):
-                    found.append((bool(person), name))
+        line = lex.line(turned(text) if text is reply else text)
+        for head, name in things_named(lex, line):
+            at = line.words.index(head)
+            said = text is reply and name.casefold() in question.casefold()
+            if not said and (line.caps[at] or line.owners[at] != "your"):
+                found.append((bool(line.caps[at] or head.stem in lex.kinds["person"]), name))
     thing = pronoun in ("it", "its", "es")
     return next((name for person, name in found if person != thing),
                 found[0][1] if found else "")
