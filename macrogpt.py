@@ -5095,6 +5095,7 @@ SQL_ERRORS = (sqlite3.Error, UnicodeDecodeError)  # a damaged schema breaks even
 MAX_LIKE_FORMS = 900  # SQLite takes expressions of up to 1,000 levels
 TOLD = ("chat", "taught")
 WORDS_MARK = "_words_"  # a word of every entry with lines of word knowledge
+GREETING_CHARS = 20  # of a first message that is no title
 TOLD_MARK = "_told_"  # a word of every statement of the owner, found fast among millions of others
 
 
@@ -5281,10 +5282,15 @@ class Memory:
             return self._one("SELECT id FROM sessions WHERE name = ?", name)
 
     def sessions(self) -> List[Dict[str, Any]]:
-        """Return every session with its name, start, last word and count of messages."""
-        keys = ("name", "started_at", "last_at", "messages")
+        """Return every session with its name, start, last word, count of messages and title.
+
+        The title is the first that its owner said, or the first that is more than a greeting.
+        """
+        keys = ("name", "started_at", "last_at", "messages", "title")
+        title = ("SELECT CAST(text AS TEXT) FROM messages WHERE session_id = s.id AND role = "
+                 f"'owner' ORDER BY length(text) <= {GREETING_CHARS}, id LIMIT 1")
         return [dict(zip(keys, row)) for row in self._rows(
-            "SELECT s.name, s.started_at, max(m.said_at), count(m.id) FROM sessions s "
+            f"SELECT s.name, s.started_at, max(m.said_at), count(m.id), ({title}) FROM sessions s "
             "LEFT JOIN messages m ON m.session_id = s.id GROUP BY s.id ORDER BY s.id")]
 
     def messages_of(self, session: str) -> List[Message]:
@@ -8874,6 +8880,7 @@ class Turn:
         self.fits: List[Recall] = []
         self.forgotten: Set[str] = set()  # words that went with what was to be forgotten
         self.reply, self.trace = Reply("", "nothing"), None  # type: Reply, Optional[Trace]
+        self.begun, self.seconds = time.perf_counter(), 0.0
 
     def answer(self) -> Iterator[str]:
         """Yield the reply's pieces; `reply` and `trace` then tell where they come from."""
@@ -9107,6 +9114,7 @@ class Speaker:
                 answer = FORGOTTEN
             self.said_ids = (said, memory.add_message(session, "self", answer))
             turn.reply, self.turn = turn.reply._replace(text=answer), turn
+            turn.seconds = time.perf_counter() - turn.begun
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
@@ -9440,11 +9448,11 @@ class Learner:
         elif not self.router.counts[-1]:  # nothing was new: it learned more of what the base knows
             self.router.refine(active)
 
-    def fresh_nats(self) -> float:
-        """Return the loss, in nats an id, of a part of what is new, read by who learns it."""
+    def fresh_bpc(self) -> float:
+        """Return the bits per character of a part of what is new, read by who learns it."""
         ids = self.pool.fresh[:FRESH_IDS]
         whole = sum(scored_nats(self.model.learner(), ids, self.config.block_size))
-        return whole / max(1, len(ids) - 1)
+        return whole / math.log(2.0) / max(1, len(self.tokenizer.decode(ids)))
 
     # both
 
@@ -9595,8 +9603,9 @@ class Job:
         self.explicit, self.counted, self.done_steps = bool(steps or seconds), bool(steps), 0
         config, growth = learner.config, learner.growth
         self.birth, self.given_up, self.own_layer = growth.phase == "warmup", False, False
-        self.fresh_share, self.lap_steps, self.lap_nats = 1.0, 1, math.inf
+        self.fresh_share, self.lap_steps, self.lap_bpc = 1.0, 1, math.inf
         self.gate: Optional[Gate] = None
+        self.met_bpc = self.left_bpc = 0.0  # of what is new, before and after
         if self.birth:
             whole = learner.birth_steps()
             due, done = max(1, whole - growth.warmup_step), growth.warmup_step / whole
@@ -9615,6 +9624,7 @@ class Job:
         learner.begin_burst()
         self.gate = Gate(learner)
         learner.settle_route()
+        self.met_bpc = learner.fresh_bpc()
         # a delta that knows nothing yet has nothing to forget, and no text is its own
         known, fresh = learner.growth.delta_chars, learner.chars(unread=True)
         self.fresh_share = 1.0 - config.replay_share * known / max(1, known + fresh)
@@ -9680,8 +9690,8 @@ class Job:
             return True
         if self.birth or self.explicit or self.done_steps % self.lap_steps:
             return False
-        before, self.lap_nats = self.lap_nats, self.learner.fresh_nats()
-        return (self.lap_nats > before * (1.0 - LAP_GAIN)
+        before, self.lap_bpc = self.lap_bpc, self.learner.fresh_bpc()
+        return (self.lap_bpc > before * (1.0 - LAP_GAIN)
                 and self.done_steps >= self.learner.config.micro_steps)
 
     def harm(self) -> Optional[Dict[str, Any]]:
@@ -9702,7 +9712,7 @@ class Job:
             learner.begin_delta()
             gate.keep()
             learner.settle_route()
-            self.fresh_share, self.done_steps, self.lap_nats = 1.0, 0, math.inf
+            self.fresh_share, self.done_steps, self.lap_bpc = 1.0, 0, math.inf
             self.began = self.clock()
         name, (before, now) = max(worse.items(), key=lambda item: item[1][1] / item[1][0])
         return {"probe": name, "before": before, "now": now,
@@ -9714,6 +9724,7 @@ class Job:
         if not self.birth:
             learner.evaluate()
             fresh = learner.chars(unread=True)
+            self.left_bpc = learner.fresh_bpc()
             if not self.given_up:  # without new text it learned what all else is about
                 growth.delta_chars += fresh or learner.chars(unread=False)
                 growth.later_chars += fresh
@@ -9915,7 +9926,7 @@ class TrainerChild:
         else:
             self.job = None
             self._snapshot(job.learner, read)
-            self._send("done")
+            self._send("done", before=job.met_bpc, now=job.left_bpc)
 
     def _end_rebirth(self, read: List[int]) -> None:
         """Let the new generation take over, if it reads no probe too much worse."""
@@ -10645,12 +10656,13 @@ class Trainer:
         self._child_raises, self._text_changed = False, True
         self._bell.set()
 
-    def _on_done(self) -> None:
+    def _on_done(self, before: float, now: float) -> None:
         lines, self._unread_lines = self._unread_lines, 0
         self.memory.log("learned", step=self.growth.step, bpc=self.growth.bpc, lines=lines)
         self.memory.set_setting("relearn", None)
         if lines and self.growth.phase == "grown":
-            self.tell(f"learned {lines} new line{'s' * (lines > 1)}")
+            bits = f" · {before:.2f} → {now:.2f} bits per character" * bool(before)
+            self.tell(f"learned {lines} new line{'s' * (lines > 1)}{bits}")
         if self.order and any(self.order):
             self.order = None
         self._child_learns, self._text_changed = False, True
@@ -10993,6 +11005,9 @@ def folded(line: str, columns: int, at: int = 0) -> str:
     return "".join(parts)
 
 
+STATUS_SECONDS = 10.0  # between two lines of status
+
+
 class Terminal:
     """The two streams, and what the terminal behind them can do."""
 
@@ -11002,6 +11017,9 @@ class Terminal:
         self._at = 0  # the column of stdout in which the next sign comes
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         self.colored = color == "always" or (color == "auto" and err.isatty() and not plain)
+        # a line that changes is read out again and again where a screen is not seen but heard
+        self.redraws = err.isatty() and not plain and not os.environ.get("ACCESSIBLE")
+        self._next_status = -math.inf  # when a line of status may come where none is redrawn
 
     def say(self, text: str, end: str = "\n", faint: bool = False) -> None:
         """Write to stdout at once, in a terminal broken at words; it can do no more than be read.
@@ -11031,12 +11049,31 @@ class Terminal:
         """Return the text, dimmed where colors are shown."""
         return f"\033[2m{text}\033[0m" if self.colored else text
 
-    def status(self, text: str) -> None:
-        """Show a line that the next one replaces; only where a terminal can."""
-        if not self.quiet and self.err.isatty() and text != self._status:
-            width = shutil.get_terminal_size().columns - 1
+    def page(self, lines: Iterable[str]) -> None:
+        """Say the lines; what a terminal cannot hold at once goes through the owner's pager."""
+        text, width = "\n".join(map(tidied, lines)), self.columns
+        rows = [folded(line, width) for line in text.split("\n")]
+        if width and "\n".join(rows).count("\n") + 2 > shutil.get_terminal_size().lines:
+            import pydoc  # 30 ms that no other start should pay
+            pydoc.pager("\n".join(rows))
+        elif text:
+            self.say(text)
+
+    def status(self, text: str, above: bool = False) -> None:
+        """Show a line that the next one replaces, here or above the prompt.
+
+        Where a terminal cannot redraw, or should not, it is a line every ten seconds.
+        """
+        if self.quiet or not self.err.isatty() or text == self._status:
+            return
+        shown = tidied(text)[:shutil.get_terminal_size().columns - 1]
+        if self.redraws:  # save the cursor, go up a row; clear to the end; back again
+            start, end = ("\0337\033[A\r", "\033[K\0338") if above else ("\r", "\033[K")
+            self._tell(start + self.dim(shown) + end, "")
             self._status = text
-            self._tell("\r" + tidied(text)[:width].ljust(width), "")
+        elif time.monotonic() > self._next_status:
+            self._tell(shown)
+            self._next_status = time.monotonic() + STATUS_SECONDS
 
     def end_status(self) -> None:
         """End the line of status, if there is one."""
@@ -11073,6 +11110,7 @@ class App:
         self.options, self.config, self.terminal = options, config, terminal
         self._organism: Optional[Organism] = None
         self._memory: Optional[Memory] = None
+        self.on_list: Callable[[], None] = lambda: None  # called before completions are shown
 
     def memory(self) -> Memory:
         """Return the store, opened at its first use; a report makes none, and tells of a newborn's.
@@ -11125,8 +11163,7 @@ class App:
         if self._memory is not None and self._memory.path != self.config.db_path:
             self.terminal.note(f"there is no memory in {self.config.db_path} yet: this would be a "
                                "newborn's")
-        for line in [json.dumps(facts, ensure_ascii=False)] if self.options.json else lines:
-            self.terminal.say(line)
+        self.terminal.page([json.dumps(facts, ensure_ascii=False)] if self.options.json else lines)
 
     def notices(self) -> None:
         """Show what the background wanted to tell."""
@@ -11171,13 +11208,13 @@ def wake(app: App) -> Organism:
 
 
 class ProgressBar:
-    """A line with share, step, loss, held-out bits per character, tokens/s and time left."""
+    """A line with what is learned, how far, held-out bits per character, pace and time left."""
 
     def __init__(self, terminal: Terminal, clock: Callable[[], float] = time.monotonic) -> None:
         self.terminal, self.clock = terminal, clock
         self.began: Optional[Tuple[float, float]] = None
 
-    def show(self, p: Dict[str, Any], cells: int = 12) -> None:
+    def show(self, p: Dict[str, Any], above: bool = False, cells: int = 12) -> None:
         """Show what the trainer last said, if it said anything."""
         if not p:
             return
@@ -11186,10 +11223,64 @@ class ProgressBar:
             self.began = (now, share)
         gained, took, filled = share - self.began[1], now - self.began[0], int(share * cells)
         left = f"  {duration(took / gained * (1 - share))} left" if gained else ""
-        loss, bpc = ("–" if p[name] is None else f"{p[name]:.3f}" for name in ("loss", "bpc"))
+        bits = "" if p["bpc"] is None else f"  {p['bpc']:.3f} bits/char"
         self.terminal.status(
-            f"{p['phase']} {'█' * filled}{'·' * (cells - filled)} {share:4.0%}  step {p['step']}  "
-            f"loss {loss}  held-out {bpc}  {p['tokens_per_s']:.0f} tokens/s{left}")
+            f"{p['phase']} {'█' * filled}{'·' * (cells - filled)} {share:4.0%}  step {p['step']}"
+            f"{bits}  {p['tokens_per_s']:.0f} tokens/s{left}", above)
+
+
+def typed_line() -> str:
+    """Return what stands behind the prompt, or stood there when Ctrl+C came."""
+    readline = sys.modules.get("readline")
+    return readline.get_line_buffer() if readline else ""
+
+
+class LearningLine:
+    """The line above the prompt that says how far learning has come, true also while one types."""
+
+    def __init__(self, app: App) -> None:
+        self.app, self.bar, self.trainer = app, ProgressBar(app.terminal), app.organism().trainer
+        self._width, self._drawn_at = 0, 0.0  # of the terminal in which it stands, or 0
+        if app.terminal.redraws and "readline" in sys.modules:
+            with contextlib.suppress(RuntimeError):  # no thread: the line stays as it was
+                threading.Thread(target=self._follow, daemon=True).start()
+
+    def place(self) -> None:
+        """Show the line, if something is being learned, before the prompt comes below it."""
+        if self.trainer.phase in (Phase.RAISING, Phase.LEARNING):
+            self.app.terminal.status("getting ready to learn")
+            self.bar.show(self.trainer.progress)
+            self.app.terminal.end_status()
+            self._width, self._drawn_at = shutil.get_terminal_size().columns, time.monotonic()
+
+    def leave(self) -> None:
+        """Let the line be: what stands below it now is no prompt of one row."""
+        self._width = 0
+
+    def _follow(self) -> None:
+        while True:
+            with self.trainer.changed:
+                self.trainer.changed.wait(1.0)
+            if self._width and self._stands():
+                self._drawn_at = time.monotonic()
+                if self.trainer.phase in (Phase.RAISING, Phase.LEARNING):
+                    self.bar.show(self.trainer.progress, above=True)
+                elif self.app.organism().notices:  # what came of it
+                    self.app.terminal.status(self.app.organism().notices.popleft(), above=True)
+                    self.leave()
+
+    def _stands(self) -> bool:
+        """Return whether the line is where it was: one row above, in a terminal as wide as then.
+
+        A process that was stopped meanwhile cannot know what the shell has written there.
+        """
+        import termios
+        typed = typed_line()
+        return (self._width == shutil.get_terminal_size().columns and "\n" not in typed
+                and width_of(PROMPT + typed) < self._width
+                and time.monotonic() - self._drawn_at < 5.0
+                # what was typed is being taken in once the terminal reads whole lines again
+                and not termios.tcgetattr(sys.stdin)[3] & termios.ICANON)
 
 
 def duration(seconds: float) -> str:
@@ -11224,9 +11315,16 @@ def _chat_piped(app: App) -> int:
     tell_due(app)
     code = 0
     settled = app.organism().wait_rest if app.options.wait_trained else lambda: None
-    for raw in _lines_of(sys.stdin.buffer) if sys.stdin else ():
-        line = clean_line(decode_line(raw), LONGEST_MESSAGE)
+    lines = _lines_of(sys.stdin.buffer) if sys.stdin else iter(())
+
+    def next_line(prompt: str) -> str:
+        raw = next(lines, None)
+        if raw is None:
+            raise EOFError
+        return clean_line(decode_line(raw), LONGEST_MESSAGE)
+    while True:
         try:
+            line = read_block(next_line)
             settled()  # edits made before these words come before them
             command = is_command(line)
             said = (" ".join(repl_command(app, line)) if command else
@@ -11253,33 +11351,31 @@ def tell_due(app: App) -> None:
 
 def _chat_terminal(app: App) -> int:
     """Read, reply, and stream, until the owner leaves."""
-    keep = prepare_readline(app)
-    organism = wake(app)
-    phase = {"grown": "grown up", "warmup": "still being born"}.get(
-        organism.growth.phase, "newborn")
-    app.terminal.note(f"macrogpt {__version__} — {organism.speaker.engine.name} engine, "
-                      f"{model_size(organism)[0]:,} parameters, {phase}, session "
-                      f"{organism.session}. /help for commands.")
+    keep, organism = prepare_readline(app), wake(app)
+    app.terminal.note(banner(app))
     tell_due(app)
-    interrupted = told = -math.inf
+    learning, interrupted = LearningLine(app), -math.inf
+    app.on_list = learning.leave
     while True:
         app.notices()
-        told = tell_learning(app, told)
+        learning.place()
         try:
-            line = read_block("you> ")
+            line = read_block(input)
         except (EOFError, KeyboardInterrupt) as wish:
             app.terminal.err.write("\n")
-            again, interrupted = time.monotonic() - interrupted < 2.0, time.monotonic()
+            again = time.monotonic() - interrupted < 2.0 and not typed_line()
+            interrupted = time.monotonic()
             if again or isinstance(wish, EOFError):
                 return 130 if isinstance(wish, KeyboardInterrupt) else 0
             app.terminal.note("Ctrl+C again, Ctrl+D or /exit leaves.")
             continue
+        finally:
+            learning.leave()
         interrupted = -math.inf
         keep()
         try:
             if is_command(line):
-                for text in repl_command(app, line):
-                    app.terminal.say(text)
+                app.terminal.page(repl_command(app, line))
             elif line:
                 _stream_reply(app, spoken_line(line))
         except EOFError:
@@ -11288,32 +11384,32 @@ def _chat_terminal(app: App) -> int:
             app.terminal.tell_error(error)
 
 
-def tell_learning(app: App, told: float) -> float:
-    """Say in one line how far learning has come, every ten seconds; return when that was."""
-    trainer, now = app.organism().trainer, time.monotonic()
-    progress = trainer.progress if trainer.phase is Phase.LEARNING else {}
-    if not progress or now - told < 10.0:
-        return told
-    bpc = "" if progress["bpc"] is None else f", {progress['bpc']:.2f} bits per character"
-    app.terminal.note(f"learning beside this: {progress['share']:.0%}, step "
-                      f"{progress['step']:,}{bpc}")
-    return now
+def banner(app: App) -> str:
+    """Return what a chat begins with: who it is, how old, what it knows, and what it does."""
+    organism, began = app.organism(), [s["started_at"] for s in app.memory().sessions()]
+    phase = {"grown": "grown up", "warmup": "still being born"}.get(
+        organism.growth.phase, "newborn")
+    days = int((time.time() - min(began, default=math.inf)) / 86400) if began else 0
+    told, does = app.memory().counts()["told"], " · it learns nothing now" * app.options.no_train
+    return (f"macrogpt {__version__} — {phase}{f', {days} days old' * (days > 1)} · "
+            f"{told} statement{'s' * (told != 1)} told · session {organism.session} · "
+            f"{model_size(organism)[0]:,} parameters · {organism.speaker.engine.name} engine{does}"
+            ". /help for commands.")
 
 
 def _whole_reply(app: App, line: str) -> str:
     """Return the reply to a line, or with --json an object that says where it came from as well."""
-    begun = time.perf_counter()
     said = "".join(app.organism().reply(line))
     turn = app.organism().speaker.turn
     if not app.options.json or turn is None:
         return said
-    reply, seconds = turn.reply, time.perf_counter() - begun
+    reply = turn.reply
     found = reply.entries or ((reply.entry,) if reply.entry else ())
     return json.dumps({
         "reply": " ".join(said.split()), "source": reply.source,
         "entries": [{"id": entry.id, "text": " / ".join(entry.text.splitlines())}
                     for entry in found],
-        "score": round(reply.score, 4), "seconds": round(seconds, 4)}, ensure_ascii=False)
+        "score": round(reply.score, 4), "seconds": round(turn.seconds, 4)}, ensure_ascii=False)
 
 
 def _stream_reply(app: App, line: str) -> None:
@@ -11333,14 +11429,35 @@ def _stream_reply(app: App, line: str) -> None:
             forget_typed(turn.forgotten)
 
 
-def read_block(prompt: str) -> str:
-    """Return one line from the terminal, or the several between two lines of three quotes."""
-    line = input(prompt)
-    if line.strip() != '"""':
-        return tidied(line).strip()
-    block = itertools.takewhile(lambda line: line.strip() != '"""', iter(
-        lambda: input("...> "), None))
-    return "\n".join(map(tidied, block)).strip()
+PROMPT, QUOTES = "you> ", '"""'
+
+
+def read_block(next_line: Callable[[str], str]) -> str:
+    """Return the next message: a line, or what stands between three quotes and three quotes.
+
+    What stands there is never a command.  next_line takes a prompt, and raises EOFError.
+    """
+    line = next_line(PROMPT).strip()
+    if not line.startswith(QUOTES):
+        return tidied(line)
+    rest, lines, size = line[len(QUOTES):], [], 0  # type: str, List[str], int
+    try:
+        while not rest.endswith(QUOTES):
+            lines += [tidied(rest)] * (size < LONGEST_MESSAGE)
+            size += len(rest)
+            rest = next_line("...> ").rstrip()
+        lines.append(tidied(rest[:-len(QUOTES)]))
+    except EOFError:
+        if not agreed("\nsay what stands there so far?"):
+            return ""
+    text = "\n".join(lines).strip()
+    return "/" * text.startswith("/") + text
+
+
+def agreed(question: str) -> bool:
+    """Return whether the owner says yes; where nobody can be asked, what was wished is done."""
+    return not (sys.stdin and sys.stdin.isatty()) or input(
+        f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 HISTORY = "~/.macrogpt_history"
@@ -11395,6 +11512,7 @@ def prepare_readline(app: App) -> Callable[[], None]:
 def completions(app: App, line: str, text: str) -> Iterator[str]:
     """Yield what a word at the end of a line may become: a command, a setting, a session, a file.
     """
+    app.on_list()
     command, space, _ = line.lstrip().partition(" ")
     names: List[str] = []
     if not space:
@@ -11514,7 +11632,7 @@ def _repl_why(app: App, rest: str) -> List[str]:
         return ["nothing has been said yet"]
     last = turn.reply
     if last.entry is not None:
-        return [f"it came from memory, match {last.score:.2f}:", *(
+        return [f"it came from memory in {turn.seconds:.2f} s, match {last.score:.2f}:", *(
             _entry_line(entry) for entry in last.entries or (last.entry,))]
     if last.source == "voice":
         return why_lines(turn.trace, app.organism().growth.step)
@@ -11551,7 +11669,7 @@ def _repl_teach(app: App, rest: str) -> List[str]:
     return ["I will remember that."]
 
 
-def forget(memory: Memory, wish: str, asking: bool = False) -> str:
+def forget(memory: Memory, wish: str, yes: bool = False) -> str:
     """Forget what an id or words mean, asking first in a terminal; say what was done."""
     number = int(wish) if re.fullmatch("[0-9]{1,18}", wish) else None
     found = [] if number is None else memory.entries("e.source != 'corpus' AND e.id = ?", number)
@@ -11564,7 +11682,7 @@ def forget(memory: Memory, wish: str, asking: bool = False) -> str:
         return "that may be, by its id: " + "; ".join(
             f"{entry.id} {' / '.join(entry.text.splitlines())}" for entry in found[:10])
     words = " / ".join(found[0].text.splitlines())
-    if asking and number is None and input(f"forget {words!r}? [y/N] ").strip().lower() != "y":
+    if number is None and not yes and not agreed(f"forget {words!r}?"):
         return "it is kept"
     forget_typed(forget_told(memory, found[0]))
     return f"forgotten: {words}"
@@ -11577,8 +11695,7 @@ def _repl_session(app: App, rest: str) -> List[str]:
     known = [s["name"] for s in app.memory().sessions()]
     alike = [name for name in known if name.startswith(rest)]
     name = alike[0] if rest not in known and len(alike) == 1 else check_session(rest)
-    if name not in known and sys.stdin.isatty() and input(
-            f"there is no session {name!r}; begin it? [y/N] ").strip().lower() != "y":
+    if name not in known and not agreed(f"there is no session {name!r}; begin it?"):
         return [f"session {present}; known are {', '.join(known)}"]
     return _enter_session(app, name)
 
@@ -11590,7 +11707,7 @@ def _enter_session(app: App, name: str) -> List[str]:
 
 
 def _repl_forget(app: App, rest: str) -> List[str]:
-    said = forget(app.memory(), rest)
+    said = forget(app.memory(), rest, app.options.yes)
     app.organism().trainer.text_changed()
     return [said]
 
@@ -11602,10 +11719,14 @@ def check_session(name: str) -> str:
     return name
 
 
+TITLE_CHARS = 40  # of what a session is about
+
+
 def session_lines(sessions: List[Dict[str, Any]]) -> List[str]:
     """Return a line for each session."""
-    return [f"{s['name']:20} {s['messages']:6} messages, since "
-            f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(s['started_at']))}"
+    return [f"{s['name']:20} {s['messages']:6} messages since "
+            f"{time.strftime('%Y-%m-%d', time.localtime(s['started_at']))}  "
+            f"{clean_line(s['title'] or '', TITLE_CHARS)}".rstrip()
             for s in sessions] or ["there is no session yet"]
 
 
@@ -11836,7 +11957,7 @@ def command_memory(app: App, words: List[str]) -> int:
     elif action == "list" and not rest:
         entries = memory.entries("e.source != 'corpus'")
     elif action == "forget" and rest:
-        done = forget(memory, rest)
+        done = forget(memory, rest, app.options.yes)
         app.report({"said": done}, [done])
         return 0 if done.startswith("forgotten") else 1
     else:
@@ -11866,8 +11987,7 @@ def command_sessions(app: App, words: List[str]) -> None:
             raise UsageError(f"there is a session {names[1]!r} already; choose another name")
         memory.rename_session(names[0], check_session(names[1]))
         app.report({"renamed": names}, [f"{names[0]} is {names[1]} now"])
-    elif not (app.options.yes or not sys.stdin.isatty() or input(
-            f"delete {names[0]!r}? [y/N] ").strip().lower() == "y"):
+    elif not (app.options.yes or agreed(f"delete {names[0]!r}?")):
         app.report({"deleted": []}, ["it is kept"])
     else:
         memory.delete_session(names[0])

@@ -311,6 +311,14 @@ class Piped(ProcessCase):
         self.assertEqual(self.owner_said(), ["Who are you?"])
 
     @unittest.skipUnless(os.name == "posix", "pipes break otherwise on Windows")
+    def test_a_block_is_one_message_and_gets_one_line_of_reply(self):
+        said = run_inside("--no-train", *TINY, cwd=self.folder, stdin=(
+            b'"""\nMy boat is blue.\n/exit\n"""\nWho are you?\n"""My oar is red."""\n"""It is old.\n'))
+        self.assertEqual(len(said.stdout.splitlines()), 4)
+        self.assertEqual(self.owner_said(), ["My boat is blue.\n/exit", "Who are you?",
+                                             "My oar is red.", "It is old."])
+        self.assertEqual(self.report("sessions")["sessions"][0]["title"], "My boat is blue.\n/exit")
+
     def test_a_reply_comes_before_the_next_line_is_read_and_a_closed_pipe_ends_quietly(self):
         process = self.start_here("--no-train")
         for asked, answered in ((b"Who are you?", b"I am a small lantern in a big house.\n"),
@@ -498,7 +506,9 @@ class Signals(ProcessCase):
 
 
 @unittest.skipIf(sys.platform == "win32", "there are no pseudo-terminals here")
-class InATerminal(ProcessCase):
+class TerminalCase(ProcessCase):
+    WORDS = ("--no-train",)
+
     def setUp(self):
         super().setUp()
         import fcntl
@@ -509,7 +519,7 @@ class InATerminal(ProcessCase):
         self.seen = ""
         # a session of its own makes the terminal the controlling one, so that ^C is a signal
         self.process = start_macrogpt(
-            "--no-train", *TINY, cwd=self.folder, stdin=slave, stdout=slave, stderr=slave,
+            *TINY, *self.WORDS, cwd=self.folder, stdin=slave, stdout=slave, stderr=slave,
             start_new_session=True, preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0))
         os.close(slave)
         self.addCleanup(self.process.wait)
@@ -537,6 +547,19 @@ class InATerminal(ProcessCase):
     def type(self, text):
         os.write(self.master, text.encode("utf-8"))
 
+    def interrupt(self):
+        """Press Ctrl+C once the prompt has come to rest: before that input() does not see it."""
+        time.sleep(0.15)
+        self.type("\x03")
+
+    def leave(self, code):
+        """Assert that the process ends with code and without a traceback."""
+        self.until(lambda: not self.read())
+        self.assertEqual(self.process.wait(PATIENCE_SECONDS), code, self.seen)
+        self.assertNotIn("Traceback", self.seen)
+
+
+class InATerminal(TerminalCase):
     def test_words_fit_a_narrow_window_and_a_pasted_block_is_one_message(self):
         import fcntl
         import struct
@@ -565,17 +588,6 @@ class InATerminal(ProcessCase):
         self.type("\x04")
         self.leave(0)
 
-    def interrupt(self):
-        """Press Ctrl+C once the prompt has come to rest: before that input() does not see it."""
-        time.sleep(0.15)
-        self.type("\x03")
-
-    def leave(self, code):
-        """Assert that the process ends with code and without a traceback."""
-        self.until(lambda: not self.read())
-        self.assertEqual(self.process.wait(PATIENCE_SECONDS), code, self.seen)
-        self.assertNotIn("Traceback", self.seen)
-
     def test_a_chat_with_banner_prompt_block_and_history_that_ctrl_d_ends(self):
         self.assertIn(f"macrogpt {m.__version__}", self.expect("you> "))
         self.type("Who are you?\r")
@@ -590,14 +602,38 @@ class InATerminal(ProcessCase):
             self.expect("...> ")
         self.type('"""\r')
         self.expect("you> ")
+        self.type('"""/exit is a word"""\r')
+        self.expect("you> ")
+        for answer in "ny":  # the end of the input within a block: the owner is asked
+            self.type('"""It is\r')
+            self.expect("...> ")
+            self.type("\x04")
+            self.expect("[y/N] ")
+            self.type(answer + "\r")
+            self.expect("you> ")
         self.type("\x04")
         self.leave(0)
         self.assertEqual(self.owner_said(), ["Who are you?", "The boat is called Plover.\n/exit\n\n"
-                                                             "It is blue."])
+                                             "It is blue.", "/exit is a word", "It is"])
         if importlib.util.find_spec("readline"):
             history = self.path(".macrogpt_history")
             self.assertEqual(os.stat(history).st_mode & 0o777, 0o600, "its owner's alone")
             self.assertIn("Who are you?\n", m.read_text(history))
+
+    def test_what_is_longer_than_the_screen_is_paged_and_what_is_forgotten_is_asked_for(self):
+        self.expect("you> ")
+        self.type("/show\r")
+        self.expect("n_layer")
+        self.type(" q")  # a key for the pager, which leaves the rest unread
+        self.expect("you> ")
+        self.type("My locker number is 4711.\r")
+        self.expect("you> ")
+        for answer, kept in (("n", 1), ("y", 0)):
+            self.type("/forget my locker number\r")
+            self.assertIn("4711", self.expect("[y/N] "))
+            self.type(answer + "\r")
+            self.expect("you> ")
+            self.assertEqual(len(self.stored("SELECT 1 FROM entries WHERE source != 'corpus'")), kept)
 
     def test_ctrl_c_at_the_prompt_says_how_to_leave_and_twice_leaves(self):
         self.expect("you> ")
@@ -609,6 +645,25 @@ class InATerminal(ProcessCase):
         self.assertIn("lantern", self.expect("you> "))
         self.interrupt()
         self.assertIn("/exit", self.expect("you> "))
+        self.type("half a li")
+        self.interrupt()
+        self.assertIn("/exit", self.expect("you> "), "something was typed in between")
         self.interrupt()
         self.leave(130)
         self.assertEqual(self.owner_said(), ["Who are you?"])
+
+
+@unittest.skipUnless(importlib.util.find_spec("readline"), "no line above a prompt is redrawn here")
+class WhileItLearns(TerminalCase):
+    WORDS = ("--set=warmup_epochs=99999", "--set=warmup_steps=2000000", "--set=eval_steps=2000000")
+
+    def test_the_line_above_the_prompt_is_redrawn_while_one_types(self):
+        self.until(lambda: self.type("\r") or "warmup " in self.expect("you> "))
+        for typed in ("Who is", " the m", "iller?"):  # saved, a row up, and back where it was
+            self.type(typed)
+            self.expect("\x1b7\x1b[A\r")
+            self.expect("\x1b8")
+        self.type("\r")
+        self.expect("you> ")
+        self.until(lambda: "Who is the miller?" in self.owner_said())
+

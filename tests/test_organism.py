@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -192,7 +193,9 @@ class Life(Home, unittest.TestCase):
         self.assertEqual([what for what, _ in sent], ["text", "learn"])
         self.assertLess(sum(size for _, size in sent), 1000)
         self.assertEqual(len(self.children), 1)
-        self.until(lambda: "learned 1 new line" in being.notices)
+        self.until(lambda: any("learned 1 new line" in notice for notice in being.notices))
+        before, now = map(float, re.findall(r"[\d.]+(?= →| bits)", being.notices[-1]))
+        self.assertLess(now, before, "bits per character of that line")
 
     def test_lines_that_a_rename_took_leave_the_memory_and_a_vanished_corpus_takes_nothing(self):
         being = self.grown()
