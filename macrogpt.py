@@ -11235,13 +11235,25 @@ def typed_line() -> str:
     return readline.get_line_buffer() if readline else ""
 
 
+def is_typing() -> bool:
+    """Return whether a line is being typed; what is not typed in is taken in as whole lines."""
+    import termios
+    try:
+        return not termios.tcgetattr(sys.stdin)[3] & termios.ICANON
+    except termios.error:  # the terminal is gone
+        return False
+
+
 class LearningLine:
     """The line above the prompt that says how far learning has come, true also while one types."""
 
     def __init__(self, app: App) -> None:
         self.app, self.bar, self.trainer = app, ProgressBar(app.terminal), app.organism().trainer
-        self._width, self._drawn_at = 0, 0.0  # of the terminal in which it stands, or 0
-        if app.terminal.redraws and "readline" in sys.modules:
+        self._width = 0  # of the terminal in which it stands, or 0
+        if "readline" not in sys.modules or not hasattr(signal, "SIGTSTP"):
+            return
+        signal.signal(signal.SIGTSTP, self.pause)
+        if app.terminal.redraws:
             with contextlib.suppress(RuntimeError):  # no thread: the line stays as it was
                 threading.Thread(target=self._follow, daemon=True).start()
 
@@ -11251,7 +11263,7 @@ class LearningLine:
             self.app.terminal.status("getting ready to learn")
             self.bar.show(self.trainer.progress)
             self.app.terminal.end_status()
-            self._width, self._drawn_at = shutil.get_terminal_size().columns, time.monotonic()
+            self._width = shutil.get_terminal_size().columns
 
     def leave(self) -> None:
         """Let the line be: what stands below it now is no prompt of one row."""
@@ -11262,7 +11274,6 @@ class LearningLine:
             with self.trainer.changed:
                 self.trainer.changed.wait(1.0)
             if self._width and self._stands():
-                self._drawn_at = time.monotonic()
                 if self.trainer.phase in (Phase.RAISING, Phase.LEARNING):
                     self.bar.show(self.trainer.progress, above=True)
                 elif self.app.organism().notices:  # what came of it
@@ -11270,17 +11281,23 @@ class LearningLine:
                     self.leave()
 
     def _stands(self) -> bool:
-        """Return whether the line is where it was: one row above, in a terminal as wide as then.
-
-        A process that was stopped meanwhile cannot know what the shell has written there.
-        """
-        import termios
+        """Return whether the line is where it was: one row above, in a terminal as wide as then."""
         typed = typed_line()
         return (self._width == shutil.get_terminal_size().columns and "\n" not in typed
-                and width_of(PROMPT + typed) < self._width
-                and time.monotonic() - self._drawn_at < 5.0
-                # what was typed is being taken in once the terminal reads whole lines again
-                and not termios.tcgetattr(sys.stdin)[3] & termios.ICANON)
+                and width_of(PROMPT + typed) < self._width and is_typing())
+
+    def pause(self, *_: Any) -> None:
+        """Stop, as Ctrl+Z asks; then bring back the terminal, the prompt, and what was typed."""
+        import termios
+        modes, typing = termios.tcgetattr(sys.stdin), is_typing()
+        self.leave()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)  # which stops none whom nobody could resume
+        signal.raise_signal(signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, self.pause)
+        if typing:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
+            self.app.terminal.out.write(PROMPT + typed_line())
+            self.app.terminal.out.flush()
 
 
 def duration(seconds: float) -> str:

@@ -20,7 +20,8 @@ from pathlib import Path
 from unittest import mock
 
 import macrogpt as m
-from support import CORPUS, PROGRAM, ROOT, TINY, Folder, run_inside, run_macrogpt, start_macrogpt
+from support import (CORPUS, PROGRAM, ROOT, TINY, Folder, command, environment, run_inside,
+                     run_macrogpt, start_macrogpt)
 
 PATIENCE_SECONDS = 20.0
 ONE_ERROR = re.compile(r"macrogpt: \S[^\n]*\n")
@@ -507,7 +508,7 @@ class Signals(ProcessCase):
 
 @unittest.skipIf(sys.platform == "win32", "there are no pseudo-terminals here")
 class TerminalCase(ProcessCase):
-    WORDS = ("--no-train",)
+    WORDS, SHELL = ("--no-train",), ()
 
     def setUp(self):
         super().setUp()
@@ -518,8 +519,9 @@ class TerminalCase(ProcessCase):
         self.addCleanup(os.close, self.master)
         self.seen = ""
         # a session of its own makes the terminal the controlling one, so that ^C is a signal
-        self.process = start_macrogpt(
-            *TINY, *self.WORDS, cwd=self.folder, stdin=slave, stdout=slave, stderr=slave,
+        self.process = subprocess.Popen(
+            [*self.SHELL, *command([*TINY, *self.WORDS], self.folder)], cwd=self.folder,
+            env=environment(self.folder), stdin=slave, stdout=slave, stderr=slave,
             start_new_session=True, preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0))
         os.close(slave)
         self.addCleanup(self.process.wait)
@@ -651,6 +653,22 @@ class InATerminal(TerminalCase):
         self.interrupt()
         self.leave(130)
         self.assertEqual(self.owner_said(), ["Who are you?"])
+
+
+@unittest.skipUnless(importlib.util.find_spec("readline"), "nothing tells here what is typed")
+class Resumed(TerminalCase):
+    SHELL = ("sh", "-c", 'set -m; "$@"; echo stopped; fg', "sh")
+
+    def test_the_prompt_and_what_was_typed_come_back_with_fg(self):
+        self.expect("you> ")
+        self.type("Who is")
+        self.expect("Who is")
+        self.type("\x1a")
+        self.expect("stopped")
+        self.expect("you> Who is")
+        self.type(" the miller?\r\x04")
+        self.leave(0)
+        self.assertEqual(self.owner_said(), ["Who is the miller?"])
 
 
 @unittest.skipUnless(importlib.util.find_spec("readline"), "no line above a prompt is redrawn here")
