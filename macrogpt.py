@@ -5061,7 +5061,35 @@ MIGRATIONS: Tuple[str, ...] = (
     UPDATE messages SET checksum = crc32(CAST(text AS BLOB));
     UPDATE entries SET checksum = crc32(CAST(text || words AS BLOB));
     """,
+    # 7: a checksum is of all that never changes in a row
+    """
+    ALTER TABLE progress ADD COLUMN checksum INTEGER;
+    ALTER TABLE life ADD COLUMN checksum INTEGER;
+    UPDATE progress SET checksum = crc32(at, step, tokens, loss, held_out_bpc);
+    UPDATE life SET checksum = crc32(at, event, detail);
+    UPDATE messages SET checksum = crc32(CAST(text AS BLOB), role, said_at)
+        WHERE checksum = crc32(CAST(text AS BLOB));
+    DROP TRIGGER sealed_layers_stay;
+    UPDATE layers SET checksum = crc32(data, manifest) WHERE checksum = crc32(data);
+    CREATE TRIGGER sealed_layers_stay BEFORE UPDATE ON layers WHEN old.sealed
+        BEGIN SELECT RAISE(ABORT, 'a sealed layer is never rewritten'); END;
+    """,
 )
+
+# What a store must have: the columns of its tables, and its triggers and indexes as they are made.
+# The full-text index has its own look, and may not be there.
+PARTS = """
+    SELECT t.name, c.name FROM sqlite_master t, pragma_table_info(t.name) c
+        WHERE t.type = 'table' AND t.name NOT LIKE 'entries_%'
+    UNION ALL SELECT name, sql FROM sqlite_master
+        WHERE type != 'table' AND sql NOT LIKE '%entries_fts%'
+"""
+
+# What the checksum of a row is of.
+SUMMED_UP = {"messages": "CAST(text AS BLOB), role, said_at",
+             "entries": "CAST(text || words AS BLOB)",
+             "progress": "at, step, tokens, loss, held_out_bpc", "life": "at, event, detail",
+             "layers": "data, manifest"}
 
 # The stages of a message: stored; its facts are entries; a line of the session's summary; out of
 # the prompt for good. It only goes forward, and its words are copied nowhere: what is forgotten is
@@ -5129,6 +5157,7 @@ class Message(NamedTuple):
 
 APPLICATION_ID = 0x4D475054  # "MGPT": whose file this is
 NEXT = "next."   # begins the names of the layers of a generation that is not born yet
+NAMED = "typeof(name) = 'text'"  # of a layer; any other name is damaged
 NOBODY = 1 << 30  # the number of a layer that there never is
 
 
@@ -5316,9 +5345,10 @@ class Memory:
 
     def add_message(self, session_id: int, role: str, text: str) -> int:
         """Store one message and return its id."""
+        now = self.clock()
         return self._write("INSERT INTO messages(session_id, role, text, said_at, checksum) "
-                           "VALUES (?, ?, ?, ?, ?)", session_id, role, text, self.clock(),
-                           _crc32(text))
+                           "VALUES (?, ?, ?, ?, ?)", session_id, role, text, now,
+                           _crc32(text, role, now))
 
     def newest_messages(self, session_id: int, count: int) -> List[Tuple[str, str]]:
         """Return the newest (role, text) pairs of a session, oldest first."""
@@ -5639,12 +5669,13 @@ class Memory:
             VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(name) DO UPDATE SET
                 sealed = excluded.sealed, manifest = excluded.manifest, data = excluded.data,
                 checksum = excluded.checksum, saved_at = excluded.saved_at WHERE NOT layers.sealed
-            """, [(name, int(layer.sealed), json.dumps(layer.manifest), zlib.crc32(layer.data),
-                   layer.data, self.clock()) for name, layer in layers.items()])
+            """, [(name, int(layer.sealed), manifest, _crc32(layer.data, manifest), layer.data,
+                   self.clock()) for name, layer in layers.items()
+                  for manifest in [json.dumps(layer.manifest)]])
 
     def manifests(self, prefix: str = "") -> Dict[str, Any]:
         """Return the manifests of the present generation's layers, or of those with a prefix."""
-        rows = self._rows("SELECT name, manifest FROM layers ORDER BY rowid")
+        rows = self._rows(f"SELECT name, manifest FROM layers WHERE {NAMED} ORDER BY rowid")
         found = {name: _decoded(manifest, "") for name, manifest in rows
                  if name.startswith(prefix or NEXT) == bool(prefix)}
         return {name: manifest for name, manifest in found.items() if manifest != ""}
@@ -5669,8 +5700,8 @@ class Memory:
         found = {}
         for name, sealed, manifest, checksum, data in self._rows(
                 "SELECT substr(name, ?), sealed, manifest, checksum, data FROM layers "
-                f"WHERE {where} ORDER BY rowid", len(prefix) + 1, *values):
-            if isinstance(data, bytes) and zlib.crc32(data) == checksum:
+                f"WHERE {NAMED} AND {where} ORDER BY rowid", len(prefix) + 1, *values):
+            if isinstance(data, bytes) and _crc32(data, manifest) == checksum:
                 with contextlib.suppress(ValueError):
                     found[name] = Layer(json.loads(manifest), data, bool(sealed))
         return found
@@ -5680,14 +5711,15 @@ class Memory:
 
         A layer goes when it is damaged or gone, and with it what is built on it.
         """
+        spoiled = f"{NAMED} AND (checksum IS NOT crc32(data, manifest) OR NOT json_valid(manifest))"
         names, bad = ([name for name, in self._rows(f"SELECT name FROM layers WHERE {which}")]
-                      for which in ("1", "checksum IS NOT crc32(data) OR NOT json_valid(manifest)"))
+                      for which in (NAMED, spoiled))
         left = {*names} - {*bad}
         born = self.setting("growth", {}).get("phase", "newborn") != "newborn"
         if born and not {"base", "tokenizer"} <= left:
             return 0, list(dict.fromkeys(["base", *names]))
         sound = len(delta_names(left))
-        read = self._one("SELECT max(layer) FROM entries WHERE layer IS NOT NULL") or 0
+        read = self._one("SELECT max(layer) FROM entries WHERE typeof(layer) = 'integer'") or 0
         lost = [f"delta{number}" for number in range(sound + 1, read + 1)]
         lost += [name for name in names if name[:5] == "delta" and int(name[5:]) > sound]
         return sound + 1 if lost else None, list(dict.fromkeys([*bad, *lost]))
@@ -5725,8 +5757,9 @@ class Memory:
     def add_progress(self, step: int, tokens: int, loss: Optional[float],
                      held_out_bpc: Optional[float]) -> None:
         """Note how well it does at a step of its life."""
-        self._write("INSERT INTO progress(at, step, tokens, loss, held_out_bpc) "
-                    "VALUES (?, ?, ?, ?, ?)", self.clock(), step, tokens, loss, held_out_bpc)
+        row = self.clock(), step, tokens, loss, held_out_bpc
+        self._write("INSERT INTO progress(at, step, tokens, loss, held_out_bpc, checksum) "
+                    "VALUES (?, ?, ?, ?, ?, ?)", *row, _crc32(*row))
 
     def progress(self, count: int = 1000) -> List[Dict[str, Any]]:
         """Return the newest notes of add_progress, oldest first."""
@@ -5736,8 +5769,9 @@ class Memory:
 
     def log(self, event: str, **detail: Any) -> None:
         """Write one event into the life log."""
-        self._write("INSERT INTO life(at, event, detail) VALUES (?, ?, ?)",
-                    self.clock(), event, json.dumps(detail))
+        row = self.clock(), event, json.dumps(detail)
+        self._write("INSERT INTO life(at, event, detail, checksum) VALUES (?, ?, ?, ?)",
+                    *row, _crc32(*row))
 
     def life(self, count: int = 100) -> List[Dict[str, Any]]:
         """Return the newest events of the life log, oldest first."""
@@ -5758,18 +5792,14 @@ class Memory:
         found = self._one("PRAGMA integrity_check")
         if found != "ok":
             yield found
-        with contextlib.closing(Memory(":memory:")) as newest:  # has every table and column
-            columns = "SELECT m.name || '.' || c.name FROM sqlite_master m, " \
-                      "pragma_table_info(m.name) c WHERE m.type = 'table' " \
-                      "AND substr(m.name, 1, 8) != 'entries_'"  # the index has its own look
-            lost = sorted({row[0] for row in newest._rows(columns)}
-                          - {row[0] for row in self._rows(columns)})
+        with contextlib.closing(Memory(":memory:")) as newest:
+            lost = sorted({*newest._rows(PARTS)} - {*self._rows(PARTS)})
         if lost:
-            yield f"these columns are missing: {', '.join(lost[:5])}"
+            yield f"these parts are missing or damaged: {', '.join(name for name, _ in lost[:5])}"
             return
-        for table, text in (("messages", "text"), ("entries", "text || words")):
-            rows = self._rows(f"SELECT id FROM {table} WHERE checksum IS NOT "
-                              f"crc32(CAST({text} AS BLOB))")
+        for table, fields in SUMMED_UP.items():
+            rows = self._rows(f"SELECT rowid FROM {table} WHERE checksum != crc32({fields}) "
+                              f"OR {self._unfit(table)}")
             if rows:
                 yield f"{len(rows)} of the {table} are damaged, the first has the id {rows[0][0]}"
         for name in self.lost_layers()[1]:
@@ -5777,6 +5807,13 @@ class Memory:
         for name, in self._rows("SELECT name FROM settings WHERE NOT json_valid(value)"):
             yield f"the setting {name!r} is damaged and counts as not set"
         yield from self._index_faults()
+
+    def _unfit(self, table: str) -> str:
+        """Return, as SQL, whether a row has a value that is not of its column's type."""
+        return " OR ".join(
+            f"typeof({name}) NOT IN ('{kind.lower()}'{filler})"
+            for _, name, kind, needed, _, key in self._rows(f"PRAGMA table_info({table})") if kind
+            for filler in ["" if needed or key else ", 'null'"]) or "0"
 
     def _index_faults(self) -> Iterator[str]:
         """Yield what is wrong with the full-text index, which only a copy of it can be asked."""
@@ -5829,8 +5866,35 @@ def rescue(path: str, new: str) -> Dict[str, int]:
                 "progress", "life")}
             memory._rows("INSERT OR IGNORE INTO sessions(id, name, started_at) SELECT DISTINCT "
                          "session_id, 'rescued ' || session_id, 0 FROM messages")
+            for table in ("progress", "life"):
+                memory._rows(f"DELETE FROM {table} WHERE checksum != crc32({SUMMED_UP[table]})")
             memory.give_up_damaged()
             return rows
+
+
+def renew_damaged(path: str) -> Tuple[str, Dict[str, int]]:
+    """Put a store of what can be read of a damaged one in its place.
+
+    Return where the damaged one is kept, and the rows of each table.  Raises StoreError where
+    the file is not ours, or no word in it can be read: then nothing is changed.
+    """
+    with _told(path, OSError):
+        _judge_file(path)
+        kept = next(name for n in itertools.count(1)
+                    if not os.path.lexists(name := f"{path}.damaged-{n}"))
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as folder:
+            new = os.path.join(folder, "new.sqlite3")
+            rows = rescue(path, new)
+            if not rows["messages"] + rows["entries"]:
+                raise StoreDamaged(f"no word in the memory file {path} can be read; restore it "
+                                   "from a copy, or choose another --db")
+            for end in ("", "-journal"):  # at any instant a whole store stands in one of the places
+                if os.path.exists(path + end):
+                    shutil.copy2(path + end, kept + end)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + "-journal")  # or it would be played into the new one
+            os.replace(new, path)
+        return kept, rows
 
 
 def _whole_copy(path: str, folder: str) -> str:
@@ -5940,17 +6004,21 @@ def _connect_to_read(path: str, how: str = "mode=ro") -> sqlite3.Connection:
 SECONDS_LOCKED = 30.0  # that it waits for another program which holds the file
 
 
-def _crc32(text: Any) -> Optional[int]:
-    """Return the checksum of a text or of bytes, as SQL calls it."""
-    if text is None:
-        return None
-    return zlib.crc32(text if isinstance(text, bytes) else str(text).encode("utf-8", "replace"))
+def _crc32(*values: Any) -> int:
+    """Return the checksum of the fields of a row, as SQL calls it; of whole numbers as of others.
+    """
+    total = 0
+    for value in values:
+        text = float(value) if isinstance(value, (int, float)) else "" if value is None else value
+        total = zlib.crc32(text if isinstance(text, bytes) else
+                           str(text).encode("utf-8", "replace"), total)
+    return total
 
 
 def _prepare(db: sqlite3.Connection) -> None:
     """Let a connection read damaged texts as far as it can, and know checksums."""
     db.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
-    db.create_function("crc32", 1, _crc32)
+    db.create_function("crc32", -1, _crc32)
 
 
 def _connect(path: str) -> sqlite3.Connection:
@@ -6002,6 +6070,9 @@ STORE_TROUBLES: Tuple[Tuple[str, type, str], ...] = (  # a sign of it, and what 
     ("malformed", StoreDamaged, "it is damaged: restore it from a copy, or choose another --db"),
     ("no such table", StoreDamaged, "run `doctor`, or choose another --db"),
     ("no such column", StoreDamaged, "run `doctor`, or choose another --db"),
+    ("vtable constructor", StoreDamaged, "run `doctor`, or choose another --db"),
+    ("(constraint failed", StoreDamaged, "run `doctor`, or choose another --db"),  # of the index
+    ("sql logic error", StoreDamaged, "run `doctor`, or choose another --db"),
     ("no such file", StoreError, "check that its folder exists, or use --db"),
     ("unable to open", StoreError, "check that its folder exists and may be written, or use --db"),
     ("readonly", StoreError, "make it and its folder writable, or use --db"),
@@ -6020,7 +6091,7 @@ def _told(path: str, *others: type) -> Iterator[None]:
     try:
         yield
     except (*SQL_ERRORS, *others) as error:
-        text = str(error).lower()
+        text = f"({error})".lower()
         kind, remedy = next((kind, remedy) for sign, kind, remedy in STORE_TROUBLES if sign in text)
         raise kind(f"the memory file {path} cannot be used ({error}); {remedy}") from error
 
@@ -11110,6 +11181,7 @@ class App:
         self.options, self.config, self.terminal = options, config, terminal
         self._organism: Optional[Organism] = None
         self._memory: Optional[Memory] = None
+        self.kept = ""  # where a damaged store is, in whose place another stands
         self.on_list: Callable[[], None] = lambda: None  # called before completions are shown
 
     def memory(self) -> Memory:
@@ -11140,6 +11212,28 @@ class App:
             if shape and wanted != Shape(**shape):
                 self._ask_for(wanted)
         return self._organism
+
+    def in_sound_store(self, work: Callable[[], Any]) -> Any:
+        """Return what work does; where the store is damaged, with what of it can be read."""
+        try:
+            return work()
+        except StoreDamaged:
+            if self.kept or COMMANDS[self.options.command].reports:
+                raise
+            self._renew_store()
+            return work()
+
+    def _renew_store(self) -> None:
+        """Go on in a store of what can be read; the damaged one is kept beside it."""
+        awake = self._organism is not None and self._organism.speaker.background
+        with contextlib.suppress(StoreError):
+            self.close()
+        path, self._organism, self._memory = self.config.db_path, None, None
+        self.kept, rows = renew_damaged(path)
+        self.terminal.note(f"{path} was damaged: what can be read ({rows['messages']} messages, "
+                           f"{rows['entries']} entries) is in it now; as it was it is {self.kept}")
+        if awake:
+            wake(self)
 
     def _ask_for(self, wanted: Shape) -> None:
         """Have a generation of another size born, with the commands that learn."""
@@ -11331,7 +11425,6 @@ def _chat_piped(app: App) -> int:
     wake(app)
     tell_due(app)
     code = 0
-    settled = app.organism().wait_rest if app.options.wait_trained else lambda: None
     lines = _lines_of(sys.stdin.buffer) if sys.stdin else iter(())
 
     def next_line(prompt: str) -> str:
@@ -11342,11 +11435,8 @@ def _chat_piped(app: App) -> int:
     while True:
         try:
             line = read_block(next_line)
-            settled()  # edits made before these words come before them
             command = is_command(line)
-            said = (" ".join(repl_command(app, line)) if command else
-                    _whole_reply(app, spoken_line(line)))
-            settled()
+            said = app.in_sound_store(lambda: _whole_answer(app, line))
             if said or not command:
                 app.terminal.say(" ".join(said.split()))
             app.notices()
@@ -11357,6 +11447,16 @@ def _chat_piped(app: App) -> int:
             app.terminal.tell_error(error)
             app.terminal.say("")
     return code
+
+
+def _whole_answer(app: App, line: str) -> str:
+    """Return what a command or a reply says; where asked, all is learned before it and after."""
+    settled = app.organism().wait_rest if app.options.wait_trained else lambda: None
+    settled()  # edits made before these words come before them
+    said = (" ".join(repl_command(app, line)) if is_command(line) else
+            _whole_reply(app, spoken_line(line)))
+    settled()
+    return said
 
 
 def tell_due(app: App) -> None:
@@ -11394,7 +11494,7 @@ def _chat_terminal(app: App) -> int:
             if is_command(line):
                 app.terminal.page(repl_command(app, line))
             elif line:
-                _stream_reply(app, spoken_line(line))
+                app.in_sound_store(lambda: _stream_reply(app, spoken_line(line)))
         except EOFError:
             return 0
         except MacroGPTError as error:
@@ -12567,7 +12667,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> int:
         names_files = options.command in ("eval", "export", "import")
         words = options.words if names_files else [
             tidied(decode_line(os.fsencode(word))) for word in options.words]
-        return COMMANDS[options.command].run(app, words) or 0
+        return app.in_sound_store(lambda: COMMANDS[options.command].run(app, words)) or 0
     finally:
         for number in ENDING_SIGNALS:  # the last commit is not to be interrupted
             signal.signal(number, signal.SIG_IGN)

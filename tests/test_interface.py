@@ -357,6 +357,21 @@ class Piped(ProcessCase):
             os.unlink(self.corpus)
             self.assertEqual(m.first_corpus(), m.FIRST_CORPUS)
 
+    def test_a_chat_goes_on_with_what_can_be_read_of_a_damaged_store(self):
+        run_inside("--no-train", *TINY, cwd=self.folder, stdin=b"My cat is called Biscuit.\n")
+        for damage in ("DROP TABLE layers", "DROP TABLE entries_fts_config"):
+            with contextlib.closing(sqlite3.connect(self.db)) as db, db:
+                db.execute(damage)
+            done = run_inside("--no-train", *TINY, cwd=self.folder,
+                              stdin=b"What is my cat called?\nWho are you?\n")
+            said = done.stdout.decode("utf-8").splitlines()
+            self.assertEqual((done.returncode, said[0], len(said)),
+                             (0, "Your cat is called Biscuit.", 2), done.stderr)
+            self.assertRegex(done.stderr.decode("utf-8"), "was damaged.*messages.*damaged-[12]\n")
+            self.assertTrue(self.report("doctor")["healthy"])
+        self.assertEqual(sorted(name[-2:] for name in os.listdir(self.folder) if "-" in name),
+                         ["-1", "-2"])
+
     def test_a_report_makes_no_file_and_another_programs_file_is_never_written(self):
         before = sorted(os.listdir(self.folder))
         for command in (("stats",), ("log",), ("sessions",), ("memory", "list"), ("doctor",)):

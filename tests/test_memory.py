@@ -45,6 +45,7 @@ class MemoryCase(Folder, unittest.TestCase):
     def aside(self, *statements):
         """Run statements on the closed file with sqlite3 alone; return the last one's rows."""
         with contextlib.closing(sqlite3.connect(self.db)) as db, db:
+            m._prepare(db)
             return [db.execute(sql, values).fetchall() for sql, *values in statements][-1]
 
     def half_a_commit(self):
@@ -178,10 +179,11 @@ class AStoreOfVersion3(MemoryCase):
 
     SAME = ("SELECT id, source, key, text, words, session_id, told_at, closed, recall, held_out "
             "FROM entries ORDER BY id",
-            "SELECT id, session_id, role, text, said_at, verdict, stage FROM messages", "SELECT * FROM sessions ORDER BY id",
-            "SELECT * FROM probes ORDER BY key", "SELECT * FROM progress", "SELECT * FROM life",
+            "SELECT id, session_id, role, text, said_at, verdict, stage FROM messages",
+            "SELECT * FROM sessions ORDER BY id", "SELECT * FROM probes ORDER BY key",
+            "SELECT at, step, tokens, loss, held_out_bpc FROM progress", "SELECT at, event FROM life",
             "SELECT * FROM settings WHERE name LIKE 'config.%' OR name IN ('shape', 'rejected')",
-            "SELECT name, checksum, data FROM layers WHERE name IN ('base', 'tokenizer')")
+            "SELECT name, data FROM layers WHERE name IN ('base', 'tokenizer')")
     REBUILDING = (  # what a kill left of a base that was being rebuilt without a forgotten text
         ("INSERT INTO layers SELECT 'old.' || name, sealed, manifest, checksum, data, saved_at "
          "FROM layers WHERE name != 'optimizer'",),
@@ -535,7 +537,7 @@ class Layers(MemoryCase):
         for sign, *damage in (
                 ("1 of the messages", "UPDATE messages SET text = 'Your cat is Rex.'"),
                 ("1 of the entries", "UPDATE entries SET checksum = 7"),
-                ("columns are missing: progress", "DROP TABLE progress"),
+                ("missing or damaged: progress", "DROP TABLE progress"),
                 ("'growth' is damaged", "INSERT INTO settings VALUES ('growth', '{broken')"),
                 ("index is damaged", "UPDATE entries_fts_data SET block = x'00' WHERE id > 10"),
                 ("", "DELETE FROM entries_fts_data"), ("", "DROP TABLE entries_fts")):
@@ -577,6 +579,26 @@ class Layers(MemoryCase):
         self.assertEqual(len(memory.ids_holding([["biscuit"]], 5)), 1)
         with self.assertRaisesRegex(m.StoreError, "there already"):
             m.rescue(self.db, self.path("new.sqlite3"))
+        memory.close()
+        before = Path(self.db).read_bytes()
+        kept, again = m.renew_damaged(self.db)
+        self.assertEqual((again, Path(kept).read_bytes()), (rows, before))
+        self.assertEqual(list(self.open().faults()), [], "what can be read, in its place")
+
+    def test_a_changed_bit_that_changes_a_row_is_found(self):
+        memory = self.open()
+        memory.add_message(memory.session_id("main"), "owner", "My cat is Biscuit.")
+        memory.add_progress(3, 4, 2.5, 1.5)
+        memory.log("corpus", added=3, removed=0)
+        memory.save_layers({"mixer": m.Layer({"order": 3}, b"1")})
+        memory.close()
+        whole = Path(self.db).read_bytes()
+        for sign in (b"Biscuit", b"ownerMy", b'"removed": 0', b'"order": 3',
+                     m.struct.pack(">d", 2.5), b"BEGIN SELECT RAISE"):
+            at = whole.rindex(sign) + len(sign) - 1
+            Path(self.db).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+            with self.subTest(sign), contextlib.closing(m.Memory(self.db, writable=False)) as report:
+                self.assertTrue(list(report.faults()))
 
     def test_a_rescue_takes_back_a_half_commit_and_leaves_the_damaged_file_as_it_is(self):
         memory = self.open()
