@@ -11077,6 +11077,7 @@ def folded(line: str, columns: int, at: int = 0) -> str:
 
 
 STATUS_SECONDS = 10.0  # between two lines of status
+PLOTTED = str.maketrans("▁▂▃▄▅▆▇█", "_.,-=+*#")  # where the locale knows no other signs
 
 
 class Terminal:
@@ -11095,7 +11096,7 @@ class Terminal:
     def say(self, text: str, end: str = "\n", faint: bool = False) -> None:
         """Write to stdout at once, in a terminal broken at words; it can do no more than be read.
         """
-        clean = "\n".join(map(folded, tidied(text).split("\n"), repeat(self.columns),
+        clean = "\n".join(map(folded, self.drawn(text).split("\n"), repeat(self.columns),
                               itertools.chain([self._at], repeat(0))))
         print(self.dim(clean) if faint else clean, end=end, file=self.out, flush=True)
         _, newline, last = (clean + end).rpartition("\n")
@@ -11106,6 +11107,13 @@ class Terminal:
         """The width of the terminal that stdout goes to, or 0 where it goes elsewhere."""
         wide = self.folds and self.out.isatty()  # JSON is one line however long
         return shutil.get_terminal_size().columns if wide else 0
+
+    def drawn(self, text: str) -> str:
+        """Return a text without what would steer a terminal, its plots as the locale asks."""
+        names = (os.environ.get(name) for name in ("LC_ALL", "LC_CTYPE", "LANG"))
+        encoding = next(filter(None, names), "utf").lower()
+        clean = tidied(text)
+        return clean if "utf" in encoding else clean.translate(PLOTTED)
 
     def note(self, text: str) -> None:
         """Write a notice to stderr, unless quiet."""
@@ -11137,7 +11145,7 @@ class Terminal:
         """
         if self.quiet or not self.err.isatty() or text == self._status:
             return
-        shown = tidied(text)[:shutil.get_terminal_size().columns - 1]
+        shown = self.drawn(text)[:shutil.get_terminal_size().columns - 1]
         if self.redraws:  # save the cursor, go up a row; clear to the end; back again
             start, end = ("\0337\033[A\r", "\033[K\0338") if above else ("\r", "\033[K")
             self._tell(start + self.dim(shown) + end, "")
@@ -11810,11 +11818,17 @@ def _repl_session(app: App, rest: str) -> List[str]:
     if not rest:
         return [f"session {present}"]
     known = [s["name"] for s in app.memory().sessions()]
-    alike = [name for name in known if name.startswith(rest)]
-    name = alike[0] if rest not in known and len(alike) == 1 else check_session(rest)
+    name = check_session(meant_session(known, rest))
     if name not in known and not agreed(f"there is no session {name!r}; begin it?"):
         return [f"session {present}; known are {', '.join(known)}"]
     return _enter_session(app, name)
+
+
+def meant_session(known: Sequence[str], name: str) -> str:
+    """Return the session of which a name is the beginning, where that is one alone; else the name.
+    """
+    alike = [each for each in known if each.startswith(name)]
+    return alike[0] if name not in known and len(alike) == 1 else name
 
 
 def _enter_session(app: App, name: str) -> List[str]:
@@ -12050,14 +12064,15 @@ def command_generate(app: App, words: List[str]) -> None:
     tokenizer, model = mind.tokenizer, mind.model
     if organism.growth.phase == "newborn":
         app.terminal.note("nothing has been learned yet, so this is noise; run `train` first")
-    ids = [END_OF_TEXT] + tokenizer.encode(" ".join(words))
-    app.terminal.say(" ".join(words), end="")
-    count = app.options.tokens or app.config.max_gen_tokens
-    for piece in spoken(model, tokenizer, ids, app.config, random.Random(app.config.seed),
-                        mind.mixture(), free_tokens=count):
+    prompt, count = " ".join(words), app.options.tokens or app.config.max_gen_tokens
+    pieces = spoken(model, tokenizer, [END_OF_TEXT] + tokenizer.encode(prompt), app.config,
+                    random.Random(app.config.seed), mind.mixture(), free_tokens=count)
+    if app.options.json:
+        app.report({"text": prompt + "".join(pieces)}, ())
+        return
+    for piece in itertools.chain([prompt], pieces):
         app.terminal.say(piece, end="")
     app.terminal.say("")
-    return 0
 
 
 def command_memory(app: App, words: List[str]) -> int:
@@ -12091,9 +12106,10 @@ def command_sessions(app: App, words: List[str]) -> None:
         raise UsageError("sessions takes one of: list, show NAME, rename OLD NEW, delete NAME; "
                          f"found {' '.join(words)!r}")
     known = [session["name"] for session in memory.sessions()]
-    for name in names[:1]:
-        if name not in known:
-            raise UsageError(f"there is no session {name!r}; {_nearest_hint(name, known)}")
+    if names:
+        names[0] = meant_session(known, names[0])
+        if names[0] not in known:
+            raise UsageError(f"there is no session {names[0]!r}; {_nearest_hint(names[0], known)}")
     if action == "list":
         app.report({"sessions": memory.sessions()}, session_lines(memory.sessions()))
     elif action == "show":
@@ -12306,6 +12322,9 @@ def _machine_checks(app: App) -> Iterator[Tuple[str, bool, str]]:
 
 def _store_checks(app: App) -> Iterator[Tuple[str, bool, str]]:
     path = app.config.db_path
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.access(folder, os.W_OK):  # a journal stands beside the file
+        yield "folder", False, f"{folder} cannot be written to: nothing said can be kept there"
     if not (os.path.exists(path) and os.path.getsize(path)):
         yield "store", True, f"{path} is not there yet; the first chat makes it"
         return
@@ -12339,16 +12358,23 @@ def command_bench(app: App, words: List[str]) -> None:
     keep_freed_memory(True)
     best = choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True, tell)
     engines = [best] if best.name == "python" else [best, interpreted_engine()]
-    tell("measuring; leave the machine alone for a while")
+    tell("measuring for a minute; leave the machine alone")
+
+    def measured(what: str, work: Callable[..., Any], *given: Any) -> Any:
+        app.terminal.status(f"measuring {what}")
+        return work(*given)
     out, rounds = best.buffer(96), 100_000
     peak = None if best.name == "python" else 192e-9 * rounds / min(  # GFLOP/s of one core
         _timed(lambda: best.multiply_adds(out, rounds, 0.5), 0.3))
     a, b = [random.Random(i).random() for i in range(2000)], [0.5] * 2000
     pace = min(_timed(lambda: sum(map(mul, a, b)), 0.2)) / 2000 * 1e9  # of this Python
     facts = {"config": dataclasses.asdict(config), "peak_gflops": peak,
-             "engines": {engine.name: bench_engine(config, engine, peak) for engine in engines},
+             "engines": {engine.name: measured(f"the {engine.name} engine", bench_engine, config,
+                                               engine, peak) for engine in engines},
              "multiply_add_ns": {"sum_map_mul": pace},
-             **bench_process(config), "search_10000_ms": bench_search()}
+             **measured("the start of a chat", bench_process, config),
+             "search_10000_ms": measured("the search", bench_search)}
+    app.terminal.end_status()
     app.report(facts, bench_lines(facts))
 
 
