@@ -27,7 +27,8 @@ Map (text flows round a ring; the code reads from top to bottom):
     14 VOICE       `Mind` and `Turn`: prompt, drafts, the best of them; the `Speaker` says it
     15 LEARNING    `Learner`, a generation and its text; `Job`, a stretch of steps; the child
     16 ORGANISM    `Watcher` (file to entries), `Trainer` (the child's supervisor), `Organism`
-    17 INTERFACE   commands, terminal, reports
+    17 GRADUATION  out of the file and back: safetensors, PEFT, GGUF, JSONL, Markdown
+    18 INTERFACE   commands, terminal, reports
 
 A generation is a tokenizer, a base and the deltas appended to it. What is unread is learned by the
 newest layer, which is sealed when it is full; what is forgotten takes its layers along; and a base
@@ -160,6 +161,10 @@ class EngineError(MacroGPTError):
 
 class TrainerError(MacroGPTError):
     """The trainer process cannot do its work."""
+
+
+class GraduationError(MacroGPTError):
+    """What should leave cannot, or what comes back does not fit."""
 
 
 MOST = 1e9  # of any number that has no bound of its own: what is beyond would overflow somewhere
@@ -4048,10 +4053,10 @@ class Router:
             counts = Counter(dict(counts.most_common(ROUTE_TRIGRAMS)))
         self.counts[layer], self._tables[layer] = counts, None
 
-    def refine(self, layer: int) -> None:
-        """Give a layer the text of the base, for which it speaks from now on."""
-        self.counts[layer] += self.counts[0]
-        self.counts[0], self._tables = Counter(), [None] * len(self.counts)
+    def refine(self, layer: int, old: int = 0) -> None:
+        """Give a layer the text of the base, or of another, for which it speaks from now on."""
+        self.counts[layer] += self.counts[old]
+        self.counts[old], self._tables = Counter(), [None] * len(self.counts)
 
     def copied(self) -> "Router":
         """Return a router that may change without this one."""
@@ -5343,12 +5348,13 @@ class Memory:
                         "DELETE FROM sessions WHERE id = (?)"):
                 self._rows(sql.replace("(?)", "(SELECT id FROM sessions WHERE name = ?)"), name)
 
-    def add_message(self, session_id: int, role: str, text: str) -> int:
-        """Store one message and return its id."""
-        now = self.clock()
+    def add_message(self, session_id: int, role: str, text: str,
+                    said_at: Optional[float] = None) -> int:
+        """Store one message, said now or at said_at, and return its id."""
+        said_at = self.clock() if said_at is None else said_at
         return self._write("INSERT INTO messages(session_id, role, text, said_at, checksum) "
-                           "VALUES (?, ?, ?, ?, ?)", session_id, role, text, now,
-                           _crc32(text, role, now))
+                           "VALUES (?, ?, ?, ?, ?)", session_id, role, text, said_at,
+                           _crc32(text, role, said_at))
 
     def newest_messages(self, session_id: int, count: int) -> List[Tuple[str, str]]:
         """Return the newest (role, text) pairs of a session, oldest first."""
@@ -10297,6 +10303,16 @@ TRANSITIONS: Dict[Tuple[Phase, Phase], str] = {  # each with the method that mak
     (Phase.FAILED, Phase.ASLEEP): "background_trainer",
 }
 
+def texts_to_learn(memory: Memory, ids: Sequence[int]) -> List[List[Any]]:
+    """Return the fields of the Texts that a learner makes of entries."""
+    epochs, found = memory.probe_epochs(), []
+    for e in memory.entries_by_id(ids):
+        first = line_key(e.text.split("\n", 1)[0].casefold())
+        probe = str(epochs.get(first, 0)) if e.held_out else ""
+        found.append([e.id, e.key, e.text, e.closed, e.layer is None, e.source, probe])
+    return found
+
+
 WHY_REBORN = {"unlearning": "the base has read what is forgotten",
               "size": "another size is asked for", "text": "much was read since the last birth",
               "deltas": "there are many deltas"}
@@ -10627,11 +10643,7 @@ class Trainer:
         memory.mark_trained(0 if growth.phase != "grown" else deltas + full)
         now = dict(memory.training_index())
         gone = {key for i, key in self._sent.items() if i not in now} - set(now.values())
-        epochs, added = memory.probe_epochs(), []
-        for e in memory.entries_by_id([i for i in now if i not in self._sent]):
-            first = line_key(e.text.split("\n", 1)[0].casefold())
-            probe = str(epochs.get(first, 0)) if e.held_out else ""
-            added.append([e.id, e.key, e.text, e.closed, e.layer is None, e.source, probe])
+        added = texts_to_learn(memory, [i for i in now if i not in self._sent])
         self._sent = now
         self._unread_lines = sum(f[2].count("\n") for f in added if f[4] and not f[6])
         if gone or added:
@@ -10725,7 +10737,34 @@ class Trainer:
             memory.log("unlearned", layers=["base"], texts=len(texts),
                        chars=sum(chars for _, chars in texts))
         self._child_raises, self._text_changed = False, True
-        self._bell.set()
+        self.ring()
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Hold the lease meanwhile.  Raises TrainerError where another process trains."""
+        if not self.memory.take_lease(self._owner, LEASE_SECONDS, holder_alive):
+            raise TrainerError("another macrogpt trains this memory; leave that one first")
+        self.growth = Growth.of(self.memory.setting("growth", {}))
+        try:
+            yield
+        finally:
+            self.memory.drop_lease(self._owner)
+
+    def take_over(self, learner: Learner, read: List[int]) -> None:
+        """Commit a generation or a delta from elsewhere as if a child had sent it; see `holding`.
+
+        What it has seen there nobody knows: any text that is forgotten later, it must unlearn.
+        """
+        memory, (growth, layers) = self.memory, learner.snapshot()
+        grown, ahead = dataclasses.asdict(growth), growth.generation > self.growth.generation
+        with memory.transaction():
+            if ahead:
+                memory.set_setting("generations", growth.generation)
+                memory.begin_rebirth({"why": "import", "growth": grown,
+                                      "shape": dataclasses.asdict(learner.model.shape)})
+            self._on_snapshot(grown, read, ahead, {n: tuple(x) for n, x in layers.items()})
+            memory.mark_trained(len(learner.model.deltas))
+            memory.log("import", layer=len(learner.model.deltas), generation=growth.generation)
 
     def _on_done(self, before: float, now: float) -> None:
         lines, self._unread_lines = self._unread_lines, 0
@@ -10888,9 +10927,9 @@ class Organism:
                          about="" if whole else about,
                          days=named_in(lex, lines, day) if recall else "")
 
-    def teach(self, text: str) -> None:
-        """Remember a sentence as a fact, and learn it soon."""
-        self._remember(text, "taught", self.session_id())
+    def teach(self, text: str, told_at: Optional[float] = None) -> None:
+        """Remember a sentence as a fact, told now or at told_at, and learn it soon."""
+        self._remember(text, "taught", self.session_id(), told_at=told_at)
 
     def judge(self, good: bool) -> bool:
         """Approve or reject the last reply; an approved one becomes text to learn from.
@@ -11050,7 +11089,1005 @@ class Organism:
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
-# 17 · INTERFACE — it alone speaks to a terminal   uses: 0 1 2 4 7 8 9 10 11 12 13 14 16
+# 17 · GRADUATION — out of the file and back   uses: 0 1 2 4 7 11 12 13 15 16
+# ──────────────────────────────────────────────────────────────────────────────────────
+#
+# Whoever outgrows one file on one machine moves: weights and tokenizer in the forms that
+# transformers, peft and llama.cpp read, words in those that fine-tuning tools and people read. What
+# was trained elsewhere comes back through the gate that a birth or a burst goes through. Nothing
+# that is read here can run: a pickle is never opened.
+
+WEIGHT_FORMATS = ("hf", "peft", "gguf")
+WORD_FORMATS = ("jsonl", "markdown")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+WEIGHT_FILES = (*PICKLES, ".safetensors", ".gguf")
+END_MARK = "<|endoftext|>"
+
+
+class Tensor(NamedTuple):
+    """Numbers in float32 and their shape, the innermost dimension last."""
+
+    shape: Tuple[int, ...]
+    data: array
+
+    def rows(self, first: int, count: int) -> "Tensor":
+        """Return some rows of a matrix."""
+        dim = self.shape[1]
+        return Tensor((count, dim), self.data[first * dim:(first + count) * dim])
+
+    def flipped(self) -> "Tensor":
+        """Return the transposed matrix."""
+        rows, dim = self.shape
+        columns = (self.data[c::dim].tobytes() for c in range(dim))
+        return Tensor((dim, rows), array("f", b"".join(columns)))
+
+    def ordered(self, order: Sequence[int]) -> "Tensor":
+        """Return a matrix of this one's rows in another order."""
+        dim = self.shape[1]
+        rows = (self.data[row * dim:(row + 1) * dim].tobytes() for row in order)
+        return Tensor((len(order), dim), array("f", b"".join(rows)))
+
+
+Tensors = Dict[str, Tensor]
+
+
+class Part(NamedTuple):
+    """Rows of a matrix of ours that are a matrix of a Llama, by the names that it has there."""
+
+    ours: str
+    first: int
+    rows: int
+    dim: int
+    hf: str
+    gguf: str
+    turned: bool = False  # whether RoPE turns what it makes
+
+
+def parts_of(shape: Shape, vocab: int) -> Iterator[Part]:
+    """Yield the matrices of a Llama: fused ones of ours are cut into theirs."""
+    c, f = shape.n_embd, shape.n_ff
+    yield Part("embedding", 0, vocab, c, "model.embed_tokens", "token_embd")
+    for i in range(shape.n_layer):
+        for ours, first, rows, dim, hf, gguf, turned in (
+                ("qkv", 0, c, c, "self_attn.q_proj", "attn_q", True),
+                ("qkv", c, c, c, "self_attn.k_proj", "attn_k", True),
+                ("qkv", 2 * c, c, c, "self_attn.v_proj", "attn_v", False),
+                ("out", 0, c, c, "self_attn.o_proj", "attn_output", False),
+                ("gate_up", 0, f, c, "mlp.gate_proj", "ffn_gate", False),
+                ("gate_up", f, f, c, "mlp.up_proj", "ffn_up", False),
+                ("down", 0, c, f, "mlp.down_proj", "ffn_down", False)):
+            yield Part(f"{i}.{ours}", first, rows, dim, f"model.layers.{i}.{hf}",
+                       f"blk.{i}.{gguf}", turned)
+
+
+def norms_of(shape: Shape) -> Iterator[Tuple[str, str, str]]:
+    """Yield each norm's name there, in GGUF, and the matrix of ours that reads what it gives."""
+    for i in range(shape.n_layer):
+        yield f"model.layers.{i}.input_layernorm", f"blk.{i}.attn_norm", f"{i}.qkv"
+        yield f"model.layers.{i}.post_attention_layernorm", f"blk.{i}.ffn_norm", f"{i}.gate_up"
+    yield "model.norm", "output_norm", "scale"
+
+
+def half_split(rows: int, head_dim: int, back: bool = False) -> List[int]:
+    """Return the order of rows for a RoPE that turns halves of a head, where ours turns neighbours.
+
+    Within each head that is 0, 2, 4, … and then 1, 3, 5, …; `back` gives the order that undoes it.
+    """
+    one = [*range(0, head_dim, 2), *range(1, head_dim, 2)]
+    order = [head + i for head in range(0, rows, head_dim) for i in one]
+    return sorted(range(rows), key=order.__getitem__) if back else order
+
+
+def main_layer(model: GPT) -> int:
+    """Return the layer that the router calls for most of the text; the newest without a router."""
+    sizes = [sum(counts.values()) for counts in getattr(model.router, "counts", ())]
+    return sizes.index(max(sizes)) if sizes else len(model.deltas)
+
+
+def as_one(model: GPT) -> GPT:
+    """Return one model without deltas, which reads most of the text as the whole being does.
+
+    Each delta was trained beside the base alone, for text of its own: measured on three probes of
+    1.79, 0.37 and 0.67 bits per character, both deltas at once read 6.3, 3.9 and 2.3, the newest
+    alone 3.8, 5.6 and 0.2. So one is folded in; only without a router do all add up.
+    """
+    whole = GPT(model.shape, model.vocab_size, model.engine, None)
+    for name, param in model.params.items():
+        whole.params[name].load(param.data[:])
+    number = main_layer(model)
+    for delta in model.deltas if model.router is None else model.deltas[max(0, number - 1):number]:
+        for name, adapter in delta.items():
+            adapter.fold_into(whole.params[name])
+    return whole
+
+
+def llama_tensors(model: GPT, gguf: bool = False, tied: bool = True) -> Tensors:
+    """Return the base's numbers as those of a Llama; a head that is not tied is a copy.
+
+    llama.cpp turns neighbours, as we do, so only transformers needs other rows.
+    """
+    found, shape = {}, model.shape
+    for part in parts_of(shape, model.vocab_size):
+        param = model.params[part.ours]
+        cut = Tensor((param.rows, param.dim), param.data).rows(part.first, part.rows)
+        if part.turned and not gguf:
+            cut = cut.ordered(half_split(part.rows, shape.head_dim))
+        found[(part.gguf if gguf else part.hf) + ".weight"] = cut
+    for hf, name, ours in norms_of(shape):
+        gain = model.params["scale"].data[0] if ours == "scale" else 1.0
+        found[(name if gguf else hf) + ".weight"] = Tensor(
+            (shape.n_embd,), array("f", [gain]) * shape.n_embd)
+    if not tied:
+        head = next(iter(found.values()))
+        found["output.weight" if gguf else "lm_head.weight"] = head
+    return found
+
+
+def lora_tensors(model: GPT, deltas: Sequence[Delta], gguf: bool = False) -> Tensors:
+    """Return deltas, their ranks in a row, as one LoRA whose scale is 1.
+
+    The table is read by rows where it is an embedding, so there A and B are flipped; as a head it
+    is a matrix like any other, and both have to learn the same.
+    """
+    found: Tensors = {}
+    for part in parts_of(model.shape, model.vocab_size):
+        adapters = [delta[part.ours] for delta in deltas]
+        a = Tensor((sum(x.a.rows for x in adapters), part.dim),
+                   array("f", b"".join(x.a.data.tobytes() for x in adapters)))
+        columns = [Tensor((x.b.rows, x.b.dim), array("f", [x.scale * w for w in x.b.data])).rows(
+            part.first, part.rows).flipped().data.tobytes() for x in adapters]
+        b = Tensor((a.shape[0], part.rows), array("f", b"".join(columns))).flipped()
+        if part.turned and not gguf:
+            b = b.ordered(half_split(part.rows, model.shape.head_dim))
+        ends = [".weight.lora_a", ".weight.lora_b"] if gguf else [".lora_A.weight",
+                                                                   ".lora_B.weight"]
+        name = part.gguf if gguf else PEFT_ROOT + part.hf
+        if part.ours == "embedding":
+            flipped = (b, a.flipped()) if gguf else (b.flipped(), a.flipped())
+            found.update(zip((name + end for end in (ends if gguf else EMBEDDING_ENDS)), flipped))
+            name = "output" if gguf else PEFT_ROOT + "lm_head"
+        found.update(zip((name + end for end in ends), (a, b)))
+    return found
+
+
+PEFT_ROOT = "base_model.model."
+EMBEDDING_ENDS = (".lora_embedding_A", ".lora_embedding_B")
+
+# safetensors: the length of a JSON header, the header, and numbers side by side
+
+MAX_HEADER_BYTES = 100_000_000
+NUMBER_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+def write_safetensors(path: str, tensors: Tensors) -> None:
+    """Write tensors into a new file; the header is filled up, so that numbers begin at eights."""
+    header: Dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (shape, data) in tensors.items():
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + 4 * len(data)]}
+        at += 4 * len(data)
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "xb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        file.writelines(float_bytes(tensor.data) for tensor in tensors.values())
+
+
+class Stored(NamedTuple):
+    """Where the numbers of a tensor stand in a file."""
+
+    dtype: str
+    shape: Tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _once(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    """Return the object of JSON that has these members, each of another name."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return dict(pairs)
+
+
+def refused(where: str, found: Any, expected: Any, remedy: str) -> GraduationError:
+    """Return the error that says on one line what cannot be taken in."""
+    return GraduationError(f"{where}: found {str(found)[:200]}, expected {str(expected)[:200]}; "
+                           f"{remedy}")
+
+
+def read_json(path: str) -> Dict[str, Any]:
+    """Return the object of a JSON file.  Raises GraduationError."""
+    try:
+        if os.path.getsize(path) > MAX_HEADER_BYTES:
+            raise ValueError(f"{os.path.getsize(path):,} bytes")
+        value = json.loads(read_text(path), object_pairs_hook=_once)
+        if not isinstance(value, dict):
+            raise ValueError(type(value).__name__)
+    except (OSError, ValueError, RecursionError) as error:
+        raise refused(path, error, "an object of JSON", SAVE_ANEW) from None
+    return value
+
+
+SAVE_ANEW = "save it anew with save_pretrained"
+
+
+def safetensors_index(file: BinaryIO, where: str) -> Tuple[int, Dict[str, Stored]]:
+    """Return where the numbers begin, and where each tensor's stand behind that.
+
+    Believes nothing: numbers are where the header says, side by side up to the end of the file,
+    and as many as their shapes ask for.  Raises GraduationError.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER_BYTES:
+        raise refused(where, f"a header of {length:,} bytes", "at most 100,000,000", SAVE_ANEW)
+    if size < 8 + length:
+        raise refused(where, f"a file of {size:,} bytes", f"{8 + length:,} for its header alone",
+                      "it is cut short: copy it again")
+    try:
+        header = json.loads(file.read(length).decode(), object_pairs_hook=_once)
+        header.pop("__metadata__", None)
+        index = {name: Stored(str(entry["dtype"]), tuple(map(_size, entry["shape"])),
+                              *map(_size, entry["data_offsets"])) for name, entry in header.items()}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise refused(where, f"a header that is none ({type(error).__name__}: {error})",
+                      "an object of JSON with dtype, shape and data_offsets for each tensor",
+                      SAVE_ANEW) from None
+    _check_index(index, size - 8 - length, where)
+    return 8 + length, index
+
+
+def _size(value: Any) -> int:
+    """Return a count out of a header.  Raises ValueError for anything else."""
+    if type(value) is not int or not 0 <= value < 1 << 60:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _check_index(index: Dict[str, Stored], size: int, where: str) -> None:
+    """Raise GraduationError for numbers of another kind, or not where they should stand."""
+    at = 0
+    for name, (dtype, shape, begin, end) in sorted(index.items(), key=lambda item: item[1][2:]):
+        if dtype not in NUMBER_BYTES:
+            raise refused(f"{where}, {name}", f"numbers of the kind {dtype}",
+                          " or ".join(NUMBER_BYTES), "save it in float32")
+        wanted = math.prod(shape) * NUMBER_BYTES[dtype]
+        if end - begin != wanted:
+            raise refused(f"{where}, {name}", f"{end - begin:,} bytes",
+                          f"{wanted:,} for the shape {list(shape)}", SAVE_ANEW)
+        if begin != at:
+            raise refused(f"{where}, {name}", f"numbers from byte {begin:,} on",
+                          f"{at:,}: {'no hole' if begin > at else 'no overlap'}", SAVE_ANEW)
+        at = end
+    if at != size:
+        raise refused(where, f"{size:,} bytes of numbers", f"{at:,}",
+                      "it is cut short: copy it again" if size < at else SAVE_ANEW)
+
+
+def _read_numbers(file: BinaryIO, start: int, stored: Stored, where: str) -> Tensor:
+    """Return a tensor in float32.  Raises GraduationError where a number is none."""
+    file.seek(start + stored.begin)
+    raw = file.read(stored.end - stored.begin)
+    if stored.dtype == "F32":
+        data = floats_of(raw)
+    elif stored.dtype == "F16":
+        data = array("f", struct.unpack(f"<{len(raw) // 2}e", raw))
+    else:  # the upper half of a float32
+        wide = bytearray(2 * len(raw))
+        wide[2::4], wide[3::4] = raw[::2], raw[1::2]
+        data = floats_of(bytes(wide))
+    if not all(map(isfinite, data)):
+        raise refused(where, "a number that is not finite", "finite ones",
+                      "the training went astray: take a state from before")
+    return Tensor(stored.shape, data)
+
+
+def read_safetensors(path: str, wanted: Callable[[str], Optional[Tuple[int, ...]]],
+                     needed: Iterable[str] = ()) -> Tensors:
+    """Return the tensors of a file; `wanted` tells the shape of one by its name, None if unknown.
+
+    Names and shapes are judged before a number is read.  Raises GraduationError.
+    """
+    try:
+        with open(path, "rb") as file:
+            start, index = safetensors_index(file, path)
+            for name in needed:
+                if name not in index:
+                    raise refused(path, f"no {name}", "a Llama of the exported form", SAVE_ANEW)
+            for name, stored in index.items():
+                shape = wanted(name)
+                if shape is None:
+                    raise refused(path, f"the unknown name {name}", "those of the exported form",
+                                  "train that model, and add nothing to it")
+                if shape != stored.shape:
+                    raise refused(f"{path}, {name}", f"the shape {list(stored.shape)}",
+                                  f"{list(shape)}", "train the exported model as it is")
+            return {name: _read_numbers(file, start, stored, f"{path}, {name}")
+                    for name, stored in index.items()}
+    except OSError as error:
+        raise refused(path, error.strerror or error, "a readable file", SAVE_ANEW) from None
+
+
+# the tokenizer and what describes a model, as transformers reads them
+
+# Ours, in the notation of Oniguruma; tests compare the ids.
+SPLIT = (r"'(?:[stmd]|re|ve|ll)| ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+")
+LINE_END = FIRST_BYTE + 10  # which ends a reply, as the end of the text does
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}H: {{ m['content'] | trim }}"
+    "{% elif m['role'] == 'assistant' %}A: {{ m['content'] | trim }}"
+    "{% else %}{{ m['content'] | trim }}{{ eos_token }}{% endif %}"
+    "{% if m['role'] in ('user', 'assistant') and (not loop.last or add_generation_prompt) %}"
+    "{{ '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A:{% else %}{{ eos_token }}{% endif %}")
+
+
+def byte_signs() -> List[str]:
+    """Return the visible sign that stands for each byte in GPT-2's vocabularies."""
+    plain, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
+    return [chr(byte if byte in plain else next(others)) for byte in range(256)]
+
+
+def token_names(tokenizer: EvolvingTokenizer) -> List[str]:
+    """Return the ids' names in such a vocabulary, in order."""
+    signs = byte_signs()
+    return [END_MARK] + ["".join(signs[byte] for byte in tokenizer.token_bytes(token))
+                         for token in range(FIRST_BYTE, tokenizer.vocab_size)]
+
+
+def merge_names(tokenizer: EvolvingTokenizer) -> List[str]:
+    """Return the merges in such a vocabulary, each a pair of names, oldest first."""
+    names = token_names(tokenizer)
+    return [f"{names[left]} {names[right]}" for left, right in tokenizer.merges]
+
+
+def tokenizer_json(tokenizer: EvolvingTokenizer) -> Dict[str, Any]:
+    """Return what the package tokenizers reads."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+             "use_regex": False}
+    first = {"SpecialToken": {"id": END_MARK, "type_id": 0}}
+    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": END_OF_TEXT, "content": END_MARK, "single_word": False,
+                          "lstrip": False, "rstrip": False, "normalized": False, "special": True}],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated",
+             "invert": False}, level]},
+        "post_processor": {"type": "TemplateProcessing", "single": [first, a],
+                           "pair": [first, a, b], "special_tokens": {END_MARK: {
+                               "id": END_MARK, "ids": [END_OF_TEXT], "tokens": [END_MARK]}}},
+        "decoder": level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "vocab": {name: i for i, name in enumerate(token_names(tokenizer))},
+                  "merges": merge_names(tokenizer)}}
+
+
+def llama_config(model: GPT, tied: bool) -> Dict[str, Any]:
+    """Return the configuration of LlamaForCausalLM for a model."""
+    shape = model.shape
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": shape.n_embd, "intermediate_size": shape.n_ff,
+        "num_hidden_layers": shape.n_layer, "num_attention_heads": shape.n_head,
+        "num_key_value_heads": shape.n_head, "head_dim": shape.head_dim,
+        "max_position_embeddings": shape.block_size, "rms_norm_eps": shape.norm_eps,
+        "rope_theta": shape.rope_base, "rope_parameters": {
+            "rope_type": "default", "rope_theta": shape.rope_base},
+        "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
+        "vocab_size": model.vocab_size, "tie_word_embeddings": tied,
+        "bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "torch_dtype": "float32"}
+
+
+class Leaving(NamedTuple):
+    """What is exported: a generation, how it speaks, how far it has come, its life in words."""
+
+    config: Config
+    tokenizer: EvolvingTokenizer
+    model: GPT
+    growth: Growth
+    life: Sequence[str]
+
+
+def leaving(memory: Memory, config: Config, engine: Engine, life: Sequence[str]) -> Leaving:
+    """Return the generation that a store holds.  Raises GraduationError for a newborn."""
+    growth = Growth.of(memory.setting("growth", {}))
+    layers = memory.layers(without=("optimizer", "ear", "mixer"))
+    if growth.phase == "newborn" or not {"base", "tokenizer"} <= layers.keys():
+        raise GraduationError("nothing has been learned yet that could be exported; run `train` "
+                              "first")
+    return Leaving(config, *build_model(config, layers, engine, growth.phase == "warmup"), growth,
+                   life)
+
+
+def model_card(who: Leaving) -> str:
+    """Return what is said of a model to whoever opens its folder."""
+    model, growth, shape = who.model, who.growth, who.model.shape
+    number, count = main_layer(model), len(model.deltas)
+    which = ("all deltas" if model.router is None and count else
+             f"delta {number}" if number else "no delta")
+    bpc = "" if growth.bpc is None else f", {growth.bpc:.3f} bits per character on held-out text"
+    return "\n".join([
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "---",
+        "# A macrogpt that left home", "",
+        f"Generation {growth.generation} after {growth.step:,} steps and {growth.tokens:,} "
+        f"tokens{bpc}. A Llama of {shape.n_layer} layers, {shape.n_embd} channels, "
+        f"{shape.n_head} heads, a window of {shape.block_size} tokens, {model.vocab_size:,} ids.",
+        "", "**It has read its owner's words and may say them. Share it as you would a diary.**",
+        "", f"What is one model here has {which} folded in, of {count}: what speaks for most of "
+        "the text. At home a router picks a delta for each text; each was trained beside the base "
+        "alone, so they are not to be added up. The forms peft and gguf hold them all.", "",
+        "It knows talk in lines that begin with `H:` and `A:`, after one end-of-text; a reply ends "
+        "with its line. Marks (of Hindi, Thai, Arabic) count as letters, which llama.cpp's `gpt-2` "
+        "does not know: there such words may be cut otherwise.", "",
+        "To bring it back after training: `python macrogpt.py import FOLDER`. Keep the final norm "
+        "as it is (`model.model.norm.requires_grad_(False)`), for at home it is one number, and "
+        "leave vocabulary and sizes alone. An adapter comes back when it leaves `embed_tokens` "
+        "and `lm_head` alone, or changes both alike.", "",
+        "## Its life", "", *(f"- {line}" for line in who.life), ""])
+
+
+def _write_text(path: str, text: str) -> None:
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(text)
+
+
+def write_hf(folder: str, who: Leaving, model: GPT, tied: bool = True) -> None:
+    """Write a model without deltas into a folder, as transformers reads it."""
+    config = who.config
+    tokens = {"bos_token": END_MARK, "eos_token": END_MARK, "pad_token": END_MARK}
+    about = {
+        "config.json": {**llama_config(model, tied), "macrogpt_layer": main_layer(who.model)},
+        "tokenizer.json": tokenizer_json(who.tokenizer),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", **tokens, "add_bos_token": True,
+            "clean_up_tokenization_spaces": False, "model_max_length": model.shape.block_size,
+            "chat_template": CHAT_TEMPLATE},
+        "generation_config.json": {
+            "bos_token_id": END_OF_TEXT, "eos_token_id": [END_OF_TEXT, LINE_END],
+            "pad_token_id": END_OF_TEXT, "do_sample": config.temperature > 0,
+            "temperature": config.temperature or 1.0, "top_k": config.top_k, "top_p": config.top_p,
+            "max_new_tokens": config.max_gen_tokens}}
+    for name, value in about.items():
+        _write_text(os.path.join(folder, name), json.dumps(value, ensure_ascii=False, indent=1))
+    write_safetensors(os.path.join(folder, "model.safetensors"), llama_tensors(model, tied=tied))
+
+
+def write_peft(folder: str, who: Leaving) -> None:
+    """Write the base, and each delta as an adapter of it; all as one where they add up.
+
+    A delta changes the table both as embedding and as head, so the base's head is not tied.
+    """
+    os.mkdir(os.path.join(folder, "base"))
+    write_hf(os.path.join(folder, "base"), who, who.model.with_layer(0), tied=False)
+    adapters = {f"delta-{n}": [delta] for n, delta in enumerate(who.model.deltas, 1)}
+    if who.model.router is None and len(who.model.deltas) > 1:
+        adapters["all"] = who.model.deltas
+    targets = sorted({part.hf.rpartition(".")[2] for part in parts_of(who.model.shape, 1)})
+    for name, deltas in adapters.items():
+        os.mkdir(os.path.join(folder, name))
+        tensors = lora_tensors(who.model, deltas)
+        rank = tensors[PEFT_ROOT + "lm_head.lora_A.weight"].shape[0]
+        about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
+                 "base_model_name_or_path": "../base", "bias": "none", "fan_in_fan_out": False,
+                 "inference_mode": True, "lora_dropout": 0.0, "use_rslora": False,
+                 "target_modules": [*targets, "lm_head"]}
+        _write_text(os.path.join(folder, name, "adapter_config.json"), json.dumps(about, indent=1))
+        write_safetensors(os.path.join(folder, name, "adapter_model.safetensors"), tensors)
+
+
+# GGUF: keys and values, a list of tensors, and their numbers at multiples of 32 bytes
+
+ALIGNMENT = 32
+GGUF_F32, GGUF_F16, GGUF_Q8_0 = 0, 1, 8
+GGUF_FILES = {"model.gguf": (GGUF_F32, 0), "model-f16.gguf": (GGUF_F16, 1),
+              "model-q8_0.gguf": (GGUF_Q8_0, 7)}  # with the number of the kind of file
+BLOCK = 32  # numbers of q8_0 that share a scale
+HALF_MOST = 65504.0
+
+
+def gguf_string(text: str) -> bytes:
+    """Return a string as its length and its bytes."""
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def gguf_value(value: Any) -> bytes:
+    """Return the number of a value's kind and the value; a list holds strings or int32."""
+    if isinstance(value, list):
+        kind = 8 if value and isinstance(value[0], str) else 5
+        items = map(gguf_string if kind == 8 else struct.Struct("<i").pack, value)
+        return struct.pack("<IIQ", 9, kind, len(value)) + b"".join(items)
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + gguf_string(value)
+    kind, form = {bool: (7, "?"), int: (4, "I"), float: (6, "f")}[type(value)]
+    return struct.pack("<I" + form, kind, value)
+
+
+def gguf_numbers(tensor: Tensor, kind: int) -> Tuple[int, bytes]:
+    """Return in which kind a tensor is stored, and its numbers: a gain stays float32.
+
+    What has rows of no whole blocks is float16 in place of q8_0.
+    """
+    data = tensor.data
+    if kind == GGUF_F32 or len(tensor.shape) == 1:
+        return GGUF_F32, float_bytes(data)
+    if kind == GGUF_F16 or tensor.shape[-1] % BLOCK:
+        halves = (max(-HALF_MOST, min(HALF_MOST, x)) for x in data)
+        return GGUF_F16, struct.pack(f"<{len(data)}e", *halves)
+    blocks = []
+    for at in range(0, len(data), BLOCK):
+        part = data[at:at + BLOCK]
+        step = max(max(part), -min(part)) / 127.0
+        blocks.append(struct.pack(f"<e{BLOCK}b", step, *(round(x / step) if step else 0
+                                                         for x in part)))
+    return GGUF_Q8_0, b"".join(blocks)
+
+
+def write_gguf(path: str, about: Dict[str, Any], tensors: Tensors, kind: int = GGUF_F32) -> None:
+    """Write a new GGUF file, version 3; dimensions stand there innermost first."""
+    head = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(about))]
+    head += [gguf_string(key) + gguf_value(value) for key, value in about.items()]
+    at, bodies = 0, []
+    for name, tensor in tensors.items():
+        stored, raw = gguf_numbers(tensor, kind)
+        head.append(gguf_string(name) + struct.pack(
+            f"<I{len(tensor.shape)}QIQ", len(tensor.shape), *tensor.shape[::-1], stored, at))
+        bodies.append(raw + bytes(-len(raw) % ALIGNMENT))
+        at += len(bodies[-1])
+    top = b"".join(head)
+    with open(path, "xb") as file:
+        file.write(top + bytes(-len(top) % ALIGNMENT))
+        file.writelines(bodies)
+
+
+def gguf_about(who: Leaving, file_type: int) -> Dict[str, Any]:
+    """Return the keys and values that llama.cpp asks of a model with its tokenizer."""
+    shape, tokenizer = who.model.shape, who.tokenizer
+    llama = {"context_length": shape.block_size, "embedding_length": shape.n_embd,
+             "block_count": shape.n_layer, "feed_forward_length": shape.n_ff,
+             "attention.head_count": shape.n_head, "attention.head_count_kv": shape.n_head,
+             "attention.layer_norm_rms_epsilon": shape.norm_eps, "rope.freq_base": shape.rope_base,
+             "rope.dimension_count": shape.head_dim, "vocab_size": tokenizer.vocab_size}
+    ggml = {"model": "gpt2", "pre": "gpt-2", "tokens": token_names(tokenizer),
+            "token_type": [3] + [1] * (tokenizer.vocab_size - 1),  # one control, the rest normal
+            "merges": merge_names(tokenizer), "bos_token_id": END_OF_TEXT,
+            "eos_token_id": END_OF_TEXT, "eot_token_id": LINE_END, "padding_token_id": END_OF_TEXT,
+            "add_bos_token": True, "add_space_prefix": False}
+    return {"general.architecture": "llama", "general.type": "model", "general.name": "macrogpt",
+            "general.alignment": ALIGNMENT, "general.file_type": file_type,
+            **{f"llama.{key}": value for key, value in llama.items()},
+            **{f"tokenizer.ggml.{key}": value for key, value in ggml.items()},
+            "tokenizer.chat_template": CHAT_TEMPLATE}
+
+
+def write_ggufs(folder: str, who: Leaving) -> None:
+    """Write what is folded into one in three precisions; the base and each delta beside it.
+
+    A LoRA there flips the table for an embedding, so its base must have a head of its own.
+    """
+    whole = llama_tensors(as_one(who.model), gguf=True)
+    for name, (kind, file_type) in GGUF_FILES.items():
+        write_gguf(os.path.join(folder, name), gguf_about(who, file_type), whole, kind)
+    for number, delta in enumerate(who.model.deltas, 1):
+        tensors = lora_tensors(who.model, [delta], gguf=True)
+        about = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora",
+                 "general.alignment": ALIGNMENT,
+                 "adapter.lora.alpha": float(tensors["output.weight.lora_a"].shape[0])}
+        write_gguf(os.path.join(folder, f"delta-{number}.gguf"), about, tensors)
+    if who.model.deltas:
+        write_gguf(os.path.join(folder, "base.gguf"), gguf_about(who, 0),
+                   llama_tensors(who.model, gguf=True, tied=False))
+
+
+def export_weights(folder: str, form: str, who: Leaving) -> None:
+    """Write a generation into a folder that is not there yet: it appears when it is whole.
+
+    Raises GraduationError.
+    """
+    folder = os.path.abspath(folder)
+    if os.path.lexists(folder):
+        raise GraduationError(f"{folder} is there already; name a new folder")
+    try:
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as near:
+            made = os.path.join(near, "made")
+            os.mkdir(made, 0o700)
+            if form == "hf":
+                write_hf(made, who, as_one(who.model))
+            else:
+                {"peft": write_peft, "gguf": write_ggufs}[form](made, who)
+            _write_text(os.path.join(made, "README.md"), model_card(who))
+            os.rename(made, folder)
+    except OSError as error:
+        raise GraduationError(f"{folder} cannot be written ({error.strerror or error}); free some "
+                              "space or name another folder") from None
+
+
+# and back: nothing of it is believed, and all of it goes through the gate
+
+
+def returned_tokenizer(folder: str, live: EvolvingTokenizer) -> EvolvingTokenizer:
+    """Return the tokenizer of a folder: ours, perhaps with merges behind.  Raises GraduationError.
+    """
+    path = os.path.join(folder, "tokenizer.json")
+    model = read_json(path).get("model")
+    try:
+        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+        ours = [tuple(m.split(" ")) for m in merge_names(live)]
+        same = next((i for i, (a, b) in enumerate(zip(ours, merges)) if a != b),
+                    min(len(ours), len(merges)))
+        if same < len(ours):
+            raise refused(path, f"{merges[same:same + 1]} as merge {same}", f"{ours[same]}",
+                          "ids must mean what they mean here: export anew, and train that")
+        ids = model["vocab"]
+        tokenizer = EvolvingTokenizer((ids[left], ids[right]) for left, right in merges)
+        if ids != {name: i for i, name in enumerate(token_names(tokenizer))}:
+            raise ValueError("ids that no merge makes")
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise refused(path, f"another vocabulary ({error})", "bytes, then merges in order, as "
+                      "exported", "add no tokens, and keep tokenizer.json") from None
+    return tokenizer
+
+
+def check_config(folder: str, shape: Shape) -> Dict[str, Any]:
+    """Return the config.json of a Llama of our shape.  Raises GraduationError for another."""
+    path = os.path.join(folder, "config.json")
+    config = read_json(path)
+    rope = config.get("rope_parameters") or config
+    found = {**config, "rope_theta": rope.get("rope_theta") if isinstance(rope, dict) else rope}
+    model = GPT(shape, 1, reference_engine(), None)
+    for name, value in llama_config(model, True).items():
+        if name in ("model_type", "rope_theta", "rms_norm_eps", "hidden_act") or (
+                name.startswith(("hidden", "inter", "num_", "head_"))):
+            if found.get(name) != value:
+                raise refused(f"{path}, {name}", repr(found.get(name)), repr(value),
+                              "sizes stay as they were exported; /set makes it grow at home")
+    return config
+
+
+def returned_base(folder: str, shape: Shape, vocab: int) -> Layer:
+    """Return the base that a folder of the hf form holds.  Raises GraduationError.
+
+    A norm's gains go into the matrices that read it. The last one is a single number at home, for
+    the table is tied, and so must be a head that was saved beside it.
+    """
+    path = os.path.join(folder, "model.safetensors")
+    parts = list(parts_of(shape, vocab))
+    shapes = {f"{part.hf}.weight": (part.rows, part.dim) for part in parts}
+    shapes.update((f"{hf}.weight", (shape.n_embd,)) for hf, _, _ in norms_of(shape))
+    needed = [*shapes]
+    shapes["lm_head.weight"] = (vocab, shape.n_embd)
+    found = read_safetensors(path, shapes.get, needed)
+    head = found.get("lm_head.weight")
+    if head is not None and head.data != found["model.embed_tokens.weight"].data:
+        raise refused(path, "a head that is not the embedding", "one table for both",
+                      "train with tie_word_embeddings")
+    gains = {ours: found[f"{hf}.weight"].data for hf, _, ours in norms_of(shape)}
+    if len(set(gains["scale"])) > 1:
+        raise refused(f"{path}, model.norm.weight", "gains that differ", "one number for all",
+                      "train with model.model.norm.requires_grad_(False)")
+    data: DefaultDict[str, array] = defaultdict(lambda: array("f"))
+    for part in parts:
+        cut, gain = found[f"{part.hf}.weight"], gains.get(part.ours)
+        if part.turned:
+            cut = cut.ordered(half_split(part.rows, shape.head_dim, back=True))
+        data[part.ours] += array("f", map(mul, cut.data, itertools.cycle(gain))) if (
+            gain) else cut.data
+    data["scale"] = gains["scale"][:1]
+    dims = {**{part.ours: part.dim for part in parts}, "scale": 1}
+    return Layer([[name, len(x) // dims[name], dims[name]] for name, x in data.items()],
+                 b"".join(map(float_bytes, data.values())))
+
+
+def lora_pairs(folder: str, model: GPT) -> Dict[str, Tuple[Tensor, Tensor]]:
+    """Return A and B, scaled, of each part that an adapter changes.  Raises GraduationError."""
+    path = os.path.join(folder, "adapter_config.json")
+    config = read_json(path)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    plain = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False,
+             "rank_pattern": {}, "alpha_pattern": {}}
+    for name, value in plain.items():
+        if config.get(name, value) not in (value, None):
+            raise refused(f"{path}, {name}", config[name], value, "train a plain LoRA")
+    if type(rank) is not int or not 1 <= rank <= 1024 or type(alpha) not in (int, float):
+        raise refused(path, f"r {rank} and lora_alpha {alpha}", "numbers, r from 1 to 1024",
+                      "train a plain LoRA")
+    shapes: Dict[str, Tuple[int, ...]] = {}
+    for part in parts_of(model.shape, model.vocab_size):
+        for name in [part.hf] if part.ours != "embedding" else ["lm_head"]:
+            shapes[f"{PEFT_ROOT}{name}.lora_A.weight"] = rank, part.dim
+            shapes[f"{PEFT_ROOT}{name}.lora_B.weight"] = part.rows, rank
+        if part.ours == "embedding":
+            name = PEFT_ROOT + part.hf
+            shapes.update(zip((name + end for end in EMBEDDING_ENDS),
+                              ((rank, part.rows), (part.dim, rank))))
+    path = os.path.join(folder, "adapter_model.safetensors")
+    found = read_safetensors(path, shapes.get)
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return _paired(path, found, model, scale)
+
+
+def _paired(path: str, found: Tensors, model: GPT, scale: float
+            ) -> Dict[str, Tuple[Tensor, Tensor]]:
+    """Return the pairs of an adapter by the names of their parts, in our order of rows."""
+    for end, other in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+        for name in found:
+            twin = name.replace(end, other) if end in name else name.replace(other, end)
+            if twin not in found:
+                raise refused(path, f"{name} alone", f"{twin} as well", SAVE_ANEW)
+    pairs = {name[len(PEFT_ROOT):-len(".lora_A.weight")]: (
+        found[name], found[name.replace("lora_A", "lora_B")]) for name in found if "lora_A" in name}
+    table = [found.get(PEFT_ROOT + "model.embed_tokens" + end) for end in EMBEDDING_ENDS]
+    if table[0] and table[1]:
+        pairs["model.embed_tokens"] = table[1].flipped(), table[0].flipped()
+    if pairs.get("model.embed_tokens") != pairs.pop("lm_head", None):
+        raise refused(path, "a head that learned other things than the embedding",
+                      "one table for both", "leave embed_tokens and lm_head out of target_modules")
+    for part in parts_of(model.shape, model.vocab_size):
+        if part.hf in pairs:
+            a, b = pairs[part.hf]
+            if part.turned:
+                b = b.ordered(half_split(part.rows, model.shape.head_dim, back=True))
+            pairs[part.hf] = a, Tensor(b.shape, array("f", [scale * x for x in b.data]))
+    return pairs
+
+
+def returned_delta(folder: str, model: GPT) -> Layer:
+    """Return the delta that an adapter makes.  Raises GraduationError.
+
+    Parts of one matrix that learned A's of their own have their ranks one after the other there,
+    and every matrix of a delta has the same rank: what lacks is filled with zeros.
+    """
+    pairs, parts = lora_pairs(folder, model), list(parts_of(model.shape, model.vocab_size))
+    inputs: DefaultDict[str, List[bytes]] = defaultdict(list)  # the different A's of each matrix
+    for part in parts:
+        if part.hf in pairs and pairs[part.hf][0].data.tobytes() not in inputs[part.ours]:
+            inputs[part.ours].append(pairs[part.hf][0].data.tobytes())
+    if not pairs:
+        raise refused(folder, "an adapter of nothing", "pairs of lora_A and lora_B", SAVE_ANEW)
+    step = next(iter(pairs.values()))[0].shape[0]
+    rank = step * max(map(len, inputs.values()))
+    manifest, blobs = [], []
+    for ours, param in model.params.items():
+        if ours == "scale":
+            continue
+        a = array("f", b"".join(inputs[ours]))
+        a.extend(repeat(0.0, rank * param.dim - len(a)))
+        b = array("f", bytes(4 * param.rows * rank))
+        for part in (part for part in parts if part.ours == ours and part.hf in pairs):
+            mine, theirs = pairs[part.hf]
+            column = step * inputs[ours].index(mine.data.tobytes())
+            for row in range(part.rows):
+                at = (part.first + row) * rank + column
+                b[at:at + step] = theirs.data[row * step:(row + 1) * step]
+        manifest += [[f"{ours}.a", rank, param.dim], [f"{ours}.b", param.rows, rank]]
+        blobs += [float_bytes(a), float_bytes(b)]
+    return Layer(manifest, b"".join(blobs))
+
+
+def form_of_folder(path: str) -> str:
+    """Return "hf" or "peft", whichever a folder holds.  Raises GraduationError."""
+    if not os.path.isdir(path):
+        raise refused(path, "a file of weights", "the folder that it is in", "name that, as `export"
+                      " DIR --format hf` or peft writes it; a pickle is never opened")
+    names = set(os.listdir(path))
+    for form, about, weights in (("peft", "adapter_config.json", "adapter_model.safetensors"),
+                                 ("hf", "config.json", "model.safetensors")):
+        if about in names:
+            if weights in names:
+                return form
+            pickles = [name for name in sorted(names) if name.endswith(PICKLES)]
+            raise refused(path, f"{pickles[0]}, a pickle, which is never opened, for it could run "
+                          "anything" if pickles else f"no {weights}", weights,
+                          "save it whole with save_pretrained, as one file of safetensors")
+    raise refused(path, ", ".join(sorted(names)[:5]) or "nothing", "config.json or "
+                  "adapter_config.json", "name the folder of one model, or of one adapter")
+
+
+def _live_learner(organism: Organism) -> Learner:
+    """Return the generation that lives, with its text, as its trainer has it."""
+    memory = organism.memory
+    if organism.growth.phase != "grown" or memory.lost_layers()[1]:
+        raise GraduationError("what lives here is not grown up, or damaged, so nothing can take "
+                              "its place; run `train` first")
+    live = Learner(organism.config, organism.growth, memory.layers(without=("ear",)),
+                   organism.speaker.engine)
+    live.take_text((), texts_to_learn(memory, [i for i, _ in memory.training_index()]))
+    return live
+
+
+def generation_of(live: Learner, folder: str, memory: Memory) -> Learner:
+    """Return the generation whose base a folder holds.  Raises GraduationError if it is refused.
+
+    It has read what was folded into it when it left; the other deltas' text waits for it. What
+    probes say is what they say of a birth.
+    """
+    shape, number = live.model.shape, max(live.growth.generation, memory.setting("generations", 0))
+    config = check_config(folder, shape)
+    tokenizer = returned_tokenizer(folder, live.tokenizer)
+    base = returned_base(folder, shape, tokenizer.vocab_size)
+    growth = dataclasses.replace(live.growth.heir(number + 1), phase="warmup",
+                                 warmup_chars=live.growth.warmup_chars)
+    new = Learner(live.config, growth, {"tokenizer": Layer(None, tokenizer.pack()), "base": base},
+                  live.engine)
+    read = {e.key for e in memory.entries("e.layer IN (0, ?)", config.get("macrogpt_layer", 0))}
+    new.take_text((), [t for t in live.texts.values() if t.probe or t.key in read])
+    new.ear = memory.layer("ear")
+    new.dirty.add("base")
+    new.end_birth(live.growth.warmup_seconds)
+    new.evaluate()
+    worst = fit_to_live(new, live)
+    if worst:
+        raise not_better(folder, **worst)
+    new.growth.best_probes = {name: min(bpc, live.growth.best_probes.get(name, bpc))
+                              for name, bpc in new.growth.probes.items()}
+    return new
+
+
+def with_delta(live: Learner, folder: str) -> None:
+    """Append the delta that an adapter makes; it speaks for what the first layer with text did.
+
+    Raises GraduationError if it does harm, as a burst is refused; the store knows nothing of it.
+    """
+    layer = returned_delta(folder, live.model)
+    live.config = dataclasses.replace(live.config, delta_rank=layer.manifest[0][1])
+    live.begin_delta()
+    load_params(delta_matrices(live.model.deltas[-1]), layer)
+    gate, number = Gate(live), len(live.model.deltas)
+    live.router.refine(number, next((i for i, c in enumerate(live.router.counts) if c), 0))
+    worse = gate.worse()
+    if worse:
+        name, (before, now) = max(worse.items(), key=lambda item: item[1][1] / item[1][0])
+        raise not_better(folder, name, before, now)
+    gate.commit()
+    live.growth.delta_chars = live.config.delta_seal_chars  # what comes next has its own
+    live.dirty.update((f"delta{number}", "router"))
+    live.evaluate()
+
+
+def not_better(folder: str, probe: str, before: float, now: float) -> GraduationError:
+    """Return the error that says where weights from elsewhere read worse."""
+    return refused(f"{folder}, probe {probe}", f"{now:.3f} bits per character",
+                   f"about {before:.3f} as now", "train it on what is known here as well")
+
+
+def import_weights(organism: Organism, folder: str) -> Dict[str, Any]:
+    """Take in weights that were trained elsewhere, as a new generation or a new delta; return what.
+
+    Nothing changes unless all of it fits, and it reads no probe worse.  Raises GraduationError, or
+    TrainerError where another process trains.
+    """
+    form = form_of_folder(folder)
+    with organism.trainer.holding():
+        learner = _live_learner(organism)
+        before = learner.probe_losses()
+        if form == "hf":
+            learner = generation_of(learner, folder, organism.memory)
+        else:
+            with_delta(learner, folder)
+        read = [t.key for t in learner.texts.values() if not (t.unread or t.probe)]
+        organism.trainer.take_over(learner, read if form == "hf" else [])
+    return {"form": form, "generation": learner.growth.generation,
+            "layer": len(learner.model.deltas), "bpc": learner.growth.bpc, "before": before,
+            "probes": learner.growth.probes}
+
+
+# words
+
+
+def chat_records(memory: Memory, mine: bool) -> Iterator[Dict[str, Any]]:
+    """Yield talks, and unless mine exchanges of the corpus, as fine-tuning tools read them."""
+    def record(turns: Iterable[Tuple[bool, str]]) -> Dict[str, Any]:
+        return {"messages": [{"role": "user" if owner else "assistant", "content": words}
+                             for owner, words in turns]}
+    for session in memory.sessions():
+        said = memory.messages_of(session["name"])
+        if said:
+            yield record((m.role == "owner", m.text) for m in said)
+    for entry in () if mine else memory.entries("e.source = 'corpus'"):
+        if is_exchange(entry):
+            yield record((line.startswith(MARKERS[0]), line[len(MARKERS[0]):].strip())
+                         for line in entry.text.splitlines())
+
+
+TOLD_TITLE = "# What it was told"
+TALK_TITLE = "# The talk "
+SPEAKERS = {"you": "owner", "macrogpt": "self"}
+
+
+def as_markdown(memory: Memory) -> Iterator[str]:
+    """Yield the lines of what it was told, by day, and of every talk, for people."""
+    names = {role: name for name, role in SPEAKERS.items()}
+    yield TOLD_TITLE
+    for day, told in itertools.groupby(memory.told(), told_day):
+        yield f"\n## {day}\n"
+        yield from (_item(entry.text) for entry in told)
+    for session in memory.sessions():
+        yield f"\n{TALK_TITLE}{session['name']}\n"
+        for m in memory.messages_of(session["name"]):
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(m.said_at))
+            yield _item(f"{when}  {names[m.role]}: {m.text}")
+
+
+def _item(text: str) -> str:
+    """Return a text as an item of a list, its later lines moved in, so that all can be read back.
+    """
+    return "- " + "\n  ".join(text.split("\n"))
+
+
+class Heard(NamedTuple):
+    """What was said or told elsewhere: in a talk, or in none; by "owner" or "self"; when."""
+
+    talk: Optional[str]
+    role: str
+    text: str
+    at: Optional[float]
+
+
+def words_of(path: str) -> List[Heard]:
+    """Return the words of a file: JSONL of talks or of messages, or Markdown as export writes it.
+
+    Raises GraduationError for a line that is neither.
+    """
+    lines = read_text(path).split("\n")
+    if lines[0].rstrip() == TOLD_TITLE:
+        return list(_words_of_markdown(lines))
+    heard = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else {"messages": []}
+            for turn in row["messages"] if "messages" in row else [row]:
+                role, text = turn["role"], turn["content"]
+                if not isinstance(text, str):  # in parts, or nothing where a tool was called
+                    text = "\n".join(part["text"] for part in text or () if "text" in part)
+                heard.append(Heard("", ROLES[role], tidied(text), None))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UsageError(f"line {number} of {path} is no talk; expected an object like "
+                             '{"messages": [{"role": "user", "content": "Hi!"}]}, or one message '
+                             "a line") from None
+    return [said for said in heard if said.role and said.text.strip()]
+
+
+ROLES = {"user": "owner", "assistant": "self", "system": "", "developer": "", "tool": ""}
+
+
+def _words_of_markdown(lines: Iterable[str]) -> Iterator[Heard]:
+    """Yield what was told, unless it was said in a talk as well, and then every talk."""
+    told: List[Heard] = []
+    said: List[Heard] = []
+    talk, day = None, None
+    for item in re.findall(r"(?m)^(?:- .*(?:\n  .*)*|#.*)", "\n".join(lines)):
+        if item.startswith(TALK_TITLE):
+            talk = item[len(TALK_TITLE):].strip()
+        elif item.startswith("## "):
+            day = _moment(item[3:].strip() + " 12:00")
+        elif item.startswith("- "):
+            text = item[2:].replace("\n  ", "\n")
+            match = re.match(r"(\d{4}-\d\d-\d\d \d\d:\d\d)  (you|macrogpt): (?s:(.*))", text)
+            if talk is None:
+                told.append(Heard(None, "owner", tidied(text), day))
+            elif match:
+                said.append(Heard(talk, SPEAKERS[match[2]], tidied(match[3]), _moment(match[1])))
+    spoken = {line.strip() for m in said if m.role == "owner" for line in (
+        m.text, *m.text.split("\n"))}
+    yield from (m for m in told if m.text.strip() not in spoken)
+    yield from said
+
+
+def _moment(text: str) -> Optional[float]:
+    """Return the time that "2026-05-03 12:00" names here, or None for what names none."""
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        return datetime.datetime.strptime(text, "%Y-%m-%d %H:%M").timestamp()
+    return None
+
+
+# ──────────────────────────────────────────────────────────────────────────────────────
+# 18 · INTERFACE — it alone speaks to a terminal   uses: 0 1 2 4 7 8 9 10 11 12 13 14 16 17
 # ──────────────────────────────────────────────────────────────────────────────────────
 #
 # Replies and reports go to stdout; everything else goes to stderr. A table of commands, each a
@@ -11925,6 +12962,7 @@ EVENTS = {"corpus": "{added} documents came into the corpus, {removed} went",
           "phase": "generation {generation} is {phase} at step {step}",
           "rebirth": "generation {generation} begins to grow up ({why})",
           "generation": "generation {generation} takes over ({why})",
+          "import": "layer {layer} of generation {generation} came from elsewhere",
           "rebirth given up": "a new generation is given up: it would read probe {probe} at "
                               "{now:.3f} bits per character, where {before:.3f} was read",
           "gate": "probe {probe} would have been read at {now:.3f} bits per character, where "
@@ -12490,68 +13528,53 @@ def bench_lines(facts: Dict[str, Any]) -> List[str]:
         f"{facts['search_10000_ms']:.1f} ms"]
 
 
-def chat_records(memory: Memory, mine: bool) -> Iterator[Dict[str, Any]]:
-    """Yield talks, and unless mine exchanges of the corpus, as fine-tuning tools read them."""
-    def record(turns: Iterable[Tuple[bool, str]]) -> Dict[str, Any]:
-        return {"messages": [{"role": "user" if owner else "assistant", "content": words}
-                             for owner, words in turns]}
-    for session in memory.sessions():
-        said = memory.messages_of(session["name"])
-        if said:
-            yield record((m.role == "owner", m.text) for m in said)
-    for entry in () if mine else memory.entries("e.source = 'corpus'"):
-        if is_exchange(entry):
-            yield record((line.startswith(MARKERS[0]), line[len(MARKERS[0]):].strip())
-                         for line in entry.text.splitlines())
-
-
-def as_markdown(memory: Memory) -> Iterator[str]:
-    """Yield the lines of what it was told, by day, and of every talk, for people."""
-    yield "# What it was told"
-    for day, told in itertools.groupby(memory.told(), told_day):
-        yield f"\n## {day}\n"
-        yield from (f"- {' / '.join(entry.text.splitlines())}" for entry in told)
-    for session in memory.sessions():
-        yield f"\n# The talk {session['name']}\n"
-        yield from (f"- {line}" for line in transcript(memory, session["name"]))
-
-
 def command_export(app: App, words: List[str]) -> None:
-    """Write talks as JSONL for fine-tuning tools, or what it was told as Markdown for people."""
-    kind, memory = app.options.format, app.memory()
-    if kind is None or len(words) != 1:
-        raise UsageError("export takes a file to write and a format; for example: "
+    """Write the weights as a folder that other programs read, or words as JSONL or Markdown."""
+    form, memory, mine = app.options.format, app.memory(), bool(app.options.mine)
+    if form not in (*WEIGHT_FORMATS, *WORD_FORMATS) or len(words) != 1:
+        raise UsageError("export takes a new file or folder, and as --format one of "
+                         f"{', '.join((*WEIGHT_FORMATS, *WORD_FORMATS))}; for example: "
                          "export talks.jsonl --format jsonl")
-    if kind not in ("jsonl", "markdown"):
-        raise MacroGPTError(f"export as {kind} is not there yet; use --format jsonl or markdown")
-    rows = chat_records(memory, bool(app.options.mine))
-    lines = as_markdown(memory) if kind == "markdown" else (
-        json.dumps(row, ensure_ascii=False) for row in rows)
-    write_new(words[0], lines)
+    if mine and form != "jsonl":
+        raise UsageError(f"--mine is of --format jsonl; leave it out with {form}")
+    if form in WEIGHT_FORMATS:
+        organism = app.organism()
+        life = [life_line(event) for event in memory.life(1000)]
+        export_weights(words[0], form, leaving(memory, organism.config, organism.speaker.engine,
+                                               life))
+        app.terminal.note(f"{words[0]} holds what was learned, in the form {form}: your words are "
+                          "in it, and it may say them")
+        return
+    write_new(words[0], as_markdown(memory) if form == "markdown" else (
+        json.dumps(row, ensure_ascii=False) for row in chat_records(memory, mine)))
     app.terminal.note(f"{words[0]} holds what you said, word for word")
 
 
 def command_import(app: App, words: List[str]) -> None:
-    """Take in talks of JSONL, in a session of their own: what was said there is heard here."""
+    """Take in talks, each in a session of its own and heard here, or weights from elsewhere."""
     if len(words) != 1:
-        raise UsageError("import takes one file of talks; for example: import talks.jsonl")
-    turns: List[Tuple[str, str]] = []
-    for number, line in enumerate(read_text(words[0]).splitlines(), 1):
-        try:
-            turns += [({"user": "owner", "assistant": "self", "system": ""}[turn["role"]],
-                       tidied(turn["content"])) for turn in json.loads(line)["messages"]]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UsageError(f"line {number} of {words[0]} is no talk; expected an object like "
-                             '{"messages": [{"role": "user", "content": "Hi!"}]}') from None
-    organism, memory = app.organism(), app.memory()
-    name = check_session(clean_line(f"import {os.path.basename(words[0])}", 80))
+        raise UsageError("import takes one file of talks, or a folder of weights; for example: "
+                         "import talks.jsonl")
+    path, organism, memory = words[0], app.organism(), app.memory()
+    if os.path.isdir(path) or path.lower().endswith(WEIGHT_FILES):
+        facts = import_weights(organism, path)
+        bpc = "" if facts["bpc"] is None else f"; held-out {facts['bpc']:.3f} bits per character"
+        app.report(facts, [f"{path} is now " + (f"generation {facts['generation']}" if (
+            facts["form"] == "hf") else f"delta {facts['layer']}") + bpc])
+        return
+    heard, name = words_of(path), f"import {os.path.basename(path)}"
     with memory.transaction():
-        for role, text in turns:
-            if role and text.strip():
-                memory.add_message(memory.session_id(name), role, text)
+        for talk, role, text, at in heard:
+            if talk is None:
+                organism.teach(text, at)
+                continue
+            session = check_session(clean_line(f"{name} {talk}".strip(), 80))
+            memory.add_message(memory.session_id(session), role, text, at)
         organism.take_in_messages()
-    app.report({"messages": len(turns), "session": name},
-               [f"{len(turns)} messages came into session {name!r}"])
+    count = sum(said.talk is not None for said in heard)
+    more = f", and {len(heard) - count} sentences were told" if count < len(heard) else ""
+    app.report({"messages": count, "told": len(heard) - count, "session": name},
+               [f"{count} messages came into session {name!r}{more}"])
 
 
 class Command(NamedTuple):
@@ -12587,10 +13610,10 @@ COMMANDS: Dict[str, Command] = {
     "doctor": Command(command_doctor, "",
                       "what is well and what is not; --rescue NEW saves what can be read",
                       "--rescue saved.sqlite3", ("rescue",), True),
-    "export": Command(command_export, "FILE",
-                      "talks and what was told --format jsonl|markdown [--mine]",
+    "export": Command(command_export, "PATH",
+                      "what was learned or said --format hf|peft|gguf|jsonl|markdown [--mine]",
                       "talks.jsonl --format jsonl --mine", ("format", "mine"), True),
-    "import": Command(command_import, "FILE", "talks of JSONL, as export writes them",
+    "import": Command(command_import, "PATH", "talks, or a folder of weights, as export makes them",
                       "talks.jsonl"),
     "completion": Command(command_completion, "bash|zsh|fish",
                           "what makes a shell complete words", "bash")}

@@ -154,7 +154,7 @@ class CommandLine(ProcessCase):
                 (1, ("--db", self.folder, "stats"), self.folder),
                 (1, ("--db", self.corpus, "ask", "hello"), "nonames.txt"),
                 (1, ("--db", self.path("no", "m.db"), "stats"), "folder"),
-                (1, ("export", "there", "--format", "gguf"), "export", "not there yet")):
+                (1, ("export", "there", "--format", "gguf"), "export", "run `train` first")):
             with self.subTest(args=args):
                 self.mistake(code, *args, signs=signs)
         self.assertFalse(os.path.exists(self.path("mine.txt")))
