@@ -12006,7 +12006,7 @@ def as_markdown(memory: Memory) -> Iterator[str]:
     yield TOLD_TITLE
     for day, told in itertools.groupby(memory.told(), told_day):
         yield f"\n## {day}\n"
-        yield from (_item(entry.text) for entry in told)
+        yield from (_item(entry.text.strip()) for entry in told)
     for session in memory.sessions():
         yield f"\n{TALK_TITLE}{session['name']}\n"
         for m in memory.messages_of(session["name"]):

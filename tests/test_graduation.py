@@ -1,0 +1,642 @@
+"""Claims about GRADUATION: the forms that leave, what is refused, and that engines read the same."""
+import importlib
+import json
+import math
+import os
+import random
+import struct
+import unittest
+from array import array
+from unittest import mock
+
+import macrogpt as m
+from support import Folder, engine_in_use
+from test_model import SHAPE, lively, stir
+
+MERGES = ((m.FIRST_BYTE + ord("a"), m.FIRST_BYTE + ord("b")), (257, m.FIRST_BYTE + ord("c")),
+          (m.FIRST_BYTE + ord(" "), m.FIRST_BYTE + ord("t")), (259, m.FIRST_BYTE + ord("h")))
+TEXTS = ("Hello there, abc!", "it's 12 o'clock\n\n\tand 3½  ", "नमस्ते दुनिया", "ภาษาไทย", "مَرْحَبًا",
+         "👩‍👩‍👧 \u2028\u3000x", "\x00\x1c\x1f\x85\xa0\x7f", "  if x:\r\n    return 'abc' # the")
+
+
+def package(name):
+    """Return a package, or skip the test where it is not installed."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise unittest.SkipTest(f"the package {name} is not installed") from None
+
+
+def being(deltas=0, routed=True, shape=SHAPE):
+    """Return a small generation with some deltas, ready to leave."""
+    tokenizer = m.EvolvingTokenizer(MERGES)
+    model = lively(m.interpreted_engine("f"), shape=shape, vocab=tokenizer.vocab_size)
+    for number in range(deltas):
+        model.append_delta(3, random.Random(number))
+        stir(model, number)
+    model.router = m.Router(tokenizer, [{b"abc": 5 - n} for n in range(deltas + 1)]) if (
+        routed) else None
+    config = m.Config(n_layer=2, n_embd=8, n_head=2, n_ff=12, block_size=8)
+    return m.Leaving(config, tokenizer, model, m.Growth(phase="grown"), ["it was born"])
+
+
+def header_of(path):
+    """Return the header of a file of safetensors, and where its numbers begin."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)), 8 + size
+
+
+def packed(header, numbers=b"", length=None):
+    """Return the bytes of a file of safetensors."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw) if length is None else length) + raw + numbers
+
+
+def entry(shape, begin, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+class GraduationCase(Folder, unittest.TestCase):
+    """A folder, and what leaves into it."""
+
+    def exported(self, form, who=None):
+        m.export_weights(self.path(form), form, who or being(2))
+        return self.path(form)
+
+    def refusal(self, *signs, call):
+        """Assert that a call is refused in one line that holds these signs."""
+        with self.assertRaises(m.GraduationError) as caught:
+            call()
+        said = str(caught.exception)
+        self.assertNotIn("\n", said)
+        for sign in signs:
+            self.assertIn(sign, said)
+
+
+class Safetensors(GraduationCase):
+    def test_the_bytes_of_a_tiny_file_are_these(self):
+        m.write_safetensors(self.path("x"), {"a": m.Tensor((1, 2), array("f", [1.0, -2.0]))})
+        head = (b'{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[1,2],'
+                b'"data_offsets":[0,8]}}')
+        head += b" " * (-len(head) % 8)
+        with open(self.path("x"), "rb") as file:
+            self.assertEqual(file.read(), struct.pack("<Q", len(head)) + head
+                             + struct.pack("<2f", 1.0, -2.0))
+
+    def test_offsets_have_no_holes_and_the_numbers_begin_at_eights_and_end_the_file(self):
+        path = os.path.join(self.exported("hf"), "model.safetensors")
+        header, start = header_of(path)
+        self.assertEqual(header.pop("__metadata__"), {"format": "pt"})
+        self.assertEqual(start % 8, 0)
+        at = 0
+        for stored in header.values():
+            self.assertEqual(stored["data_offsets"], [at, at + 4 * math.prod(stored["shape"])])
+            at = stored["data_offsets"][1]
+        self.assertEqual(start + at, os.path.getsize(path))
+
+    def test_halves_and_bfloats_are_read_as_what_they_are(self):
+        values = [1.0, -2.5, 0.15625]
+        rows = {"F16": struct.pack("<3e", *values),
+                "BF16": b"".join(struct.pack("<f", x)[2:] for x in values)}
+        for dtype, raw in rows.items():
+            path = self.write("x", packed({"a": entry([3], 0, 6, dtype)}, raw))
+            self.assertEqual([*m.read_safetensors(path, {"a": (3,)}.get)["a"].data], values)
+
+    def test_a_file_that_lies_is_refused_and_says_in_one_line_why(self):
+        four, nan = bytes(16), struct.pack("<4f", 0, 0, 0, math.nan)
+        for content, *signs in (
+                (b"", "cut short"),
+                (packed(b"{}", length=1 << 62), "a header of 4,611", "100,000,000"),
+                (packed(b"{}", length=200_000_000), "a header of 200,000,000"),
+                (packed(b"{}", length=4000), "cut short"),
+                (packed(b"no json"), "JSON"),
+                (packed(b"[1]"), "JSON"),
+                (packed(b"[" * 20_000), "JSON"),
+                (packed(b'{"a": 1, "a": 2}'), "twice"),
+                (packed({"a": 7}), "JSON"),
+                (packed({"a": entry([-4], 0, 16)}, four), "-4 is no count"),
+                (packed({"a": entry([2.0], 0, 16)}, four), "2.0 is no count"),
+                (packed({"a": entry([4], 0, 16, "I64")}, four), "I64", "F32 or F16 or BF16"),
+                (packed({"a": entry([4], 0, 16, "F64")}, four), "F64", "float32"),
+                (packed({"a": entry([5], 0, 16)}, four), "16 bytes", "20 for the shape [5]"),
+                (packed({"a": entry([4], 0, 16)}, four[:9]), "9 bytes", "cut short"),
+                (packed({"a": entry([4], 0, 16)}, four + b"x"), "17 bytes"),
+                (packed({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, four), "overlap"),
+                (packed({"a": entry([2], 0, 8), "b": entry([1], 12, 16)}, four), "hole"),
+                (packed({"a": entry([4], 0, 16), "c": entry([0], 16, 16)}, four), "name c"),
+                (packed({"c": entry([4], 0, 16)}, four), "no a"),
+                (packed({"a": entry([2, 2], 0, 16)}, four), "[2, 2]", "[4]"),
+                (packed({"a": entry([4], 0, 16)}, nan), "not finite")):
+            path = self.write("x.safetensors", content)
+            with self.subTest(signs=signs):
+                self.refusal("x.safetensors", "expected", *signs, call=lambda p=path: (
+                    m.read_safetensors(p, {"a": (4,)}.get, ["a"])))
+
+    def test_the_weights_of_one_layer_come_back_as_they_left(self):
+        who = being(2)
+        folder = self.exported("hf", who)
+        base = m.returned_base(folder, SHAPE, who.model.vocab_size)
+        other = m.GPT(SHAPE, who.model.vocab_size, who.model.engine, None)
+        m.load_params(list(other.params.values()), base)
+        self.assertEqual({n: [*p.data] for n, p in other.params.items()},
+                         {n: [*p.data] for n, p in who.model.params.items()})
+
+
+class Llama(GraduationCase):
+    def test_queries_and_keys_are_ordered_by_halves_of_each_head_and_that_can_be_undone(self):
+        self.assertEqual(m.half_split(8, 4), [0, 2, 1, 3, 4, 6, 5, 7])
+        self.assertEqual(m.half_split(6, 6), [0, 2, 4, 1, 3, 5])
+        order, back = m.half_split(12, 6), m.half_split(12, 6, back=True)
+        self.assertEqual([order[i] for i in back], list(range(12)))
+        self.assertNotEqual(order, back)
+
+    def test_what_speaks_for_most_of_the_text_is_folded_in_or_all_without_a_router(self):
+        who, engine = being(2), m.interpreted_engine("f")
+        self.assertEqual(m.main_layer(who.model), 0)
+        who.model.router.counts[2].update({b"abc": 90})
+        self.assertEqual(m.main_layer(who.model), 2)
+        for model, other in ((who.model, who.model.with_layer(2)), (being(2, False).model,) * 2):
+            with engine.no_grad():
+                one, whole = m.as_one(model).logits([5, 6, 7]), other.logits([5, 6, 7])
+            self.assertLess(max(abs(a - b) for a, b in zip(one.data, whole.data)), 1e-4)
+
+    def test_the_table_is_tied_but_has_a_copy_where_adapters_change_it(self):
+        hf, peft = self.exported("hf"), self.exported("peft")
+        for folder, tied in ((hf, True), (os.path.join(peft, "base"), False)):
+            config = m.read_json(os.path.join(folder, "config.json"))
+            header, _ = header_of(os.path.join(folder, "model.safetensors"))
+            self.assertEqual((config["tie_word_embeddings"], "lm_head.weight" in header),
+                             (tied, not tied))
+            self.assertEqual(config["architectures"], ["LlamaForCausalLM"])
+
+    def test_norms_have_gains_of_one_and_the_last_one_the_scale_of_the_head(self):
+        for gguf, last in ((False, "model.norm.weight"), (True, "output_norm.weight")):
+            gains = {name: set(t.data) for name, t in m.llama_tensors(being().model, gguf).items()
+                     if len(t.shape) == 1}
+            self.assertEqual(gains.pop(last), {array("f", [1.7])[0]})
+            self.assertEqual(set().union(*gains.values()), {1.0})
+            self.assertEqual(len(gains), 4)
+
+    def test_gains_that_were_trained_go_into_the_matrices_and_a_last_one_must_be_one_number(self):
+        who = being()
+        tensors = m.llama_tensors(who.model)
+        tensors["model.layers.1.input_layernorm.weight"] = m.Tensor(
+            (8,), array("f", [2.0, *[1.0] * 7]))
+        os.mkdir(self.path("x"))
+        path = self.path("x", "model.safetensors")
+        m.write_safetensors(path, tensors)
+        base = m.returned_base(self.path("x"), SHAPE, who.model.vocab_size)
+        other = m.GPT(SHAPE, who.model.vocab_size, who.model.engine, None)
+        m.load_params(list(other.params.values()), base)
+        old, new = who.model.params["1.qkv"].data, other.params["1.qkv"].data
+        self.assertEqual([*new], [2 * x if i % 8 == 0 else x for i, x in enumerate(old)])
+        for name, tensor, *signs in (
+                ("model.norm.weight", m.Tensor((8,), array("f", range(8))), "requires_grad_"),
+                ("lm_head.weight", m.Tensor((261, 8), array("f", bytes(261 * 32))), "one table")):
+            os.remove(path)
+            m.write_safetensors(path, {**m.llama_tensors(who.model), name: tensor})
+            self.refusal(*signs, call=lambda: m.returned_base(self.path("x"), SHAPE, 261))
+
+    def test_a_folder_appears_whole_and_none_is_overwritten_and_it_holds_its_life(self):
+        folder = self.exported("hf")
+        self.assertEqual(sorted(os.listdir(folder)), [
+            "README.md", "config.json", "generation_config.json", "model.safetensors",
+            "tokenizer.json", "tokenizer_config.json"])
+        self.assertIn("- it was born", m.read_text(self.path("hf", "README.md")))
+        self.refusal("name a new folder", call=lambda: self.exported("hf"))
+        with mock.patch.object(m, "write_gguf", side_effect=OSError(28, "disk is full")):
+            self.refusal("disk is full", call=lambda: self.exported("gguf"))
+        self.assertEqual(set(os.listdir(self.folder)), {"nonames.txt", "hf"})
+
+
+class Tokens(GraduationCase):
+    def test_ids_stand_where_they_stand_here_and_merges_are_pairs_of_names(self):
+        made = m.tokenizer_json(being().tokenizer)
+        vocab = made["model"]["vocab"]
+        self.assertEqual([*vocab.values()], list(range(261)))
+        self.assertEqual((vocab["<|endoftext|>"], vocab["a"], vocab["Ġ"], vocab["Ċ"], vocab["abc"],
+                          vocab["Ġth"]), (0, 98, 33, 11, 258, 260))
+        self.assertEqual(made["model"]["merges"], ["a b", "ab c", "Ġ t", "Ġt h"])
+        self.assertEqual(made["added_tokens"][0]["id"], 0)
+
+    def test_merges_may_stand_behind_ours_and_nothing_else_may_differ(self):
+        live = being().tokenizer
+
+        def returned(change):
+            made = m.tokenizer_json(live)
+            change(made["model"])
+            os.makedirs(self.path("t"), exist_ok=True)
+            self.write("t/tokenizer.json", json.dumps(made))
+            return m.returned_tokenizer(self.path("t"), live)
+
+        def more(model):
+            model["merges"].append(["abc", "Ġ"])
+            model["vocab"]["abcĠ"] = 261
+        self.assertEqual(returned(lambda model: None).merges, MERGES)
+        self.assertEqual(returned(more).merges, (*MERGES, (258, 33)))
+        for change, *signs in (
+                (lambda model: model["merges"].reverse(), "merge 0", "export anew"),
+                (lambda model: model["merges"].pop(), "merge 3"),
+                (lambda model: model["vocab"].update({"<pad>": 261}), "add no tokens"),
+                (lambda model: model["vocab"].update({"abc": 9}), "another vocabulary"),
+                (lambda model: model["merges"].append("q"), "another vocabulary"),
+                (lambda model: model.clear(), "another vocabulary")):
+            with self.subTest(signs=signs):
+                self.refusal(*signs, call=lambda c=change: returned(c))
+
+    def test_the_package_tokenizers_gives_the_same_ids_and_text(self):
+        tokenizers, who = package("tokenizers"), being()
+        theirs = tokenizers.Tokenizer.from_str(json.dumps(m.tokenizer_json(who.tokenizer)))
+        for text in TEXTS:
+            ids = theirs.encode(text, add_special_tokens=False).ids
+            self.assertEqual(ids, who.tokenizer.encode(text), text)
+            self.assertEqual(theirs.decode(ids), text)
+            self.assertEqual(theirs.encode(text).ids[0], m.END_OF_TEXT)
+
+    def test_the_template_of_chats_makes_the_prompt_that_a_reply_is_made_of_here(self):
+        jinja2, who = package("jinja2"), being()
+        render = jinja2.Template(m.CHAT_TEMPLATE).render
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"},
+                 {"role": "user", "content": "abc?"}]
+        said = render(messages=turns, bos_token="", eos_token="$", add_generation_prompt=True)
+        self.assertEqual([0, *who.tokenizer.encode(said)], m.prompt_ids(
+            who.tokenizer, [("owner", "Hi"), ("self", "Ho")], "abc?", 96))
+        self.assertEqual(render(messages=turns[:2], bos_token="^", eos_token="$"), "^H: Hi\nA: Ho$")
+
+
+def gguf_parts(path):
+    """Return the keys and values, the tensors, and the numbers of a GGUF file, read anew."""
+    with open(path, "rb") as file:
+        raw = file.read()
+    at = [0]
+
+    def take(form):
+        values = struct.unpack_from("<" + form, raw, at[0])
+        at[0] += struct.calcsize("<" + form)
+        return values[0] if len(values) == 1 else values
+
+    def string():
+        size = take("Q")
+        at[0] += size
+        return raw[at[0] - size:at[0]].decode()
+
+    def value(kind):
+        if kind == 9:
+            inner, count = take("IQ")
+            return [value(inner) for _ in range(count)]
+        return string() if kind == 8 else take({4: "I", 5: "i", 6: "f", 7: "?"}[kind])
+    magic, version, count, keys = take("4sIQQ")
+    assert (magic, version) == (b"GGUF", 3)
+    about = {string(): value(take("I")) for _ in range(keys)}
+    tensors = {}
+    for _ in range(count):
+        name, dims = string(), take("I")
+        sizes = [take("Q") for _ in range(dims)]
+        tensors[name] = (sizes, take("I"), take("Q"))
+    return about, tensors, raw[at[0] + -at[0] % 32:], at[0] + -at[0] % 32
+
+
+class Gguf(GraduationCase):
+    def test_the_bytes_of_a_tiny_file_are_these(self):
+        m.write_gguf(self.path("x"), {"k": 5}, {"t": m.Tensor((1, 2), array("f", [1.0, 2.0]))})
+        head = (b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + struct.pack("<Q", 1) + b"k"
+                + struct.pack("<II", 4, 5) + struct.pack("<Q", 1) + b"t"
+                + struct.pack("<IQQIQ", 2, 2, 1, 0, 0))
+        with open(self.path("x"), "rb") as file:
+            self.assertEqual(file.read(), head.ljust(96, b"\0") + struct.pack("<2f", 1, 2).ljust(
+                32, b"\0"))
+
+    def test_numbers_stand_at_multiples_of_32_and_end_the_file(self):
+        self.exported("gguf")
+        self.assertEqual(sorted(os.listdir(self.path("gguf"))), [
+            "README.md", "base.gguf", "delta-1.gguf", "delta-2.gguf", "model-f16.gguf",
+            "model-q8_0.gguf", "model.gguf"])
+        for name in ("model.gguf", "model-f16.gguf", "base.gguf", "delta-2.gguf"):
+            about, tensors, data, start = gguf_parts(self.path("gguf", name))
+            at = 0
+            for sizes, kind, offset in tensors.values():
+                self.assertEqual((offset, start % 32), (at, 0))
+                at += math.prod(sizes) * (2 if kind == 1 else 4)
+                at += -at % 32
+            self.assertEqual(len(data), at)
+            self.assertEqual(about["general.alignment"], 32)
+
+    def test_a_model_says_its_sizes_and_its_tokens_and_an_adapter_its_scale(self):
+        self.exported("gguf")
+        about, tensors, data, _ = gguf_parts(self.path("gguf", "model.gguf"))
+        self.assertEqual((about["general.architecture"], about["llama.block_count"],
+                          about["llama.rope.dimension_count"]), ("llama", 2, 4))
+        self.assertEqual((about["tokenizer.ggml.model"], about["tokenizer.ggml.pre"]),
+                         ("gpt2", "gpt-2"))
+        self.assertEqual(about["tokenizer.ggml.tokens"][:2] + about["tokenizer.ggml.merges"],
+                         ["<|endoftext|>", "Ā", "a b", "ab c", "Ġ t", "Ġt h"])
+        self.assertEqual(about["tokenizer.ggml.token_type"][:2], [3, 1])
+        self.assertEqual(tensors["token_embd.weight"][0], [8, 261])
+        at = tensors["blk.0.attn_q.weight"][2]  # as it is: neighbours are turned there, too
+        self.assertEqual(struct.unpack_from("<64f", data, at),
+                         tuple(being().model.params["0.qkv"].data[:64]))
+        about, tensors, _, _ = gguf_parts(self.path("gguf", "delta-1.gguf"))
+        self.assertEqual((about["adapter.type"], about["adapter.lora.alpha"]), ("lora", 3.0))
+        self.assertEqual((tensors["token_embd.weight.lora_a"][0],
+                          tensors["output.weight.lora_a"][0]), ([3, 261], [8, 3]))
+
+    def test_blocks_of_32_have_one_scale_and_rows_of_none_are_halves(self):
+        data = array("f", [math.sin(i) for i in range(64)])
+        kind, raw = m.gguf_numbers(m.Tensor((1, 64), data), m.GGUF_Q8_0)
+        self.assertEqual((kind, len(raw)), (8, 2 * 34))
+        for block in range(2):
+            scale, *steps = struct.unpack_from("<e32b", raw, 34 * block)
+            for x, step in zip(data[32 * block:], steps):
+                self.assertLess(abs(x - scale * step), 0.006)
+        self.assertEqual(m.gguf_numbers(m.Tensor((2, 32), array("f", bytes(256))), 8)[1], bytes(68))
+        self.assertEqual(m.gguf_numbers(m.Tensor((2, 8), data[:16]), m.GGUF_Q8_0)[0], 1)
+        self.assertEqual(m.gguf_numbers(m.Tensor((8,), data[:8]), m.GGUF_Q8_0)[0], 0)
+        self.assertEqual(m.gguf_numbers(m.Tensor((1, 1), array("f", [1e9])), 1)[1],
+                         struct.pack("<e", 65504))
+
+
+class Adapters(GraduationCase):
+    def returned(self, folder, who):
+        """Return the logits of a being whose one delta is what a folder holds."""
+        layer = m.returned_delta(folder, who.model)
+        model = m.GPT(SHAPE, 261, who.model.engine, None, who.model.params)
+        model.append_delta(layer.manifest[0][1], random.Random(1))
+        m.load_params(m.delta_matrices(model.deltas[0]), layer)
+        return self.logits(model)
+
+    def logits(self, model):
+        with model.engine.no_grad():
+            return model.logits([98, 99, 258, 5]).data
+
+    def near(self, a, b):
+        self.assertLess(max(abs(x - y) for x, y in zip(a, b)), 1e-4)
+
+    def test_each_delta_comes_back_as_it_left_and_all_stand_in_one_where_they_add_up(self):
+        who = being(2)
+        folder = self.exported("peft", who)
+        self.assertEqual(sorted(os.listdir(folder)), ["README.md", "base", "delta-1", "delta-2"])
+        for number in (1, 2):
+            self.near(self.returned(os.path.join(folder, f"delta-{number}"), who),
+                      self.logits(who.model.with_layer(number)))
+        who.model.router = None
+        m.export_weights(self.path("added"), "peft", who)
+        config = m.read_json(self.path("added", "all", "adapter_config.json"))
+        self.assertEqual((config["r"], config["lora_alpha"]), (6, 6))
+        self.near(self.returned(self.path("added", "all"), who), self.logits(who.model))
+
+    def test_names_and_shapes_are_those_of_peft_and_the_fused_matrix_is_cut(self):
+        header, _ = header_of(os.path.join(self.exported("peft"), "delta-1",
+                                           "adapter_model.safetensors"))
+        root = "base_model.model.model.layers.1.self_attn."
+        for name, shape in ((root + "q_proj.lora_A.weight", [3, 8]),
+                            (root + "v_proj.lora_B.weight", [8, 3]),
+                            ("base_model.model.model.embed_tokens.lora_embedding_A", [3, 261]),
+                            ("base_model.model.lm_head.lora_B.weight", [261, 3])):
+            self.assertEqual(header[name]["shape"], shape)
+        self.assertNotIn("qkv", json.dumps(header))
+
+    def test_an_adapter_of_some_matrices_with_ranks_of_their_own_means_the_same_here(self):
+        who, rng, tensors = being(), random.Random(4), {}
+        for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"):
+            rows = 12 if "up" in name else 8
+            for end, shape in (("A", (2, 8)), ("B", (rows, 2))):
+                tensors[f"{m.PEFT_ROOT}model.layers.0.{name}.lora_{end}.weight"] = m.Tensor(
+                    shape, array("f", [rng.gauss(0, 1) for _ in range(math.prod(shape))]))
+        self.adapter(tensors, r=2, lora_alpha=3)
+        found = m.returned_delta(self.path("a"), who.model)
+        self.assertEqual(found.manifest[0], ["embedding.a", 4, 8])
+        whole = m.llama_tensors(who.model)
+        for name in [n for n in tensors if ".lora_A" in n]:
+            a, b = tensors[name], tensors[name.replace("lora_A", "lora_B")]
+            target = whole[name[len(m.PEFT_ROOT):-len(".lora_A.weight")] + ".weight"]
+            for i in range(b.shape[0]):
+                for j in range(8):
+                    target.data[8 * i + j] += 1.5 * sum(b.data[2 * i + k] * a.data[8 * k + j]
+                                                        for k in range(2))
+        os.mkdir(self.path("whole"))
+        m.write_safetensors(self.path("whole", "model.safetensors"), whole)
+        other = m.GPT(SHAPE, 261, who.model.engine, None)
+        m.load_params(list(other.params.values()), m.returned_base(self.path("whole"), SHAPE, 261))
+        self.near(self.returned(self.path("a"), who), self.logits(other))
+
+    def adapter(self, tensors, **config):
+        """Write an adapter into the folder a."""
+        os.makedirs(self.path("a"), exist_ok=True)
+        self.write("a/adapter_config.json", json.dumps({"peft_type": "LORA", **config}))
+        path = self.path("a", "adapter_model.safetensors")
+        if os.path.exists(path):
+            os.remove(path)
+        m.write_safetensors(path, tensors)
+
+    def test_what_is_no_plain_adapter_of_ours_is_refused(self):
+        who, root = being(), m.PEFT_ROOT + "model.layers.0.mlp.up_proj.lora_"
+        a, b = m.Tensor((2, 8), array("f", [1] * 16)), m.Tensor((12, 2), array("f", [1] * 24))
+        whole, head = {root + "A.weight": a, root + "B.weight": b}, m.PEFT_ROOT + "lm_head.lora_"
+        for tensors, config, *signs in (
+                (whole, {"r": 2, "lora_alpha": 2, "peft_type": "IA3"}, "IA3"),
+                (whole, {"r": 2, "lora_alpha": 2, "use_dora": True}, "use_dora"),
+                (whole, {"r": 2, "lora_alpha": 2, "bias": "all"}, "bias"),
+                (whole, {"r": 2, "lora_alpha": 2, "rank_pattern": {"x": 1}}, "rank_pattern"),
+                (whole, {"r": True, "lora_alpha": 2}, "r True"),
+                (whole, {"r": 4, "lora_alpha": 2}, "shape [2, 8]", "[4, 8]"),
+                ({}, {"r": 2, "lora_alpha": 2}, "nothing"),
+                ({root + "A.weight": a}, {"r": 2, "lora_alpha": 2}, "alone"),
+                ({root + "B.weight": b}, {"r": 2, "lora_alpha": 2}, "alone"),
+                ({"x": a}, {"r": 2, "lora_alpha": 2}, "unknown name x"),
+                ({head + "A.weight": a, head + "B.weight": m.Tensor(
+                    (261, 2), array("f", [1] * 522))}, {"r": 2, "lora_alpha": 2}, "one table")):
+            self.adapter(tensors, **config)
+            with self.subTest(signs=signs):
+                self.refusal(*signs, call=lambda: m.returned_delta(self.path("a"), who.model))
+
+
+class Engines(GraduationCase):
+    """What other programs make of what is exported; each test skips where its program is not."""
+
+    IDS = [0, 98, 99, 258, 33, 101, 260, 7]
+
+    def near(self, theirs, model):
+        with model.engine.no_grad():
+            ours = model.logits(self.IDS).data
+        self.assertLess(max(abs(a - b) for a, b in zip(theirs, ours)), 1e-3)
+
+    def in_torch(self, folder):
+        torch, transformers = package("torch"), package("transformers")
+        torch.set_num_threads(1)
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        return torch, transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def rows(self, torch, model):
+        with torch.no_grad():
+            return model(torch.tensor([self.IDS])).logits[0].flatten().tolist()
+
+    def test_transformers_reads_the_same_logits(self):
+        who = being(2)
+        torch, model = self.in_torch(self.exported("hf", who))
+        self.near(self.rows(torch, model), who.model.with_layer(0))
+
+    def test_peft_reads_the_same_logits_with_each_delta(self):
+        peft, who = package("peft"), being(2)
+        folder = self.exported("peft", who)
+        for number in (1, 2):
+            torch, model = self.in_torch(os.path.join(folder, "base"))
+            model = peft.PeftModel.from_pretrained(model, os.path.join(folder, f"delta-{number}"))
+            self.near(self.rows(torch, model.eval()), who.model.with_layer(number))
+
+    def test_llama_cpp_reads_the_same_logits_also_with_each_delta(self):
+        llama_cpp, who = package("llama_cpp"), being(2)
+        folder = self.exported("gguf", who)
+        for name, lora, model in (("model.gguf", None, m.as_one(who.model)),
+                                  ("base.gguf", "delta-1.gguf", who.model.with_layer(1)),
+                                  ("base.gguf", "delta-2.gguf", who.model.with_layer(2))):
+            theirs = llama_cpp.Llama(
+                os.path.join(folder, name), n_ctx=32, n_threads=1, logits_all=True, verbose=False,
+                type_k=0, type_v=0, lora_path=lora and os.path.join(folder, lora))
+            theirs.eval(self.IDS)
+            self.near(theirs.scores[:len(self.IDS)].flatten().tolist(), model)
+            self.assertEqual(theirs.tokenize(b" the abc", add_bos=True), [0, 260, 102, 33, 258])
+
+    def test_the_package_gguf_reads_every_tensor(self):
+        gguf = package("gguf")
+        reader = gguf.GGUFReader(os.path.join(self.exported("gguf"), "model.gguf"))
+        self.assertEqual(len(reader.tensors), len(m.llama_tensors(being().model)))
+
+
+class Returning(GraduationCase):
+    def setUp(self):
+        super().setUp()
+        self.good("train")
+        self.good("export", self.path("hf"), "--format", "hf")
+
+    def good(self, *args):
+        done = self.run_here(*args)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout.decode()
+
+    def mistake(self, *args, signs):
+        done = self.run_here(*args)
+        said = done.stderr.decode()
+        self.assertEqual((done.returncode, said.count("\n"), done.stdout), (1, 1, b""), said)
+        for sign in signs:
+            self.assertIn(sign, said)
+
+    def stored(self):
+        memory = m.Memory(self.db, writable=False)
+        self.addCleanup(memory.close)
+        return memory
+
+    def test_weights_of_the_hf_form_come_back_as_a_new_generation_that_has_read_the_same(self):
+        before = self.stored().layer("base").data
+        self.assertIn("generation 2", self.good("import", self.path("hf")))
+        memory = self.stored()
+        growth = m.Growth.of(memory.setting("growth"))
+        self.assertEqual((growth.generation, growth.phase), (2, "grown"))
+        self.assertEqual(memory.layer("base").data, before)
+        self.assertEqual(memory.unread_chars(), (0, 0))
+        self.assertEqual(memory.life()[-1]["event"], "import")
+        self.assertIsNone(memory.setting("rebirth"))
+        self.good("--no-train", "ask", "Who are you?")
+        self.good("train")
+
+    def test_an_adapter_comes_back_as_a_delta_and_is_taken_away_with_what_is_forgotten(self):
+        model = m.leaving(self.stored(), m.Config(n_layer=1, n_embd=16, n_head=2, block_size=24),
+                          engine_in_use(), []).model
+        model.append_delta(2, random.Random(1))
+        os.mkdir(self.path("a"))
+        m.write_safetensors(self.path("a", "adapter_model.safetensors"),
+                            m.lora_tensors(model, model.deltas))
+        self.write("a/adapter_config.json", '{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+        self.assertIn("delta 1", self.good("import", self.path("a")))
+        self.assertEqual(m.delta_names(self.stored().manifests()), ["delta1"])
+        self.assertEqual(m.Growth.of(self.stored().setting("growth")).generation, 1)
+        self.good("--no-train", "ask", "Who are you?")
+
+    def test_what_reads_a_probe_worse_is_refused_and_changes_nothing(self):
+        path = self.path("hf", "model.safetensors")
+        header, start = header_of(path)
+        with open(path, "r+b") as file:
+            at, end = header["model.layers.0.mlp.down_proj.weight"]["data_offsets"]
+            file.seek(start + at)
+            file.write(struct.pack("<f", 9.0) * ((end - at) // 4))
+        memory = self.stored()
+        before = memory.setting("growth"), memory.layer("base").data
+        with mock.patch.object(m, "fit_to_live", return_value={
+                "probe": "0", "before": 2.5, "now": 3.25}):
+            self.mistake("import", self.path("hf"), signs=("probe 0", "3.250", "2.500"))
+        memory = self.stored()
+        self.assertEqual((memory.setting("growth"), memory.layer("base").data), before)
+        self.assertIsNone(memory.setting("rebirth"))
+
+    def test_a_pickle_is_never_opened_and_other_things_are_refused(self):
+        for name in ("model.bin", "x.pt", "x.pth", "x.ckpt"):
+            self.mistake("import", self.write(name, b"\x80\x04."), signs=("never opened",))
+        os.mkdir(self.path("old"))
+        self.write("old/config.json", "{}")
+        self.mistake("import", self.path("old"), signs=("no model.safetensors",))
+        self.write("old/pytorch_model.bin", b"\x80\x04.")
+        self.mistake("import", self.path("old"), signs=("pytorch_model.bin", "never opened"))
+        config = m.read_json(self.path("hf", "config.json"))
+        for name, value in (("hidden_size", 32), ("num_key_value_heads", 1), ("rms_norm_eps", 1e-6),
+                            ("model_type", "mistral"), ("rope_parameters", {"rope_theta": 5.0})):
+            self.write("hf/config.json", json.dumps({**config, name: value}))
+            self.mistake("import", self.path("hf"),
+                         signs=("rope_theta" if "rope" in name else name, "expected"))
+
+    def test_nothing_leaves_a_newborn_and_nothing_comes_to_one(self):
+        new = ("--db", self.path("new.sqlite3"))
+        self.mistake("export", self.path("x"), "--format", "hf", *new, signs=("run `train`",))
+        self.mistake("import", self.path("hf"), *new, signs=("run `train`",))
+
+
+class Words(GraduationCase):
+    def heard(self, text):
+        return m.words_of(self.write("words", text))
+
+    def test_markdown_that_was_exported_is_read_back_with_its_days_and_its_lines(self):
+        day = 1_700_000_000.0
+        with_talk = m.Memory(self.db, clock=lambda: day)
+        self.addCleanup(with_talk.close)
+        session = with_talk.session_id("boats")
+        with_talk.add_message(session, "owner", "My boat is Plover.\n- It leaks.\n# Truly.")
+        with_talk.add_message(session, "self", "you: said")
+        with_talk.add_entry("taught", m.Document(("The kiln is hot / red.", "It glows."), True))
+        with_talk.add_entry("chat", m.Document(("My boat is Plover.",), True))
+        heard = self.heard("\n".join(m.as_markdown(with_talk)))
+        self.assertEqual([(h.talk, h.role, h.text) for h in heard], [
+            (None, "owner", "The kiln is hot / red.\nIt glows."),
+            ("boats", "owner", "My boat is Plover.\n- It leaks.\n# Truly."),
+            ("boats", "self", "you: said")])
+        self.assertLess(max(abs(h.at - day) for h in heard), 86_400)
+        self.assertLess(abs(heard[1].at - day), 61)
+
+    def test_talks_and_single_messages_of_jsonl_are_read_with_contents_in_parts(self):
+        one = {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image"}]}
+        rows = [{"messages": [{"role": "system", "content": "be kind"}, one]}, one,
+                {"role": "assistant", "content": None}, {"role": "assistant", "content": "Ho"}]
+        heard = self.heard("\n\n".join(map(json.dumps, rows)) + "\n")
+        self.assertEqual([(h.role, h.text) for h in heard],
+                         [("owner", "Hi"), ("owner", "Hi"), ("self", "Ho")])
+        for line in ("7", "[]", '{"role": "pirate", "content": "x"}', '{"messages": 3}', "x"):
+            with self.assertRaises(m.UsageError) as caught:
+                self.heard('{"role": "user", "content": "x"}\n' + line)
+            self.assertIn("line 2", str(caught.exception))
+
+    def test_what_is_exported_is_said_and_both_forms_are_read_back_by_the_program(self):
+        self.run_here("--no-train", "ask", "My boat is called Plover.")
+        for form, name in (("jsonl", "t.jsonl"), ("markdown", "t.md")):
+            more = ("--mine",) if form == "jsonl" else ()
+            done = self.run_here("export", self.path(name), "--format", form, *more)
+            self.assertIn(b"holds what you said, word for word", done.stderr)
+            there = ("--db", self.path(form + ".sqlite3"))
+            self.assertIn(b"2 messages", self.run_here("import", self.path(name), *there).stdout)
+            done = self.run_here("--no-train", "ask", "What is my boat called?", *there)
+            self.assertEqual(done.stdout, b"Your boat is called Plover.\n")
+        self.assertEqual(self.run_here("export", self.path("x"), "--format", "hf", "--mine")
+                         .returncode, 2)
+
+
+if __name__ == "__main__":
+    unittest.main()
