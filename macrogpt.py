@@ -11094,14 +11094,19 @@ class Organism:
 #
 # Whoever outgrows one file on one machine moves: weights and tokenizer in the forms that
 # transformers, peft and llama.cpp read, words in those that fine-tuning tools and people read. What
-# was trained elsewhere comes back through the gate that a birth or a burst goes through. Nothing
-# that is read here can run: a pickle is never opened.
+# was trained elsewhere comes back through the gate of a birth or of a burst. Nothing that is read
+# here can run anything: a pickle is never opened.
 
-WEIGHT_FORMATS = ("hf", "peft", "gguf")
-WORD_FORMATS = ("jsonl", "markdown")
+WEIGHT_FORMATS, WORD_FORMATS = ("hf", "peft", "gguf"), ("jsonl", "markdown")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHT_FILES = (*PICKLES, ".safetensors", ".gguf")
-END_MARK = "<|endoftext|>"
+SAVE_ANEW = "save it anew with save_pretrained"
+
+
+def refused(where: str, found: Any, expected: Any, remedy: str) -> GraduationError:
+    """Return the error that says on one line what cannot be taken in."""
+    return GraduationError(f"{where}: found {str(found)[:200]}, expected {str(expected)[:200]}; "
+                           f"{remedy}")
 
 
 class Tensor(NamedTuple):
@@ -11110,72 +11115,66 @@ class Tensor(NamedTuple):
     shape: Tuple[int, ...]
     data: array
 
-    def rows(self, first: int, count: int) -> "Tensor":
-        """Return some rows of a matrix."""
+    def rows(self, order: Iterable[int]) -> "Tensor":
+        """Return the matrix of these rows, in this order."""
         dim = self.shape[1]
-        return Tensor((count, dim), self.data[first * dim:(first + count) * dim])
+        data = array("f", b"".join([self.data[i * dim:(i + 1) * dim].tobytes() for i in order]))
+        return Tensor((len(data) // dim, dim), data)
 
     def flipped(self) -> "Tensor":
         """Return the transposed matrix."""
         rows, dim = self.shape
-        columns = (self.data[c::dim].tobytes() for c in range(dim))
-        return Tensor((dim, rows), array("f", b"".join(columns)))
-
-    def ordered(self, order: Sequence[int]) -> "Tensor":
-        """Return a matrix of this one's rows in another order."""
-        dim = self.shape[1]
-        rows = (self.data[row * dim:(row + 1) * dim].tobytes() for row in order)
-        return Tensor((len(order), dim), array("f", b"".join(rows)))
+        return Tensor((dim, rows), array("f", b"".join(
+            [self.data[column::dim].tobytes() for column in range(dim)])))
 
 
 Tensors = Dict[str, Tensor]
 
 
 class Part(NamedTuple):
-    """Rows of a matrix of ours that are a matrix of a Llama, by the names that it has there."""
+    """A matrix of a Llama, and which rows of a matrix of ours it has, in its order."""
 
     ours: str
-    first: int
-    rows: int
+    name: str
+    order: Sequence[int]
     dim: int
-    hf: str
-    gguf: str
-    turned: bool = False  # whether RoPE turns what it makes
 
 
-def parts_of(shape: Shape, vocab: int) -> Iterator[Part]:
-    """Yield the matrices of a Llama: fused ones of ours are cut into theirs."""
-    c, f = shape.n_embd, shape.n_ff
-    yield Part("embedding", 0, vocab, c, "model.embed_tokens", "token_embd")
-    for i in range(shape.n_layer):
-        for ours, first, rows, dim, hf, gguf, turned in (
-                ("qkv", 0, c, c, "self_attn.q_proj", "attn_q", True),
-                ("qkv", c, c, c, "self_attn.k_proj", "attn_k", True),
-                ("qkv", 2 * c, c, c, "self_attn.v_proj", "attn_v", False),
-                ("out", 0, c, c, "self_attn.o_proj", "attn_output", False),
-                ("gate_up", 0, f, c, "mlp.gate_proj", "ffn_gate", False),
-                ("gate_up", f, f, c, "mlp.up_proj", "ffn_up", False),
-                ("down", 0, c, f, "mlp.down_proj", "ffn_down", False)):
-            yield Part(f"{i}.{ours}", first, rows, dim, f"model.layers.{i}.{hf}",
-                       f"blk.{i}.{gguf}", turned)
+# A matrix of ours, which part of its rows, and the name of that in transformers and in GGUF.
+LLAMA_NAMES = (
+    ("qkv", 0, "self_attn.q_proj", "attn_q"), ("qkv", 1, "self_attn.k_proj", "attn_k"),
+    ("qkv", 2, "self_attn.v_proj", "attn_v"), ("out", 0, "self_attn.o_proj", "attn_output"),
+    ("gate_up", 0, "mlp.gate_proj", "ffn_gate"), ("gate_up", 1, "mlp.up_proj", "ffn_up"),
+    ("down", 0, "mlp.down_proj", "ffn_down"))
+TABLE, HEAD = ("model.embed_tokens", "token_embd"), ("lm_head", "output")
 
 
-def norms_of(shape: Shape) -> Iterator[Tuple[str, str, str]]:
-    """Yield each norm's name there, in GGUF, and the matrix of ours that reads what it gives."""
-    for i in range(shape.n_layer):
-        yield f"model.layers.{i}.input_layernorm", f"blk.{i}.attn_norm", f"{i}.qkv"
-        yield f"model.layers.{i}.post_attention_layernorm", f"blk.{i}.ffn_norm", f"{i}.gate_up"
-    yield "model.norm", "output_norm", "scale"
+def parts_of(shape: Shape, vocab: int, gguf: bool = False) -> List[Part]:
+    """Return the matrices of a Llama, the table first; the last is the same table as a head.
 
-
-def half_split(rows: int, head_dim: int, back: bool = False) -> List[int]:
-    """Return the order of rows for a RoPE that turns halves of a head, where ours turns neighbours.
-
-    Within each head that is 0, 2, 4, … and then 1, 3, 5, …; `back` gives the order that undoes it.
+    transformers turns the halves of a head by RoPE where we and llama.cpp turn neighbours: it wants
+    rows 0, 2, 4, … of each head of queries and keys, and then 1, 3, 5, …
     """
-    one = [*range(0, head_dim, 2), *range(1, head_dim, 2)]
-    order = [head + i for head in range(0, rows, head_dim) for i in one]
-    return sorted(range(rows), key=order.__getitem__) if back else order
+    c, f, d = shape.n_embd, shape.n_ff, shape.head_dim
+    halves = [head + i for head in range(0, c, d) for i in (*range(0, d, 2), *range(1, d, 2))]
+    parts = [Part("embedding", TABLE[gguf], range(vocab), c)]
+    for i in range(shape.n_layer):
+        for ours, nth, *names in LLAMA_NAMES:
+            count = f if ours == "gate_up" else c
+            rows = halves if (ours, nth) in (("qkv", 0), ("qkv", 1)) and not gguf else range(count)
+            parts.append(Part(f"{i}.{ours}", f"{'blk' if gguf else 'model.layers'}.{i}."
+                              + names[gguf], [nth * count + row for row in rows],
+                              f if ours == "down" else c))
+    return [*parts, Part("embedding", HEAD[gguf], range(vocab), c)]
+
+
+def norms_of(shape: Shape, gguf: bool = False) -> Dict[str, str]:
+    """Return the name of each norm there by the matrix of ours that reads what it gives."""
+    names = ("blk.{}.attn_norm", "blk.{}.ffn_norm", "output_norm") if gguf else (
+        "model.layers.{}.input_layernorm", "model.layers.{}.post_attention_layernorm", "model.norm")
+    found = {f"{i}.{ours}": name.format(i) for i in range(shape.n_layer)
+             for ours, name in zip(("qkv", "gate_up"), names)}
+    return {**found, "scale": names[2]}
 
 
 def main_layer(model: GPT) -> int:
@@ -11195,67 +11194,58 @@ def as_one(model: GPT) -> GPT:
     for name, param in model.params.items():
         whole.params[name].load(param.data[:])
     number = main_layer(model)
-    for delta in model.deltas if model.router is None else model.deltas[max(0, number - 1):number]:
+    for delta in model.deltas[max(0, number - 1) if model.router else 0:number]:
         for name, adapter in delta.items():
             adapter.fold_into(whole.params[name])
     return whole
 
 
 def llama_tensors(model: GPT, gguf: bool = False, tied: bool = True) -> Tensors:
-    """Return the base's numbers as those of a Llama; a head that is not tied is a copy.
-
-    llama.cpp turns neighbours, as we do, so only transformers needs other rows.
-    """
-    found, shape = {}, model.shape
-    for part in parts_of(shape, model.vocab_size):
+    """Return the base as the tensors of a Llama; a head that is not tied is a copy of the table."""
+    found = {}
+    for part in parts_of(model.shape, model.vocab_size, gguf)[:-1 if tied else None]:
         param = model.params[part.ours]
-        cut = Tensor((param.rows, param.dim), param.data).rows(part.first, part.rows)
-        if part.turned and not gguf:
-            cut = cut.ordered(half_split(part.rows, shape.head_dim))
-        found[(part.gguf if gguf else part.hf) + ".weight"] = cut
-    for hf, name, ours in norms_of(shape):
+        found[part.name + ".weight"] = Tensor((param.rows, param.dim), param.data).rows(part.order)
+    for ours, name in norms_of(model.shape, gguf).items():
         gain = model.params["scale"].data[0] if ours == "scale" else 1.0
-        found[(name if gguf else hf) + ".weight"] = Tensor(
-            (shape.n_embd,), array("f", [gain]) * shape.n_embd)
-    if not tied:
-        head = next(iter(found.values()))
-        found["output.weight" if gguf else "lm_head.weight"] = head
+        found[name + ".weight"] = Tensor((model.shape.n_embd,), array("f", [gain])
+                                         * model.shape.n_embd)
     return found
+
+
+PEFT_ROOT = "base_model.model."
+LORA_ENDS = ((".lora_A.weight", ".lora_B.weight"), (".weight.lora_a", ".weight.lora_b"))
+EMBEDDING_ENDS = (".lora_embedding_A", ".lora_embedding_B")
 
 
 def lora_tensors(model: GPT, deltas: Sequence[Delta], gguf: bool = False) -> Tensors:
     """Return deltas, their ranks in a row, as one LoRA whose scale is 1.
 
-    The table is read by rows where it is an embedding, so there A and B are flipped; as a head it
-    is a matrix like any other, and both have to learn the same.
+    The table changes as an embedding, where A and B are flipped, and as a head.
     """
     found: Tensors = {}
-    for part in parts_of(model.shape, model.vocab_size):
+    for part in parts_of(model.shape, model.vocab_size, gguf):
         adapters = [delta[part.ours] for delta in deltas]
-        a = Tensor((sum(x.a.rows for x in adapters), part.dim),
-                   array("f", b"".join(x.a.data.tobytes() for x in adapters)))
-        columns = [Tensor((x.b.rows, x.b.dim), array("f", [x.scale * w for w in x.b.data])).rows(
-            part.first, part.rows).flipped().data.tobytes() for x in adapters]
-        b = Tensor((a.shape[0], part.rows), array("f", b"".join(columns))).flipped()
-        if part.turned and not gguf:
-            b = b.ordered(half_split(part.rows, model.shape.head_dim))
-        ends = [".weight.lora_a", ".weight.lora_b"] if gguf else [".lora_A.weight",
-                                                                   ".lora_B.weight"]
-        name = part.gguf if gguf else PEFT_ROOT + part.hf
-        if part.ours == "embedding":
-            flipped = (b, a.flipped()) if gguf else (b.flipped(), a.flipped())
-            found.update(zip((name + end for end in (ends if gguf else EMBEDDING_ENDS)), flipped))
-            name = "output" if gguf else PEFT_ROOT + "lm_head"
-        found.update(zip((name + end for end in ends), (a, b)))
+        a = array("f", b"".join([x.a.data.tobytes() for x in adapters]))
+        columns = [Tensor((x.b.rows, x.b.dim), array("f", [x.scale * n for n in x.b.data])).flipped(
+            ).data.tobytes() for x in adapters]
+        rank = len(a) // part.dim
+        pair = (Tensor((rank, part.dim), a), Tensor(
+            (rank, adapters[0].b.rows), array("f", b"".join(columns))).flipped().rows(part.order))
+        ends = LORA_ENDS[gguf]
+        if part.name in TABLE:
+            pair = (pair[1], pair[0].flipped()) if gguf else (
+                pair[1].flipped(), pair[0].flipped())
+            ends = ends if gguf else EMBEDDING_ENDS
+        root = "" if gguf else PEFT_ROOT
+        found.update((root + part.name + end, tensor) for end, tensor in zip(ends, pair))
     return found
 
-
-PEFT_ROOT = "base_model.model."
-EMBEDDING_ENDS = (".lora_embedding_A", ".lora_embedding_B")
 
 # safetensors: the length of a JSON header, the header, and numbers side by side
 
 MAX_HEADER_BYTES = 100_000_000
+CUT_SHORT = "it is cut short: copy it again"
 NUMBER_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -11274,146 +11264,123 @@ def write_safetensors(path: str, tensors: Tensors) -> None:
 
 
 class Stored(NamedTuple):
-    """Where the numbers of a tensor stand in a file."""
+    """Where the numbers of a tensor stand in a file, and of what kind they are."""
 
-    dtype: str
-    shape: Tuple[int, ...]
     begin: int
     end: int
+    shape: Tuple[int, ...]
+    dtype: str
 
 
 def _once(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    """Return the object of JSON that has these members, each of another name."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a name stands there twice")
     return dict(pairs)
 
 
-def refused(where: str, found: Any, expected: Any, remedy: str) -> GraduationError:
-    """Return the error that says on one line what cannot be taken in."""
-    return GraduationError(f"{where}: found {str(found)[:200]}, expected {str(expected)[:200]}; "
-                           f"{remedy}")
-
-
-def read_json(path: str) -> Dict[str, Any]:
-    """Return the object of a JSON file.  Raises GraduationError."""
+def read_json(where: str, raw: Optional[bytes] = None) -> Dict[str, Any]:
+    """Return the object of JSON in a file, or in some bytes of one.  Raises GraduationError."""
     try:
-        if os.path.getsize(path) > MAX_HEADER_BYTES:
-            raise ValueError(f"{os.path.getsize(path):,} bytes")
-        value = json.loads(read_text(path), object_pairs_hook=_once)
-        if not isinstance(value, dict):
-            raise ValueError(type(value).__name__)
-    except (OSError, ValueError, RecursionError) as error:
-        raise refused(path, error, "an object of JSON", SAVE_ANEW) from None
-    return value
-
-
-SAVE_ANEW = "save it anew with save_pretrained"
-
-
-def safetensors_index(file: BinaryIO, where: str) -> Tuple[int, Dict[str, Stored]]:
-    """Return where the numbers begin, and where each tensor's stand behind that.
-
-    Believes nothing: numbers are where the header says, side by side up to the end of the file,
-    and as many as their shapes ask for.  Raises GraduationError.
-    """
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
-    if length > MAX_HEADER_BYTES:
-        raise refused(where, f"a header of {length:,} bytes", "at most 100,000,000", SAVE_ANEW)
-    if size < 8 + length:
-        raise refused(where, f"a file of {size:,} bytes", f"{8 + length:,} for its header alone",
-                      "it is cut short: copy it again")
-    try:
-        header = json.loads(file.read(length).decode(), object_pairs_hook=_once)
-        header.pop("__metadata__", None)
-        index = {name: Stored(str(entry["dtype"]), tuple(map(_size, entry["shape"])),
-                              *map(_size, entry["data_offsets"])) for name, entry in header.items()}
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise refused(where, f"a header that is none ({type(error).__name__}: {error})",
-                      "an object of JSON with dtype, shape and data_offsets for each tensor",
-                      SAVE_ANEW) from None
-    _check_index(index, size - 8 - length, where)
-    return 8 + length, index
+        if raw is None:
+            with open(where, "rb") as file:
+                raw = file.read(MAX_HEADER_BYTES)
+        value = json.loads(raw, object_pairs_hook=_once)
+        if isinstance(value, dict):
+            return value
+        error: Exception = ValueError(f"a {type(value).__name__}")
+    except (OSError, ValueError, RecursionError) as failure:
+        error = failure
+    raise refused(where, error, "an object of JSON", SAVE_ANEW)
 
 
 def _size(value: Any) -> int:
-    """Return a count out of a header.  Raises ValueError for anything else."""
     if type(value) is not int or not 0 <= value < 1 << 60:
         raise ValueError(f"{value!r} is no count")
     return value
 
 
-def _check_index(index: Dict[str, Stored], size: int, where: str) -> None:
-    """Raise GraduationError for numbers of another kind, or not where they should stand."""
-    at = 0
-    for name, (dtype, shape, begin, end) in sorted(index.items(), key=lambda item: item[1][2:]):
+def stored_tensors(file: BinaryIO, where: str) -> Dict[str, Stored]:
+    """Return where the numbers of each tensor stand in a file of safetensors.
+
+    The header is not believed: numbers must stand side by side from its end to that of the file,
+    as many as the shapes ask for.  Raises GraduationError.
+    """
+    size, _ = file.seek(0, os.SEEK_END), file.seek(0)
+    at = 8 + int.from_bytes(file.read(8), "little")
+    if at - 8 > MAX_HEADER_BYTES:
+        raise refused(where, f"a header of {at - 8:,} bytes", "at most 100,000,000", SAVE_ANEW)
+    if size < at:
+        raise refused(where, f"{size:,} bytes", f"{at:,} and more", CUT_SHORT)
+    header = read_json(where, file.read(at - 8))
+    header.pop("__metadata__", None)
+    try:
+        found = {name: Stored(*(at + _size(offset) for offset in entry["data_offsets"]),
+                              tuple(map(_size, entry["shape"])), str(entry["dtype"]))
+                 for name, entry in header.items()}
+    except (ValueError, LookupError, TypeError) as error:
+        raise refused(where, f"a header that is none ({error})", "JSON with dtype, shape and "
+                      "data_offsets for each tensor", SAVE_ANEW) from None
+    for name, (begin, end, shape, dtype) in sorted(found.items(), key=itemgetter(1)):
+        name = f"{where}, {name}"
         if dtype not in NUMBER_BYTES:
-            raise refused(f"{where}, {name}", f"numbers of the kind {dtype}",
-                          " or ".join(NUMBER_BYTES), "save it in float32")
+            raise refused(name, dtype, " or ".join(NUMBER_BYTES), "save it in float32")
         wanted = math.prod(shape) * NUMBER_BYTES[dtype]
-        if end - begin != wanted:
-            raise refused(f"{where}, {name}", f"{end - begin:,} bytes",
-                          f"{wanted:,} for the shape {list(shape)}", SAVE_ANEW)
-        if begin != at:
-            raise refused(f"{where}, {name}", f"numbers from byte {begin:,} on",
-                          f"{at:,}: {'no hole' if begin > at else 'no overlap'}", SAVE_ANEW)
+        if (begin, end) != (at, at + wanted):
+            raise refused(name, f"bytes {begin:,} to {end:,}", f"{at:,} to {at + wanted:,} for the "
+                          f"shape {list(shape)}: no hole, no overlap", SAVE_ANEW)
         at = end
     if at != size:
-        raise refused(where, f"{size:,} bytes of numbers", f"{at:,}",
-                      "it is cut short: copy it again" if size < at else SAVE_ANEW)
+        raise refused(where, f"{size:,} bytes", f"{at:,}", CUT_SHORT if size < at else SAVE_ANEW)
+    return found
 
 
-def _read_numbers(file: BinaryIO, start: int, stored: Stored, where: str) -> Tensor:
+def read_safetensors(path: str, shapes: Dict[str, Tuple[int, ...]],
+                     needed: Iterable[str] = ()) -> Tensors:
+    """Return the tensors of a file, judged by names and shapes before a number is read.
+
+    Raises GraduationError.
+    """
+    try:
+        with open(path, "rb") as file:
+            index = stored_tensors(file, path)
+            for name in needed:
+                if name not in index:
+                    raise refused(path, f"no {name}", "every part of the exported form", SAVE_ANEW)
+            for name, stored in index.items():
+                if shapes.get(name) != stored.shape:
+                    raise refused(f"{path}, {name}", f"the shape {list(stored.shape)}",
+                                  list(shapes.get(name, ())) or "none: the name is unknown",
+                                  "train the exported model as it is")
+            return {name: _read_numbers(file, stored, f"{path}, {name}")
+                    for name, stored in index.items()}
+    except OSError as error:
+        raise refused(path, error.strerror or error, "a readable file", SAVE_ANEW) from None
+
+
+def _read_numbers(file: BinaryIO, stored: Stored, where: str) -> Tensor:
     """Return a tensor in float32.  Raises GraduationError where a number is none."""
-    file.seek(start + stored.begin)
+    file.seek(stored.begin)
     raw = file.read(stored.end - stored.begin)
-    if stored.dtype == "F32":
-        data = floats_of(raw)
-    elif stored.dtype == "F16":
+    if stored.dtype == "F16":
         data = array("f", struct.unpack(f"<{len(raw) // 2}e", raw))
-    else:  # the upper half of a float32
-        wide = bytearray(2 * len(raw))
-        wide[2::4], wide[3::4] = raw[::2], raw[1::2]
-        data = floats_of(bytes(wide))
+    else:
+        if stored.dtype == "BF16":  # the upper half of a float32
+            wide = bytearray(2 * len(raw))
+            wide[2::4], wide[3::4] = raw[::2], raw[1::2]
+            raw = bytes(wide)
+        data = floats_of(raw)
     if not all(map(isfinite, data)):
         raise refused(where, "a number that is not finite", "finite ones",
                       "the training went astray: take a state from before")
     return Tensor(stored.shape, data)
 
 
-def read_safetensors(path: str, wanted: Callable[[str], Optional[Tuple[int, ...]]],
-                     needed: Iterable[str] = ()) -> Tensors:
-    """Return the tensors of a file; `wanted` tells the shape of one by its name, None if unknown.
+# the tokenizer as GPT-2's kind spells it, and talk as our text has it
 
-    Names and shapes are judged before a number is read.  Raises GraduationError.
-    """
-    try:
-        with open(path, "rb") as file:
-            start, index = safetensors_index(file, path)
-            for name in needed:
-                if name not in index:
-                    raise refused(path, f"no {name}", "a Llama of the exported form", SAVE_ANEW)
-            for name, stored in index.items():
-                shape = wanted(name)
-                if shape is None:
-                    raise refused(path, f"the unknown name {name}", "those of the exported form",
-                                  "train that model, and add nothing to it")
-                if shape != stored.shape:
-                    raise refused(f"{path}, {name}", f"the shape {list(stored.shape)}",
-                                  f"{list(shape)}", "train the exported model as it is")
-            return {name: _read_numbers(file, start, stored, f"{path}, {name}")
-                    for name, stored in index.items()}
-    except OSError as error:
-        raise refused(path, error.strerror or error, "a readable file", SAVE_ANEW) from None
-
-
-# the tokenizer and what describes a model, as transformers reads them
-
-# Ours, in the notation of Oniguruma; tests compare the ids.
-SPLIT = (r"'(?:[stmd]|re|ve|ll)| ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+")
+END_MARK = "<|endoftext|>"
 LINE_END = FIRST_BYTE + 10  # which ends a reply, as the end of the text does
+# Our pre-tokens in the notation of Oniguruma; tests compare the ids.
+SPLIT = r"'(?:[stmd]|re|ve|ll)| ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'user' %}H: {{ m['content'] | trim }}"
@@ -11424,64 +11391,146 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}A:{% else %}{{ eos_token }}{% endif %}")
 
 
-def byte_signs() -> List[str]:
-    """Return the visible sign that stands for each byte in GPT-2's vocabularies."""
-    plain, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
-    return [chr(byte if byte in plain else next(others)) for byte in range(256)]
-
-
 def token_names(tokenizer: EvolvingTokenizer) -> List[str]:
-    """Return the ids' names in such a vocabulary, in order."""
-    signs = byte_signs()
+    """Return the ids' names, in which each byte is a visible sign, in order."""
+    plain, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
+    signs = [chr(byte if byte in plain else next(others)) for byte in range(256)]
     return [END_MARK] + ["".join(signs[byte] for byte in tokenizer.token_bytes(token))
                          for token in range(FIRST_BYTE, tokenizer.vocab_size)]
 
 
 def merge_names(tokenizer: EvolvingTokenizer) -> List[str]:
-    """Return the merges in such a vocabulary, each a pair of names, oldest first."""
+    """Return the merges, oldest first, each two names with a space between."""
     names = token_names(tokenizer)
     return [f"{names[left]} {names[right]}" for left, right in tokenizer.merges]
 
 
 def tokenizer_json(tokenizer: EvolvingTokenizer) -> Dict[str, Any]:
-    """Return what the package tokenizers reads."""
+    """Return what the package tokenizers reads: a text begins with the end of the one before."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
              "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
     first = {"SpecialToken": {"id": END_MARK, "type_id": 0}}
     a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": END_OF_TEXT, "content": END_MARK, "single_word": False,
-                          "lstrip": False, "rstrip": False, "normalized": False, "special": True}],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated",
-             "invert": False}, level]},
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "added_tokens": [{"id": END_OF_TEXT, "content": END_MARK, "special": True, **plain}],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
         "post_processor": {"type": "TemplateProcessing", "single": [first, a],
                            "pair": [first, a, b], "special_tokens": {END_MARK: {
                                "id": END_MARK, "ids": [END_OF_TEXT], "tokens": [END_MARK]}}},
         "decoder": level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
                   "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "byte_fallback": False, "ignore_merges": False,
                   "vocab": {name: i for i, name in enumerate(token_names(tokenizer))},
                   "merges": merge_names(tokenizer)}}
 
 
-def llama_config(model: GPT, tied: bool) -> Dict[str, Any]:
-    """Return the configuration of LlamaForCausalLM for a model."""
-    shape = model.shape
+def llama_config(shape: Shape, vocab: int, tied: bool = True) -> Dict[str, Any]:
+    """Return the configuration of LlamaForCausalLM."""
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "hidden_size": shape.n_embd, "intermediate_size": shape.n_ff,
-        "num_hidden_layers": shape.n_layer, "num_attention_heads": shape.n_head,
-        "num_key_value_heads": shape.n_head, "head_dim": shape.head_dim,
-        "max_position_embeddings": shape.block_size, "rms_norm_eps": shape.norm_eps,
-        "rope_theta": shape.rope_base, "rope_parameters": {
-            "rope_type": "default", "rope_theta": shape.rope_base},
-        "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
-        "vocab_size": model.vocab_size, "tie_word_embeddings": tied,
-        "bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "torch_dtype": "float32"}
+        "model_type": "llama", "hidden_act": "silu", "hidden_size": shape.n_embd,
+        "intermediate_size": shape.n_ff, "num_hidden_layers": shape.n_layer,
+        "num_attention_heads": shape.n_head, "num_key_value_heads": shape.n_head,
+        "head_dim": shape.head_dim, "rms_norm_eps": shape.norm_eps, "rope_theta": shape.rope_base,
+        "vocab_size": vocab, "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
+        "architectures": ["LlamaForCausalLM"], "max_position_embeddings": shape.block_size,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_base},
+        "tie_word_embeddings": tied, "bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT,
+        "torch_dtype": "float32"}
+
+
+# GGUF: keys and values, a list of tensors, and their numbers at multiples of 32 bytes
+
+GGUF_F32, GGUF_F16, GGUF_Q8_0 = 0, 1, 8
+GGUF_FILES = {"model.gguf": (GGUF_F32, 0), "model-f16.gguf": (GGUF_F16, 1),
+              "model-q8_0.gguf": (GGUF_Q8_0, 7)}  # with the number of the kind of file
+ALIGNMENT = 32
+BLOCK = 32  # numbers of q8_0 that share a scale
+HALF_MOST = 65504.0
+
+
+def gguf_string(text: str) -> bytes:
+    """Return a string as its length and its bytes."""
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def gguf_value(value: Any) -> bytes:
+    """Return the number of a value's kind and the value; a list holds int32 or strings."""
+    if isinstance(value, list):
+        kind, form = (5, struct.Struct("<i").pack) if value and type(value[0]) is int else (
+            8, gguf_string)
+        return struct.pack("<IIQ", 9, kind, len(value)) + b"".join(map(form, value))
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + gguf_string(value)
+    kind, form = {bool: (7, "?"), int: (4, "I"), float: (6, "f")}[type(value)]
+    return struct.pack("<I" + form, kind, value)
+
+
+def gguf_numbers(tensor: Tensor, kind: int) -> Tuple[int, bytes]:
+    """Return the kind in which a tensor is stored, and its numbers: a gain stays float32.
+
+    What has rows of no whole blocks is float16 in place of q8_0.
+    """
+    data = tensor.data
+    if kind == GGUF_F32 or len(tensor.shape) == 1:
+        return GGUF_F32, float_bytes(data)
+    if kind == GGUF_F16 or tensor.shape[-1] % BLOCK:
+        return GGUF_F16, struct.pack(f"<{len(data)}e", *(
+            max(-HALF_MOST, min(HALF_MOST, x)) for x in data))
+    blocks = []
+    for part in (data[at:at + BLOCK] for at in range(0, len(data), BLOCK)):
+        step = max(max(part), -min(part)) / 127.0
+        blocks.append(struct.pack(f"<e{BLOCK}b", step, *(
+            round(x / step) if step else 0 for x in part)))
+    return GGUF_Q8_0, b"".join(blocks)
+
+
+def write_gguf(path: str, about: Dict[str, Any], tensors: Tensors, kind: int = GGUF_F32) -> None:
+    """Write a new GGUF file, version 3; dimensions stand there innermost first."""
+    about = {"general.architecture": "llama", "general.alignment": ALIGNMENT, **about}
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(about))
+    head += b"".join([gguf_string(key) + gguf_value(value) for key, value in about.items()])
+    body = bytearray()
+    for name, tensor in tensors.items():
+        (stored, raw), dims = gguf_numbers(tensor, kind), len(tensor.shape)
+        head += gguf_string(name) + struct.pack(f"<I{dims}QIQ", dims, *tensor.shape[::-1], stored,
+                                                len(body))
+        body += raw + bytes(-len(raw) % ALIGNMENT)
+    with open(path, "xb") as file:
+        file.write(head + bytes(-len(head) % ALIGNMENT))
+        file.write(body)
+
+
+# leaving
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# A macrogpt that left home
+
+Generation {generation} after {step:,} steps and {tokens:,} tokens, {bpc}. A Llama of {n_layer}
+layers, {n_embd} channels, {n_head} heads, a window of {block_size} tokens, {vocab:,} ids.
+
+**It has read its owner's words and may say them. Share it as you would a diary.**
+
+Folded into what is one model here: {folded}. At home a router picks one delta for each text; each
+was trained beside the base alone, so they are not to be added up. peft and gguf hold them all.
+
+It knows talk in lines that begin with `H:` and `A:`, after one end-of-text; a reply ends with its
+line. Marks (of Hindi, Thai, Arabic) count as letters, which llama.cpp's `gpt-2` does not know:
+there such words may be cut otherwise.
+
+To bring it back after training: `python macrogpt.py import FOLDER`. Leave the final norm alone
+(`model.model.norm.requires_grad_(False)`), which at home is one number, and vocabulary and sizes.
+An adapter must leave `embed_tokens` and `lm_head` alone, or change both alike.
+
+## Its life
+
+"""
 
 
 class Leaving(NamedTuple):
@@ -11493,196 +11542,115 @@ class Leaving(NamedTuple):
     growth: Growth
     life: Sequence[str]
 
+    @classmethod
+    def of(cls, memory: Memory, config: Config, engine: Engine, life: Sequence[str]) -> "Leaving":
+        """Return the generation that a store holds.  Raises GraduationError for a newborn."""
+        growth = Growth.of(memory.setting("growth", {}))
+        layers = memory.layers(without=("optimizer", "ear", "mixer"))
+        if growth.phase == "newborn" or not {"base", "tokenizer"} <= layers.keys():
+            raise GraduationError("nothing has been learned yet that could be exported; run "
+                                  "`train` first")
+        tokenizer, model = build_model(config, layers, engine, growth.phase == "warmup")
+        return cls(config, tokenizer, model, growth, life)
 
-def leaving(memory: Memory, config: Config, engine: Engine, life: Sequence[str]) -> Leaving:
-    """Return the generation that a store holds.  Raises GraduationError for a newborn."""
-    growth = Growth.of(memory.setting("growth", {}))
-    layers = memory.layers(without=("optimizer", "ear", "mixer"))
-    if growth.phase == "newborn" or not {"base", "tokenizer"} <= layers.keys():
-        raise GraduationError("nothing has been learned yet that could be exported; run `train` "
-                              "first")
-    return Leaving(config, *build_model(config, layers, engine, growth.phase == "warmup"), growth,
-                   life)
+    def card(self) -> str:
+        """Return what is said of a model to whoever opens its folder."""
+        number, growth = main_layer(self.model), self.growth
+        folded_in = "all deltas" if self.model.router is None and number else (
+            f"delta {number}, which speaks for most of its text" if number else "no delta, for the "
+            "base speaks for most of its text")
+        bpc = "not measured" if growth.bpc is None else f"{growth.bpc:.3f} bits per character"
+        return CARD.format(folded=folded_in, vocab=self.model.vocab_size, **{
+            **dataclasses.asdict(growth), **dataclasses.asdict(self.model.shape), "bpc": bpc
+            }) + "".join(f"- {line}\n" for line in self.life)
 
+    def write_hf(self, folder: str, model: GPT, tied: bool = True) -> None:
+        """Write a model without deltas into a folder, as transformers reads it."""
+        config, tokens = self.config, dict.fromkeys(("bos_token", "eos_token", "pad_token"),
+                                                    END_MARK)
+        about = {
+            "config.json": {**llama_config(model.shape, model.vocab_size, tied),
+                            "macrogpt_layer": main_layer(self.model)},
+            "tokenizer.json": tokenizer_json(self.tokenizer),
+            "tokenizer_config.json": {
+                "tokenizer_class": "PreTrainedTokenizerFast", **tokens, "add_bos_token": True,
+                "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
+                "model_max_length": model.shape.block_size},
+            "generation_config.json": {
+                "bos_token_id": END_OF_TEXT, "eos_token_id": [END_OF_TEXT, LINE_END],
+                "pad_token_id": END_OF_TEXT, "do_sample": config.temperature > 0,
+                "temperature": config.temperature or 1.0, "top_k": config.top_k,
+                "top_p": config.top_p, "max_new_tokens": config.max_gen_tokens}}
+        for name, value in about.items():
+            write_new(os.path.join(folder, name), [json.dumps(value, indent=1)])
+        write_safetensors(os.path.join(folder, "model.safetensors"),
+                          llama_tensors(model, tied=tied))
 
-def model_card(who: Leaving) -> str:
-    """Return what is said of a model to whoever opens its folder."""
-    model, growth, shape = who.model, who.growth, who.model.shape
-    number, count = main_layer(model), len(model.deltas)
-    which = ("all deltas" if model.router is None and count else
-             f"delta {number}" if number else "no delta")
-    bpc = "" if growth.bpc is None else f", {growth.bpc:.3f} bits per character on held-out text"
-    return "\n".join([
-        "---", "library_name: transformers", "pipeline_tag: text-generation", "---",
-        "# A macrogpt that left home", "",
-        f"Generation {growth.generation} after {growth.step:,} steps and {growth.tokens:,} "
-        f"tokens{bpc}. A Llama of {shape.n_layer} layers, {shape.n_embd} channels, "
-        f"{shape.n_head} heads, a window of {shape.block_size} tokens, {model.vocab_size:,} ids.",
-        "", "**It has read its owner's words and may say them. Share it as you would a diary.**",
-        "", f"What is one model here has {which} folded in, of {count}: what speaks for most of "
-        "the text. At home a router picks a delta for each text; each was trained beside the base "
-        "alone, so they are not to be added up. The forms peft and gguf hold them all.", "",
-        "It knows talk in lines that begin with `H:` and `A:`, after one end-of-text; a reply ends "
-        "with its line. Marks (of Hindi, Thai, Arabic) count as letters, which llama.cpp's `gpt-2` "
-        "does not know: there such words may be cut otherwise.", "",
-        "To bring it back after training: `python macrogpt.py import FOLDER`. Keep the final norm "
-        "as it is (`model.model.norm.requires_grad_(False)`), for at home it is one number, and "
-        "leave vocabulary and sizes alone. An adapter comes back when it leaves `embed_tokens` "
-        "and `lm_head` alone, or changes both alike.", "",
-        "## Its life", "", *(f"- {line}" for line in who.life), ""])
+    def write_peft(self, folder: str) -> None:
+        """Write the base, and each delta as an adapter of it; all as one where they add up.
 
+        A delta changes the table both as embedding and as head, so the base's head is not tied.
+        """
+        model = self.model
+        adapters = {f"delta-{n}": [delta] for n, delta in enumerate(model.deltas, 1)}
+        if model.router is None and len(model.deltas) > 1:
+            adapters["all"] = model.deltas
+        for name in ("base", *adapters):
+            os.mkdir(os.path.join(folder, name))
+        self.write_hf(os.path.join(folder, "base"), model.with_layer(0), tied=False)
+        for name, deltas in adapters.items():
+            tensors = lora_tensors(model, deltas)
+            rank = tensors[PEFT_ROOT + HEAD[0] + LORA_ENDS[0][0]].shape[0]
+            names = {part.name.rpartition(".")[2] for part in parts_of(model.shape, 1)}
+            write_new(os.path.join(folder, name, "adapter_config.json"), [json.dumps({
+                "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
+                "base_model_name_or_path": "../base", "bias": "none", "fan_in_fan_out": False,
+                "inference_mode": True, "lora_dropout": 0.0, "target_modules": sorted(names)})])
+            write_safetensors(os.path.join(folder, name, "adapter_model.safetensors"), tensors)
 
-def _write_text(path: str, text: str) -> None:
-    with open(path, "x", encoding="utf-8") as file:
-        file.write(text)
+    def gguf_about(self, file_type: int) -> Dict[str, Any]:
+        """Return the keys and values that llama.cpp asks of a model with its tokenizer."""
+        shape, vocab = self.model.shape, self.tokenizer.vocab_size
+        llama = {"context_length": shape.block_size, "embedding_length": shape.n_embd,
+                 "block_count": shape.n_layer, "feed_forward_length": shape.n_ff,
+                 "attention.head_count": shape.n_head, "attention.head_count_kv": shape.n_head,
+                 "attention.layer_norm_rms_epsilon": shape.norm_eps, "vocab_size": vocab,
+                 "rope.freq_base": shape.rope_base, "rope.dimension_count": shape.head_dim}
+        ggml = {"model": "gpt2", "pre": "gpt-2", "tokens": token_names(self.tokenizer),
+                "token_type": [3] + [1] * (vocab - 1),  # one control, the rest normal
+                "merges": merge_names(self.tokenizer), "bos_token_id": END_OF_TEXT,
+                "eos_token_id": END_OF_TEXT, "eot_token_id": LINE_END,
+                "padding_token_id": END_OF_TEXT, "add_bos_token": True, "add_space_prefix": False}
+        return {"general.type": "model", "general.name": "macrogpt", "general.file_type": file_type,
+                **{f"llama.{key}": value for key, value in llama.items()},
+                **{f"tokenizer.ggml.{key}": value for key, value in ggml.items()},
+                "tokenizer.chat_template": CHAT_TEMPLATE}
 
+    def write_gguf(self, folder: str) -> None:
+        """Write what is folded into one in three precisions; the base and each delta beside it.
 
-def write_hf(folder: str, who: Leaving, model: GPT, tied: bool = True) -> None:
-    """Write a model without deltas into a folder, as transformers reads it."""
-    config = who.config
-    tokens = {"bos_token": END_MARK, "eos_token": END_MARK, "pad_token": END_MARK}
-    about = {
-        "config.json": {**llama_config(model, tied), "macrogpt_layer": main_layer(who.model)},
-        "tokenizer.json": tokenizer_json(who.tokenizer),
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", **tokens, "add_bos_token": True,
-            "clean_up_tokenization_spaces": False, "model_max_length": model.shape.block_size,
-            "chat_template": CHAT_TEMPLATE},
-        "generation_config.json": {
-            "bos_token_id": END_OF_TEXT, "eos_token_id": [END_OF_TEXT, LINE_END],
-            "pad_token_id": END_OF_TEXT, "do_sample": config.temperature > 0,
-            "temperature": config.temperature or 1.0, "top_k": config.top_k, "top_p": config.top_p,
-            "max_new_tokens": config.max_gen_tokens}}
-    for name, value in about.items():
-        _write_text(os.path.join(folder, name), json.dumps(value, ensure_ascii=False, indent=1))
-    write_safetensors(os.path.join(folder, "model.safetensors"), llama_tensors(model, tied=tied))
-
-
-def write_peft(folder: str, who: Leaving) -> None:
-    """Write the base, and each delta as an adapter of it; all as one where they add up.
-
-    A delta changes the table both as embedding and as head, so the base's head is not tied.
-    """
-    os.mkdir(os.path.join(folder, "base"))
-    write_hf(os.path.join(folder, "base"), who, who.model.with_layer(0), tied=False)
-    adapters = {f"delta-{n}": [delta] for n, delta in enumerate(who.model.deltas, 1)}
-    if who.model.router is None and len(who.model.deltas) > 1:
-        adapters["all"] = who.model.deltas
-    targets = sorted({part.hf.rpartition(".")[2] for part in parts_of(who.model.shape, 1)})
-    for name, deltas in adapters.items():
-        os.mkdir(os.path.join(folder, name))
-        tensors = lora_tensors(who.model, deltas)
-        rank = tensors[PEFT_ROOT + "lm_head.lora_A.weight"].shape[0]
-        about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
-                 "base_model_name_or_path": "../base", "bias": "none", "fan_in_fan_out": False,
-                 "inference_mode": True, "lora_dropout": 0.0, "use_rslora": False,
-                 "target_modules": [*targets, "lm_head"]}
-        _write_text(os.path.join(folder, name, "adapter_config.json"), json.dumps(about, indent=1))
-        write_safetensors(os.path.join(folder, name, "adapter_model.safetensors"), tensors)
-
-
-# GGUF: keys and values, a list of tensors, and their numbers at multiples of 32 bytes
-
-ALIGNMENT = 32
-GGUF_F32, GGUF_F16, GGUF_Q8_0 = 0, 1, 8
-GGUF_FILES = {"model.gguf": (GGUF_F32, 0), "model-f16.gguf": (GGUF_F16, 1),
-              "model-q8_0.gguf": (GGUF_Q8_0, 7)}  # with the number of the kind of file
-BLOCK = 32  # numbers of q8_0 that share a scale
-HALF_MOST = 65504.0
-
-
-def gguf_string(text: str) -> bytes:
-    """Return a string as its length and its bytes."""
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
+        A LoRA there flips the table for an embedding, so its base must have a head of its own.
+        """
+        whole = llama_tensors(as_one(self.model), gguf=True)
+        for name, (kind, file_type) in GGUF_FILES.items():
+            write_gguf(os.path.join(folder, name), self.gguf_about(file_type), whole, kind)
+        if self.model.deltas:
+            write_gguf(os.path.join(folder, "base.gguf"), self.gguf_about(0),
+                       llama_tensors(self.model, gguf=True, tied=False))
+        for number, delta in enumerate(self.model.deltas, 1):
+            rank = delta["embedding"].a.rows
+            write_gguf(os.path.join(folder, f"delta-{number}.gguf"), {
+                "general.type": "adapter", "adapter.type": "lora",
+                "adapter.lora.alpha": float(rank)}, lora_tensors(self.model, [delta], gguf=True))
 
 
-def gguf_value(value: Any) -> bytes:
-    """Return the number of a value's kind and the value; a list holds strings or int32."""
-    if isinstance(value, list):
-        kind = 8 if value and isinstance(value[0], str) else 5
-        items = map(gguf_string if kind == 8 else struct.Struct("<i").pack, value)
-        return struct.pack("<IIQ", 9, kind, len(value)) + b"".join(items)
-    if isinstance(value, str):
-        return struct.pack("<I", 8) + gguf_string(value)
-    kind, form = {bool: (7, "?"), int: (4, "I"), float: (6, "f")}[type(value)]
-    return struct.pack("<I" + form, kind, value)
-
-
-def gguf_numbers(tensor: Tensor, kind: int) -> Tuple[int, bytes]:
-    """Return in which kind a tensor is stored, and its numbers: a gain stays float32.
-
-    What has rows of no whole blocks is float16 in place of q8_0.
-    """
-    data = tensor.data
-    if kind == GGUF_F32 or len(tensor.shape) == 1:
-        return GGUF_F32, float_bytes(data)
-    if kind == GGUF_F16 or tensor.shape[-1] % BLOCK:
-        halves = (max(-HALF_MOST, min(HALF_MOST, x)) for x in data)
-        return GGUF_F16, struct.pack(f"<{len(data)}e", *halves)
-    blocks = []
-    for at in range(0, len(data), BLOCK):
-        part = data[at:at + BLOCK]
-        step = max(max(part), -min(part)) / 127.0
-        blocks.append(struct.pack(f"<e{BLOCK}b", step, *(round(x / step) if step else 0
-                                                         for x in part)))
-    return GGUF_Q8_0, b"".join(blocks)
-
-
-def write_gguf(path: str, about: Dict[str, Any], tensors: Tensors, kind: int = GGUF_F32) -> None:
-    """Write a new GGUF file, version 3; dimensions stand there innermost first."""
-    head = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(about))]
-    head += [gguf_string(key) + gguf_value(value) for key, value in about.items()]
-    at, bodies = 0, []
-    for name, tensor in tensors.items():
-        stored, raw = gguf_numbers(tensor, kind)
-        head.append(gguf_string(name) + struct.pack(
-            f"<I{len(tensor.shape)}QIQ", len(tensor.shape), *tensor.shape[::-1], stored, at))
-        bodies.append(raw + bytes(-len(raw) % ALIGNMENT))
-        at += len(bodies[-1])
-    top = b"".join(head)
-    with open(path, "xb") as file:
-        file.write(top + bytes(-len(top) % ALIGNMENT))
-        file.writelines(bodies)
-
-
-def gguf_about(who: Leaving, file_type: int) -> Dict[str, Any]:
-    """Return the keys and values that llama.cpp asks of a model with its tokenizer."""
-    shape, tokenizer = who.model.shape, who.tokenizer
-    llama = {"context_length": shape.block_size, "embedding_length": shape.n_embd,
-             "block_count": shape.n_layer, "feed_forward_length": shape.n_ff,
-             "attention.head_count": shape.n_head, "attention.head_count_kv": shape.n_head,
-             "attention.layer_norm_rms_epsilon": shape.norm_eps, "rope.freq_base": shape.rope_base,
-             "rope.dimension_count": shape.head_dim, "vocab_size": tokenizer.vocab_size}
-    ggml = {"model": "gpt2", "pre": "gpt-2", "tokens": token_names(tokenizer),
-            "token_type": [3] + [1] * (tokenizer.vocab_size - 1),  # one control, the rest normal
-            "merges": merge_names(tokenizer), "bos_token_id": END_OF_TEXT,
-            "eos_token_id": END_OF_TEXT, "eot_token_id": LINE_END, "padding_token_id": END_OF_TEXT,
-            "add_bos_token": True, "add_space_prefix": False}
-    return {"general.architecture": "llama", "general.type": "model", "general.name": "macrogpt",
-            "general.alignment": ALIGNMENT, "general.file_type": file_type,
-            **{f"llama.{key}": value for key, value in llama.items()},
-            **{f"tokenizer.ggml.{key}": value for key, value in ggml.items()},
-            "tokenizer.chat_template": CHAT_TEMPLATE}
-
-
-def write_ggufs(folder: str, who: Leaving) -> None:
-    """Write what is folded into one in three precisions; the base and each delta beside it.
-
-    A LoRA there flips the table for an embedding, so its base must have a head of its own.
-    """
-    whole = llama_tensors(as_one(who.model), gguf=True)
-    for name, (kind, file_type) in GGUF_FILES.items():
-        write_gguf(os.path.join(folder, name), gguf_about(who, file_type), whole, kind)
-    for number, delta in enumerate(who.model.deltas, 1):
-        tensors = lora_tensors(who.model, [delta], gguf=True)
-        about = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora",
-                 "general.alignment": ALIGNMENT,
-                 "adapter.lora.alpha": float(tensors["output.weight.lora_a"].shape[0])}
-        write_gguf(os.path.join(folder, f"delta-{number}.gguf"), about, tensors)
-    if who.model.deltas:
-        write_gguf(os.path.join(folder, "base.gguf"), gguf_about(who, 0),
-                   llama_tensors(who.model, gguf=True, tied=False))
+def write_new(path: str, lines: Iterable[str]) -> None:
+    """Write lines into a file that is not there yet.  Raises UsageError."""
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}); name a new file") from None
 
 
 def export_weights(folder: str, form: str, who: Leaving) -> None:
@@ -11697,11 +11665,9 @@ def export_weights(folder: str, form: str, who: Leaving) -> None:
         with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as near:
             made = os.path.join(near, "made")
             os.mkdir(made, 0o700)
-            if form == "hf":
-                write_hf(made, who, as_one(who.model))
-            else:
-                {"peft": write_peft, "gguf": write_ggufs}[form](made, who)
-            _write_text(os.path.join(made, "README.md"), model_card(who))
+            write = {"peft": who.write_peft, "gguf": who.write_gguf}
+            write.get(form, lambda place: who.write_hf(place, as_one(who.model)))(made)
+            write_new(os.path.join(made, "README.md"), [who.card()])
             os.rename(made, folder)
     except OSError as error:
         raise GraduationError(f"{folder} cannot be written ({error.strerror or error}); free some "
@@ -11715,38 +11681,33 @@ def returned_tokenizer(folder: str, live: EvolvingTokenizer) -> EvolvingTokenize
     """Return the tokenizer of a folder: ours, perhaps with merges behind.  Raises GraduationError.
     """
     path = os.path.join(folder, "tokenizer.json")
-    model = read_json(path).get("model")
     try:
-        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-        ours = [tuple(m.split(" ")) for m in merge_names(live)]
-        same = next((i for i, (a, b) in enumerate(zip(ours, merges)) if a != b),
-                    min(len(ours), len(merges)))
-        if same < len(ours):
-            raise refused(path, f"{merges[same:same + 1]} as merge {same}", f"{ours[same]}",
+        model, ours = read_json(path)["model"], [m.split(" ") for m in merge_names(live)]
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        other = next((i for i, merge in enumerate(ours) if merges[i:i + 1] != [merge]), None)
+        if other is not None:
+            raise refused(path, f"{merges[other:other + 1]} as merge {other}", ours[other],
                           "ids must mean what they mean here: export anew, and train that")
         ids = model["vocab"]
         tokenizer = EvolvingTokenizer((ids[left], ids[right]) for left, right in merges)
-        if ids != {name: i for i, name in enumerate(token_names(tokenizer))}:
-            raise ValueError("ids that no merge makes")
+        if ids == {name: i for i, name in enumerate(token_names(tokenizer))}:
+            return tokenizer
+        raise ValueError("ids that no merge makes")
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise refused(path, f"another vocabulary ({error})", "bytes, then merges in order, as "
                       "exported", "add no tokens, and keep tokenizer.json") from None
-    return tokenizer
 
 
-def check_config(folder: str, shape: Shape) -> Dict[str, Any]:
+def returned_config(folder: str, shape: Shape) -> Dict[str, Any]:
     """Return the config.json of a Llama of our shape.  Raises GraduationError for another."""
     path = os.path.join(folder, "config.json")
     config = read_json(path)
-    rope = config.get("rope_parameters") or config
-    found = {**config, "rope_theta": rope.get("rope_theta") if isinstance(rope, dict) else rope}
-    model = GPT(shape, 1, reference_engine(), None)
-    for name, value in llama_config(model, True).items():
-        if name in ("model_type", "rope_theta", "rms_norm_eps", "hidden_act") or (
-                name.startswith(("hidden", "inter", "num_", "head_"))):
-            if found.get(name) != value:
-                raise refused(f"{path}, {name}", repr(found.get(name)), repr(value),
-                              "sizes stay as they were exported; /set makes it grow at home")
+    rope = config.get("rope_parameters")
+    found = {**config, **(rope if isinstance(rope, dict) else {})}
+    for name, value in list(llama_config(shape, 0).items())[:10]:
+        if found.get(name) != value:
+            raise refused(f"{path}, {name}", repr(found.get(name)), repr(value),
+                          "sizes stay as they were exported; it grows at home, by --set")
     return config
 
 
@@ -11757,83 +11718,59 @@ def returned_base(folder: str, shape: Shape, vocab: int) -> Layer:
     the table is tied, and so must be a head that was saved beside it.
     """
     path = os.path.join(folder, "model.safetensors")
-    parts = list(parts_of(shape, vocab))
-    shapes = {f"{part.hf}.weight": (part.rows, part.dim) for part in parts}
-    shapes.update((f"{hf}.weight", (shape.n_embd,)) for hf, _, _ in norms_of(shape))
-    needed = [*shapes]
-    shapes["lm_head.weight"] = (vocab, shape.n_embd)
-    found = read_safetensors(path, shapes.get, needed)
-    head = found.get("lm_head.weight")
-    if head is not None and head.data != found["model.embed_tokens.weight"].data:
+    (*parts, head), norms = parts_of(shape, vocab), norms_of(shape)
+    shapes: Dict[str, Tuple[int, ...]] = {
+        f"{part.name}.weight": (len(part.order), part.dim) for part in (*parts, head)}
+    shapes.update((f"{name}.weight", (shape.n_embd,)) for name in norms.values())
+    found = read_safetensors(path, shapes, shapes.keys() - {"lm_head.weight"})
+    gains = {ours: found[f"{name}.weight"].data for ours, name in norms.items()}
+    if found.get("lm_head.weight") not in (None, found["model.embed_tokens.weight"]):
         raise refused(path, "a head that is not the embedding", "one table for both",
                       "train with tie_word_embeddings")
-    gains = {ours: found[f"{hf}.weight"].data for hf, _, ours in norms_of(shape)}
     if len(set(gains["scale"])) > 1:
         raise refused(f"{path}, model.norm.weight", "gains that differ", "one number for all",
                       "train with model.model.norm.requires_grad_(False)")
-    data: DefaultDict[str, array] = defaultdict(lambda: array("f"))
+    base = GPT(shape, vocab, reference_engine(), None)
     for part in parts:
-        cut, gain = found[f"{part.hf}.weight"], gains.get(part.ours)
-        if part.turned:
-            cut = cut.ordered(half_split(part.rows, shape.head_dim, back=True))
-        data[part.ours] += array("f", map(mul, cut.data, itertools.cycle(gain))) if (
-            gain) else cut.data
-    data["scale"] = gains["scale"][:1]
-    dims = {**{part.ours: part.dim for part in parts}, "scale": 1}
-    return Layer([[name, len(x) // dims[name], dims[name]] for name, x in data.items()],
-                 b"".join(map(float_bytes, data.values())))
+        theirs, gain = found[f"{part.name}.weight"].data, gains.get(part.ours) or repeat(1.0)
+        for i, row in enumerate(part.order):
+            base.params[part.ours].data[row * part.dim:(row + 1) * part.dim] = array("f", map(
+                mul, theirs[i * part.dim:(i + 1) * part.dim], gain))
+    base.params["scale"].data[0] = gains["scale"][0]
+    return pack_params(list(base.params.values()))
 
 
-def lora_pairs(folder: str, model: GPT) -> Dict[str, Tuple[Tensor, Tensor]]:
+def returned_pairs(folder: str, parts: Sequence[Part]) -> Dict[str, Tuple[Tensor, Tensor]]:
     """Return A and B, scaled, of each part that an adapter changes.  Raises GraduationError."""
     path = os.path.join(folder, "adapter_config.json")
     config = read_json(path)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     plain = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False,
              "rank_pattern": {}, "alpha_pattern": {}}
-    for name, value in plain.items():
-        if config.get(name, value) not in (value, None):
-            raise refused(f"{path}, {name}", config[name], value, "train a plain LoRA")
-    if type(rank) is not int or not 1 <= rank <= 1024 or type(alpha) not in (int, float):
-        raise refused(path, f"r {rank} and lora_alpha {alpha}", "numbers, r from 1 to 1024",
+    odd = next((name for name in plain if config.get(name) not in (None, plain[name])), None)
+    if odd or type(rank) is not int or not 0 < rank <= 1024 or type(alpha) not in (int, float):
+        raise refused(path, f"{odd} {config.get(odd)!r}" if odd else f"r {rank}, lora_alpha "
+                      f"{alpha}", repr(plain[odd]) if odd else "numbers, r from 1 to 1024",
                       "train a plain LoRA")
+    ends = {part.name: EMBEDDING_ENDS if part.name in TABLE else LORA_ENDS[0] for part in parts}
     shapes: Dict[str, Tuple[int, ...]] = {}
-    for part in parts_of(model.shape, model.vocab_size):
-        for name in [part.hf] if part.ours != "embedding" else ["lm_head"]:
-            shapes[f"{PEFT_ROOT}{name}.lora_A.weight"] = rank, part.dim
-            shapes[f"{PEFT_ROOT}{name}.lora_B.weight"] = part.rows, rank
-        if part.ours == "embedding":
-            name = PEFT_ROOT + part.hf
-            shapes.update(zip((name + end for end in EMBEDDING_ENDS),
-                              ((rank, part.rows), (part.dim, rank))))
+    for part in parts:
+        a, b = (rank, part.dim), (len(part.order), rank)
+        shapes.update(zip((PEFT_ROOT + part.name + end for end in ends[part.name]),
+                          (b[::-1], a[::-1]) if part.name in TABLE else (a, b)))
     path = os.path.join(folder, "adapter_model.safetensors")
-    found = read_safetensors(path, shapes.get)
+    found, pairs = read_safetensors(path, shapes), {}
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return _paired(path, found, model, scale)
-
-
-def _paired(path: str, found: Tensors, model: GPT, scale: float
-            ) -> Dict[str, Tuple[Tensor, Tensor]]:
-    """Return the pairs of an adapter by the names of their parts, in our order of rows."""
-    for end, other in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
-        for name in found:
-            twin = name.replace(end, other) if end in name else name.replace(other, end)
-            if twin not in found:
-                raise refused(path, f"{name} alone", f"{twin} as well", SAVE_ANEW)
-    pairs = {name[len(PEFT_ROOT):-len(".lora_A.weight")]: (
-        found[name], found[name.replace("lora_A", "lora_B")]) for name in found if "lora_A" in name}
-    table = [found.get(PEFT_ROOT + "model.embed_tokens" + end) for end in EMBEDDING_ENDS]
-    if table[0] and table[1]:
-        pairs["model.embed_tokens"] = table[1].flipped(), table[0].flipped()
-    if pairs.get("model.embed_tokens") != pairs.pop("lm_head", None):
+    for name in ends:
+        a, b = (found.get(PEFT_ROOT + name + end) for end in ends[name])
+        if (a is None) != (b is None):
+            raise refused(path, f"half of the pair of {name}", "A and B", SAVE_ANEW)
+        if a and b:
+            a, b = (b.flipped(), a.flipped()) if name in TABLE else (a, b)
+            pairs[name] = a, Tensor(b.shape, array("f", [scale * x for x in b.data]))
+    if pairs.get(TABLE[0]) != pairs.pop(HEAD[0], None):
         raise refused(path, "a head that learned other things than the embedding",
                       "one table for both", "leave embed_tokens and lm_head out of target_modules")
-    for part in parts_of(model.shape, model.vocab_size):
-        if part.hf in pairs:
-            a, b = pairs[part.hf]
-            if part.turned:
-                b = b.ordered(half_split(part.rows, model.shape.head_dim, back=True))
-            pairs[part.hf] = a, Tensor(b.shape, array("f", [scale * x for x in b.data]))
     return pairs
 
 
@@ -11843,53 +11780,50 @@ def returned_delta(folder: str, model: GPT) -> Layer:
     Parts of one matrix that learned A's of their own have their ranks one after the other there,
     and every matrix of a delta has the same rank: what lacks is filled with zeros.
     """
-    pairs, parts = lora_pairs(folder, model), list(parts_of(model.shape, model.vocab_size))
-    inputs: DefaultDict[str, List[bytes]] = defaultdict(list)  # the different A's of each matrix
-    for part in parts:
-        if part.hf in pairs and pairs[part.hf][0].data.tobytes() not in inputs[part.ours]:
-            inputs[part.ours].append(pairs[part.hf][0].data.tobytes())
+    parts = parts_of(model.shape, model.vocab_size)
+    pairs = returned_pairs(folder, parts)
     if not pairs:
         raise refused(folder, "an adapter of nothing", "pairs of lora_A and lora_B", SAVE_ANEW)
+    inputs: DefaultDict[str, List[array]] = defaultdict(list)  # the different A's of each matrix
+    for part in parts:
+        if part.name in pairs and pairs[part.name][0].data not in inputs[part.ours]:
+            inputs[part.ours].append(pairs[part.name][0].data)
     step = next(iter(pairs.values()))[0].shape[0]
     rank = step * max(map(len, inputs.values()))
-    manifest, blobs = [], []
-    for ours, param in model.params.items():
-        if ours == "scale":
-            continue
-        a = array("f", b"".join(inputs[ours]))
-        a.extend(repeat(0.0, rank * param.dim - len(a)))
-        b = array("f", bytes(4 * param.rows * rank))
-        for part in (part for part in parts if part.ours == ours and part.hf in pairs):
-            mine, theirs = pairs[part.hf]
-            column = step * inputs[ours].index(mine.data.tobytes())
-            for row in range(part.rows):
-                at = (part.first + row) * rank + column
-                b[at:at + step] = theirs.data[row * step:(row + 1) * step]
-        manifest += [[f"{ours}.a", rank, param.dim], [f"{ours}.b", param.rows, rank]]
-        blobs += [float_bytes(a), float_bytes(b)]
-    return Layer(manifest, b"".join(blobs))
+    made = GPT(model.shape, model.vocab_size, reference_engine(), None)
+    made.append_delta(rank, random.Random(0))
+    for ours, adapter in made.deltas[0].items():
+        a = array("f", itertools.chain.from_iterable(inputs[ours]))
+        adapter.a.load(a + array("f", bytes(4 * (len(adapter.a.data) - len(a)))))
+    for part in (part for part in parts if part.name in pairs):
+        a, b = pairs[part.name]
+        column = step * inputs[part.ours].index(a.data)
+        for i, row in enumerate(part.order):
+            at = row * rank + column
+            made.deltas[0][part.ours].b.data[at:at + step] = b.data[i * step:(i + 1) * step]
+    return pack_params(delta_matrices(made.deltas[0]))
 
 
 def form_of_folder(path: str) -> str:
     """Return "hf" or "peft", whichever a folder holds.  Raises GraduationError."""
     if not os.path.isdir(path):
-        raise refused(path, "a file of weights", "the folder that it is in", "name that, as `export"
-                      " DIR --format hf` or peft writes it; a pickle is never opened")
-    names = set(os.listdir(path))
+        raise refused(path, "a file of weights", "the folder that it is in, as `export` writes it in "
+                      "the form hf or peft", "name that folder; a pickle is never opened")
+    names = sorted(os.listdir(path))
     for form, about, weights in (("peft", "adapter_config.json", "adapter_model.safetensors"),
                                  ("hf", "config.json", "model.safetensors")):
+        if about in names and weights in names:
+            return form
         if about in names:
-            if weights in names:
-                return form
-            pickles = [name for name in sorted(names) if name.endswith(PICKLES)]
-            raise refused(path, f"{pickles[0]}, a pickle, which is never opened, for it could run "
-                          "anything" if pickles else f"no {weights}", weights,
+            pickle = next((name for name in names if name.endswith(PICKLES)), "")
+            raise refused(path, f"{pickle}, a pickle, which is never opened, for it could run "
+                          "anything" if pickle else f"no {weights}", weights,
                           "save it whole with save_pretrained, as one file of safetensors")
-    raise refused(path, ", ".join(sorted(names)[:5]) or "nothing", "config.json or "
-                  "adapter_config.json", "name the folder of one model, or of one adapter")
+    raise refused(path, ", ".join(names[:5]) or "nothing", "config.json or adapter_config.json",
+                  "name the folder of one model, or of one adapter")
 
 
-def _live_learner(organism: Organism) -> Learner:
+def live_learner(organism: Organism) -> Learner:
     """Return the generation that lives, with its text, as its trainer has it."""
     memory = organism.memory
     if organism.growth.phase != "grown" or memory.lost_layers()[1]:
@@ -11901,24 +11835,26 @@ def _live_learner(organism: Organism) -> Learner:
     return live
 
 
-def generation_of(live: Learner, folder: str, memory: Memory) -> Learner:
+def not_better(folder: str, probe: str, before: float, now: float) -> GraduationError:
+    """Return the error that says where weights from elsewhere read worse."""
+    return refused(f"{folder}, probe {probe}", f"{now:.3f} bits per character",
+                   f"about {before:.3f} as now", "train it on what is known here as well")
+
+
+def new_generation(live: Learner, folder: str, memory: Memory) -> Learner:
     """Return the generation whose base a folder holds.  Raises GraduationError if it is refused.
 
-    It has read what was folded into it when it left; the other deltas' text waits for it. What
-    probes say is what they say of a birth.
+    It has read what the layers had that were one when it left; other text waits for it.
     """
     shape, number = live.model.shape, max(live.growth.generation, memory.setting("generations", 0))
-    config = check_config(folder, shape)
-    tokenizer = returned_tokenizer(folder, live.tokenizer)
+    config, tokenizer = returned_config(folder, shape), returned_tokenizer(folder, live.tokenizer)
     base = returned_base(folder, shape, tokenizer.vocab_size)
-    growth = dataclasses.replace(live.growth.heir(number + 1), phase="warmup",
-                                 warmup_chars=live.growth.warmup_chars)
-    new = Learner(live.config, growth, {"tokenizer": Layer(None, tokenizer.pack()), "base": base},
-                  live.engine)
+    new = Learner(live.config, dataclasses.replace(
+        live.growth.heir(number + 1), phase="warmup", warmup_chars=live.growth.warmup_chars),
+        {"tokenizer": Layer(None, tokenizer.pack()), "base": base}, live.engine)
     read = {e.key for e in memory.entries("e.layer IN (0, ?)", config.get("macrogpt_layer", 0))}
     new.take_text((), [t for t in live.texts.values() if t.probe or t.key in read])
     new.ear = memory.layer("ear")
-    new.dirty.add("base")
     new.end_birth(live.growth.warmup_seconds)
     new.evaluate()
     worst = fit_to_live(new, live)
@@ -11929,7 +11865,7 @@ def generation_of(live: Learner, folder: str, memory: Memory) -> Learner:
     return new
 
 
-def with_delta(live: Learner, folder: str) -> None:
+def append_returned(live: Learner, folder: str) -> None:
     """Append the delta that an adapter makes; it speaks for what the first layer with text did.
 
     Raises GraduationError if it does harm, as a burst is refused; the store knows nothing of it.
@@ -11942,39 +11878,30 @@ def with_delta(live: Learner, folder: str) -> None:
     live.router.refine(number, next((i for i, c in enumerate(live.router.counts) if c), 0))
     worse = gate.worse()
     if worse:
-        name, (before, now) = max(worse.items(), key=lambda item: item[1][1] / item[1][0])
-        raise not_better(folder, name, before, now)
+        name, losses = max(worse.items(), key=lambda item: item[1][1] / item[1][0])
+        raise not_better(folder, name, *losses)
     gate.commit()
     live.growth.delta_chars = live.config.delta_seal_chars  # what comes next has its own
     live.dirty.update((f"delta{number}", "router"))
     live.evaluate()
 
 
-def not_better(folder: str, probe: str, before: float, now: float) -> GraduationError:
-    """Return the error that says where weights from elsewhere read worse."""
-    return refused(f"{folder}, probe {probe}", f"{now:.3f} bits per character",
-                   f"about {before:.3f} as now", "train it on what is known here as well")
-
-
-def import_weights(organism: Organism, folder: str) -> Dict[str, Any]:
-    """Take in weights that were trained elsewhere, as a new generation or a new delta; return what.
+def import_weights(organism: Organism, folder: str) -> Learner:
+    """Take in weights that were trained elsewhere; return them as a generation or a delta of ours.
 
     Nothing changes unless all of it fits, and it reads no probe worse.  Raises GraduationError, or
     TrainerError where another process trains.
     """
     form = form_of_folder(folder)
     with organism.trainer.holding():
-        learner = _live_learner(organism)
-        before = learner.probe_losses()
+        learner, read = live_learner(organism), []
         if form == "hf":
-            learner = generation_of(learner, folder, organism.memory)
+            learner = new_generation(learner, folder, organism.memory)
+            read = [text.key for text in learner.texts.values() if not text.probe]
         else:
-            with_delta(learner, folder)
-        read = [t.key for t in learner.texts.values() if not (t.unread or t.probe)]
-        organism.trainer.take_over(learner, read if form == "hf" else [])
-    return {"form": form, "generation": learner.growth.generation,
-            "layer": len(learner.model.deltas), "bpc": learner.growth.bpc, "before": before,
-            "probes": learner.growth.probes}
+            append_returned(learner, folder)
+        organism.trainer.take_over(learner, read)
+    return learner
 
 
 # words
@@ -11995,29 +11922,26 @@ def chat_records(memory: Memory, mine: bool) -> Iterator[Dict[str, Any]]:
                          for line in entry.text.splitlines())
 
 
-TOLD_TITLE = "# What it was told"
-TALK_TITLE = "# The talk "
+TOLD_TITLE, TALK_TITLE = "# What it was told", "# The talk "
 SPEAKERS = {"you": "owner", "macrogpt": "self"}
+ROLES = {"user": "owner", "assistant": "self", "system": "", "developer": "", "tool": ""}
 
 
 def as_markdown(memory: Memory) -> Iterator[str]:
-    """Yield the lines of what it was told, by day, and of every talk, for people."""
+    """Yield the lines of what it was told, by day, and of every talk, for people.
+
+    Later lines of a text are moved in, so that all can be read back.
+    """
     names = {role: name for name, role in SPEAKERS.items()}
     yield TOLD_TITLE
     for day, told in itertools.groupby(memory.told(), told_day):
         yield f"\n## {day}\n"
-        yield from (_item(entry.text.strip()) for entry in told)
+        yield from ("- " + entry.text.strip().replace("\n", "\n  ") for entry in told)
     for session in memory.sessions():
         yield f"\n{TALK_TITLE}{session['name']}\n"
         for m in memory.messages_of(session["name"]):
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(m.said_at))
-            yield _item(f"{when}  {names[m.role]}: {m.text}")
-
-
-def _item(text: str) -> str:
-    """Return a text as an item of a list, its later lines moved in, so that all can be read back.
-    """
-    return "- " + "\n  ".join(text.split("\n"))
+            yield f"- {when}  {names[m.role]}: " + m.text.replace("\n", "\n  ")
 
 
 class Heard(NamedTuple):
@@ -12032,20 +11956,19 @@ class Heard(NamedTuple):
 def words_of(path: str) -> List[Heard]:
     """Return the words of a file: JSONL of talks or of messages, or Markdown as export writes it.
 
-    Raises GraduationError for a line that is neither.
+    Raises UsageError for a line that is neither.
     """
-    lines = read_text(path).split("\n")
+    lines, heard = read_text(path).split("\n"), []
     if lines[0].rstrip() == TOLD_TITLE:
-        return list(_words_of_markdown(lines))
-    heard = []
+        return _words_of_markdown("\n".join(lines))
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else {"messages": []}
             for turn in row["messages"] if "messages" in row else [row]:
-                role, text = turn["role"], turn["content"]
+                text = turn["content"]
                 if not isinstance(text, str):  # in parts, or nothing where a tool was called
                     text = "\n".join(part["text"] for part in text or () if "text" in part)
-                heard.append(Heard("", ROLES[role], tidied(text), None))
+                heard.append(Heard("", ROLES[turn["role"]], tidied(text), None))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UsageError(f"line {number} of {path} is no talk; expected an object like "
                              '{"messages": [{"role": "user", "content": "Hi!"}]}, or one message '
@@ -12053,30 +11976,24 @@ def words_of(path: str) -> List[Heard]:
     return [said for said in heard if said.role and said.text.strip()]
 
 
-ROLES = {"user": "owner", "assistant": "self", "system": "", "developer": "", "tool": ""}
-
-
-def _words_of_markdown(lines: Iterable[str]) -> Iterator[Heard]:
-    """Yield what was told, unless it was said in a talk as well, and then every talk."""
+def _words_of_markdown(text: str) -> List[Heard]:
+    """Return what was told, unless it was said in a talk as well, and then every talk."""
     told: List[Heard] = []
     said: List[Heard] = []
     talk, day = None, None
-    for item in re.findall(r"(?m)^(?:- .*(?:\n  .*)*|#.*)", "\n".join(lines)):
+    for item in re.findall(r"(?m)^(?:- .*(?:\n  .*)*|#.*)", text):
+        words = tidied(item[2:].replace("\n  ", "\n"))
+        turn = re.fullmatch(r"(\d{4}-\d\d-\d\d \d\d:\d\d)  (you|macrogpt): (?s:(.*))", words)
         if item.startswith(TALK_TITLE):
             talk = item[len(TALK_TITLE):].strip()
         elif item.startswith("## "):
             day = _moment(item[3:].strip() + " 12:00")
-        elif item.startswith("- "):
-            text = item[2:].replace("\n  ", "\n")
-            match = re.match(r"(\d{4}-\d\d-\d\d \d\d:\d\d)  (you|macrogpt): (?s:(.*))", text)
-            if talk is None:
-                told.append(Heard(None, "owner", tidied(text), day))
-            elif match:
-                said.append(Heard(talk, SPEAKERS[match[2]], tidied(match[3]), _moment(match[1])))
-    spoken = {line.strip() for m in said if m.role == "owner" for line in (
-        m.text, *m.text.split("\n"))}
-    yield from (m for m in told if m.text.strip() not in spoken)
-    yield from said
+        elif talk is None and item.startswith("- "):
+            told.append(Heard(None, "owner", words, day))
+        elif talk is not None and turn:
+            said.append(Heard(talk, SPEAKERS[turn[2]], turn[3], _moment(turn[1])))
+    spoken = {line.strip() for m in said for line in (m.text, *m.text.split("\n"))}
+    return [m for m in told if m.text.strip() not in spoken] + said
 
 
 def _moment(text: str) -> Optional[float]:
@@ -12754,15 +12671,6 @@ def transcript(memory: Memory, session: str) -> List[str]:
     return [f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(m.said_at))}  "
             f"{'you' if m.role == 'owner' else 'macrogpt'}: {' / '.join(m.text.splitlines())}"
             for m in memory.messages_of(session)]
-
-
-def write_new(path: str, lines: Iterable[str]) -> None:
-    """Write lines into a file that is not there yet.  Raises UsageError."""
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror}); name a new file") from None
 
 
 def _repl_save(app: App, rest: str) -> List[str]:
@@ -13540,8 +13448,8 @@ def command_export(app: App, words: List[str]) -> None:
     if form in WEIGHT_FORMATS:
         organism = app.organism()
         life = [life_line(event) for event in memory.life(1000)]
-        export_weights(words[0], form, leaving(memory, organism.config, organism.speaker.engine,
-                                               life))
+        export_weights(words[0], form, Leaving.of(memory, organism.config,
+                                                  organism.speaker.engine, life))
         app.terminal.note(f"{words[0]} holds what was learned, in the form {form}: your words are "
                           "in it, and it may say them")
         return
@@ -13557,10 +13465,12 @@ def command_import(app: App, words: List[str]) -> None:
                          "import talks.jsonl")
     path, organism, memory = words[0], app.organism(), app.memory()
     if os.path.isdir(path) or path.lower().endswith(WEIGHT_FILES):
-        facts = import_weights(organism, path)
-        bpc = "" if facts["bpc"] is None else f"; held-out {facts['bpc']:.3f} bits per character"
-        app.report(facts, [f"{path} is now " + (f"generation {facts['generation']}" if (
-            facts["form"] == "hf") else f"delta {facts['layer']}") + bpc])
+        learner = import_weights(organism, path)
+        layer, growth = len(learner.model.deltas), learner.growth
+        bpc = "" if growth.bpc is None else f"; held-out {growth.bpc:.3f} bits per character"
+        app.report({**dataclasses.asdict(growth), "layer": layer}, [
+            f"{path} is now " + (f"delta {layer}" if layer else f"generation {growth.generation}")
+            + bpc])
         return
     heard, name = words_of(path), f"import {os.path.basename(path)}"
     with memory.transaction():
