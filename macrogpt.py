@@ -10758,6 +10758,9 @@ class Trainer:
         memory, (growth, layers) = self.memory, learner.snapshot()
         grown, ahead = dataclasses.asdict(growth), growth.generation > self.growth.generation
         with memory.transaction():
+            if (not memory.take_lease(self._owner, LEASE_SECONDS, holder_alive)
+                    or Growth.of(memory.setting("growth", {})) != self.growth):
+                raise TrainerError("another macrogpt has trained this memory meanwhile; try again")
             if ahead:
                 memory.set_setting("generations", growth.generation)
                 memory.begin_rebirth({"why": "import", "growth": grown,
@@ -11215,6 +11218,7 @@ def llama_tensors(model: GPT, gguf: bool = False, tied: bool = True) -> Tensors:
 
 PEFT_ROOT = "base_model.model."
 LORA_ENDS = ((".lora_A.weight", ".lora_B.weight"), (".weight.lora_a", ".weight.lora_b"))
+ALPHA_MOST = 1e6
 EMBEDDING_ENDS = (".lora_embedding_A", ".lora_embedding_B")
 
 
@@ -11315,7 +11319,7 @@ def stored_tensors(file: BinaryIO, where: str) -> Dict[str, Stored]:
     header.pop("__metadata__", None)
     try:
         found = {name: Stored(*(at + _size(offset) for offset in entry["data_offsets"]),
-                              tuple(map(_size, entry["shape"])), str(entry["dtype"]))
+                              tuple(map(_size, entry["shape"][:9])), str(entry["dtype"]))
                  for name, entry in header.items()}
     except (ValueError, LookupError, TypeError) as error:
         raise refused(where, f"a header that is none ({error})", "JSON with dtype, shape and "
@@ -11353,8 +11357,8 @@ def read_safetensors(path: str, shapes: Dict[str, Tuple[int, ...]],
                                   "train the exported model as it is")
             return {name: _read_numbers(file, stored, f"{path}, {name}")
                     for name, stored in index.items()}
-    except OSError as error:
-        raise refused(path, error.strerror or error, "a readable file", SAVE_ANEW) from None
+    except (OSError, ValueError, struct.error) as error:  # it may change while it is read
+        raise refused(path, error, "a readable file", SAVE_ANEW) from None
 
 
 def _read_numbers(file: BinaryIO, stored: Stored, where: str) -> Tensor:
@@ -11748,7 +11752,8 @@ def returned_pairs(folder: str, parts: Sequence[Part]) -> Dict[str, Tuple[Tensor
     plain = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False,
              "rank_pattern": {}, "alpha_pattern": {}}
     odd = next((name for name in plain if config.get(name) not in (None, plain[name])), None)
-    if odd or type(rank) is not int or not 0 < rank <= 1024 or type(alpha) not in (int, float):
+    if odd or type(rank) is not int or not 0 < rank <= 1024 or (
+            type(alpha) not in (int, float) or not abs(alpha) < ALPHA_MOST):
         raise refused(path, f"{odd} {config.get(odd)!r}" if odd else f"r {rank}, lora_alpha "
                       f"{alpha}", repr(plain[odd]) if odd else "numbers, r from 1 to 1024",
                       "train a plain LoRA")
@@ -11807,9 +11812,9 @@ def returned_delta(folder: str, model: GPT) -> Layer:
 def form_of_folder(path: str) -> str:
     """Return "hf" or "peft", whichever a folder holds.  Raises GraduationError."""
     if not os.path.isdir(path):
-        raise refused(path, "a file of weights", "the folder that it is in, as `export` writes it in "
-                      "the form hf or peft", "name that folder; a pickle is never opened")
-    names = sorted(os.listdir(path))
+        raise refused(path, "a file of weights", "a folder of the form hf or peft",
+                      "name the folder that it is in; a pickle is never opened")
+    names = [name for name in sorted(os.listdir(path)) if os.path.isfile(os.path.join(path, name))]
     for form, about, weights in (("peft", "adapter_config.json", "adapter_model.safetensors"),
                                  ("hf", "config.json", "model.safetensors")):
         if about in names and weights in names:
@@ -11852,7 +11857,9 @@ def new_generation(live: Learner, folder: str, memory: Memory) -> Learner:
     new = Learner(live.config, dataclasses.replace(
         live.growth.heir(number + 1), phase="warmup", warmup_chars=live.growth.warmup_chars),
         {"tokenizer": Layer(None, tokenizer.pack()), "base": base}, live.engine)
-    read = {e.key for e in memory.entries("e.layer IN (0, ?)", config.get("macrogpt_layer", 0))}
+    layer = config.get("macrogpt_layer")
+    read = {e.key for e in memory.entries("e.layer IN (0, ?)", layer if layer in range(
+        len(live.model.deltas) + 1) else 0)}
     new.take_text((), [t for t in live.texts.values() if t.probe or t.key in read])
     new.ear = memory.layer("ear")
     new.end_birth(live.growth.warmup_seconds)
@@ -11895,11 +11902,15 @@ def import_weights(organism: Organism, folder: str) -> Learner:
     form = form_of_folder(folder)
     with organism.trainer.holding():
         learner, read = live_learner(organism), []
+        before = learner.probe_losses()
         if form == "hf":
             learner = new_generation(learner, folder, organism.memory)
             read = [text.key for text in learner.texts.values() if not text.probe]
         else:
             append_returned(learner, folder)
+        for name, bpc in learner.growth.probes.items():
+            if not isfinite(bpc):
+                raise not_better(folder, name, before[name], bpc)
         organism.trainer.take_over(learner, read)
     return learner
 

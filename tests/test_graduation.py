@@ -120,6 +120,7 @@ class Safetensors(GraduationCase):
                 (packed({"a": entry([2.0], 0, 16)}, four), "2.0 is no count"),
                 (packed({"a": entry([4], 0, 16, "I64")}, four), "I64", "F32 or F16 or BF16"),
                 (packed({"a": entry([4], 0, 16, "F64")}, four), "F64", "float32"),
+                (packed({"a": entry([1 << 59] * 99_999, 0, 16)}, four), "28,118,211"),
                 (packed({"a": entry([5], 0, 16)}, four), "70 to 86", "70 to 90 for the shape [5]"),
                 (packed({"a": entry([4], 0, 16)}, four[:9]), "79 bytes", "cut short"),
                 (packed({"a": entry([4], 0, 16)}, four + b"x"), "87 bytes", "86"),
@@ -446,6 +447,7 @@ class Adapters(GraduationCase):
                 (whole, {"r": 2, "lora_alpha": 2, "bias": "all"}, "bias"),
                 (whole, {"r": 2, "lora_alpha": 2, "rank_pattern": {"x": 1}}, "rank_pattern"),
                 (whole, {"r": True, "lora_alpha": 2}, "r True"),
+                (whole, {"r": 2, "lora_alpha": math.inf}, "lora_alpha inf"),
                 (whole, {"r": 4, "lora_alpha": 2}, "shape [2, 8]", "[4, 8]"),
                 ({}, {"r": 2, "lora_alpha": 2}, "nothing"),
                 ({root + "A.weight": a}, {"r": 2, "lora_alpha": 2}, "half of the pair"),
@@ -575,6 +577,24 @@ class Returning(GraduationCase):
         memory = self.stored()
         self.assertEqual((memory.setting("growth"), memory.layer("base").data), before)
         self.assertIsNone(memory.setting("rebirth"))
+
+    def test_what_reads_nothing_at_all_or_comes_too_late_is_refused(self):
+        organism = mock.Mock(growth=m.Growth(phase="grown"))
+        learner = mock.Mock(texts={}, growth=m.Growth(probes={"0": math.nan}))
+        learner.probe_losses.return_value = {"0": 2.0}
+        organism.trainer.holding.return_value = mock.MagicMock()
+        with mock.patch.multiple(m, live_learner=lambda _: learner,
+                                 new_generation=lambda *_: learner):
+            self.refusal("probe 0", "nan", call=lambda: m.import_weights(
+                organism, self.path("hf")))
+        organism.trainer.take_over.assert_not_called()
+        memory = m.Memory(self.db)
+        self.addCleanup(memory.close)
+        trainer = m.Trainer(m.Config, memory, print, print)
+        learner.snapshot.return_value = m.Growth(generation=2), {}
+        with self.assertRaisesRegex(m.TrainerError, "meanwhile"), trainer.holding():
+            memory.set_setting("growth", {**memory.setting("growth"), "step": 99})
+            trainer.take_over(learner, [])
 
     def test_a_pickle_is_never_opened_and_other_things_are_refused(self):
         for name in ("model.bin", "x.pt", "x.pth", "x.ckpt"):
