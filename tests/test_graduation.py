@@ -4,13 +4,15 @@ import json
 import math
 import os
 import random
+import shutil
 import struct
+import tempfile
 import unittest
 from array import array
 from unittest import mock
 
 import macrogpt as m
-from support import Folder, engine_in_use
+from support import CORPUS, IN_MEMORY, TINY, Folder, engine_in_use, run_inside
 from test_model import SHAPE, lively, stir
 
 MERGES = ((m.FIRST_BYTE + ord("a"), m.FIRST_BYTE + ord("b")), (257, m.FIRST_BYTE + ord("c")),
@@ -514,10 +516,20 @@ class Engines(GraduationCase):
 
 
 class Returning(GraduationCase):
+    @classmethod
+    def setUpClass(cls):
+        place = tempfile.TemporaryDirectory(dir=IN_MEMORY)
+        cls.addClassCleanup(place.cleanup)
+        cls.first = place.name
+        with open(os.path.join(cls.first, "nonames.txt"), "w", encoding="utf-8") as file:
+            file.write(CORPUS)
+        for words in (("train",), ("export", os.path.join(cls.first, "hf"), "--format", "hf")):
+            done = run_inside(*words, *TINY, cwd=cls.first)
+            assert done.returncode == 0, done.stderr
+
     def setUp(self):
         super().setUp()
-        self.good("train")
-        self.good("export", self.path("hf"), "--format", "hf")
+        shutil.copytree(self.first, self.folder, dirs_exist_ok=True)
 
     def good(self, *args):
         done = self.run_here(*args)
