@@ -11516,21 +11516,18 @@ pipeline_tag: text-generation
 ---
 # A macrogpt that left home
 
-Generation {generation} after {step:,} steps and {tokens:,} tokens, {bpc}. A Llama of {n_layer}
+Generation {generation} after {step:,} steps and {tokens:,} tokens, {bpc}: a Llama of {n_layer}
 layers, {n_embd} channels, {n_head} heads, a window of {block_size} tokens, {vocab:,} ids.
 
 **It has read its owner's words and may say them. Share it as you would a diary.**
 
-Folded into what is one model here: {folded}. At home a router picks one delta for each text; each
-was trained beside the base alone, so they are not to be added up. peft and gguf hold them all.
-
-It knows talk in lines that begin with `H:` and `A:`, after one end-of-text; a reply ends with its
-line. Marks (of Hindi, Thai, Arabic) count as letters, which llama.cpp's `gpt-2` does not know:
-there such words may be cut otherwise.
-
-To bring it back after training: `python macrogpt.py import FOLDER`. Leave the final norm alone
-(`model.model.norm.requires_grad_(False)`), which at home is one number, and vocabulary and sizes.
-An adapter must leave `embed_tokens` and `lm_head` alone, or change both alike.
+- Folded into what is one model here: {folded}. At home a router picks one delta for each text. They
+  were trained apart and are not to be added up; the forms peft and gguf hold them all.
+- It knows talk in lines that begin with `H:` and `A:`, after one end-of-text; a reply is a line.
+- Marks (of Hindi, Thai, Arabic) are letters to it; llama.cpp may cut such words otherwise.
+- To bring it back after training: `python macrogpt.py import FOLDER`. Leave the last norm alone
+  (`model.model.norm.requires_grad_(False)`), which at home is one number, and vocabulary and sizes.
+  An adapter must leave `embed_tokens` and `lm_head` alone, or change both alike.
 
 ## Its life
 
@@ -11673,9 +11670,9 @@ def export_weights(folder: str, form: str, who: Leaving) -> None:
             write.get(form, lambda place: who.write_hf(place, as_one(who.model)))(made)
             write_new(os.path.join(made, "README.md"), [who.card()])
             os.rename(made, folder)
-    except OSError as error:
-        raise GraduationError(f"{folder} cannot be written ({error.strerror or error}); free some "
-                              "space or name another folder") from None
+    except (OSError, UsageError) as error:
+        raise GraduationError(f"{folder} cannot be written ({error}); free some space or name "
+                              "another folder") from None
 
 
 # and back: nothing of it is believed, and all of it goes through the gate
