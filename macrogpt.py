@@ -11249,6 +11249,7 @@ def lora_tensors(model: GPT, deltas: Sequence[Delta], gguf: bool = False) -> Ten
 # safetensors: the length of a JSON header, the header, and numbers side by side
 
 MAX_HEADER_BYTES = 100_000_000
+MOST_WEIGHT = 1e4  # so that no product of what is read overflows
 CUT_SHORT = "it is cut short: copy it again"
 NUMBER_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
@@ -11362,7 +11363,7 @@ def read_safetensors(path: str, shapes: Dict[str, Tuple[int, ...]],
 
 
 def _read_numbers(file: BinaryIO, stored: Stored, where: str) -> Tensor:
-    """Return a tensor in float32.  Raises GraduationError where a number is none."""
+    """Return a tensor in float32.  Raises GraduationError where a number cannot be a weight."""
     file.seek(stored.begin)
     raw = file.read(stored.end - stored.begin)
     if stored.dtype == "F16":
@@ -11373,8 +11374,8 @@ def _read_numbers(file: BinaryIO, stored: Stored, where: str) -> Tensor:
             wide[2::4], wide[3::4] = raw[::2], raw[1::2]
             raw = bytes(wide)
         data = floats_of(raw)
-    if not all(map(isfinite, data)):
-        raise refused(where, "a number that is not finite", "finite ones",
+    if not all(-MOST_WEIGHT < x < MOST_WEIGHT for x in data):  # nor is any NaN
+        raise refused(where, "a number that is none or huge", f"numbers within {MOST_WEIGHT:,.0f}",
                       "the training went astray: take a state from before")
     return Tensor(stored.shape, data)
 
