@@ -561,7 +561,7 @@ class Returning(GraduationCase):
         self.good("--no-train", "ask", "Who are you?")
         self.good("train")
 
-    def test_an_adapter_comes_back_as_a_delta_and_is_taken_away_with_what_is_forgotten(self):
+    def test_an_adapter_comes_back_as_a_delta_unless_it_does_harm(self):
         model = m.Leaving.of(self.stored(), m.Config(n_layer=1, n_embd=16, n_head=2, block_size=24),
                           engine_in_use(), []).model
         model.append_delta(2, random.Random(1))
@@ -569,18 +569,15 @@ class Returning(GraduationCase):
         m.write_safetensors(self.path("a", "adapter_model.safetensors"),
                             m.lora_tensors(model, model.deltas))
         self.write("a/adapter_config.json", '{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+        with mock.patch.object(m.Gate, "worse", return_value={"0": (2.0, 3.25)}):
+            self.mistake("import", self.path("a"), signs=("probe 0", "3.250", "2.000"))
+        self.assertEqual(m.delta_names(self.stored().manifests()), [])
         self.assertIn("delta 1", self.good("import", self.path("a")))
         self.assertEqual(m.delta_names(self.stored().manifests()), ["delta1"])
         self.assertEqual(m.Growth.of(self.stored().setting("growth")).generation, 1)
         self.good("--no-train", "ask", "Who are you?")
 
     def test_what_reads_a_probe_worse_is_refused_and_changes_nothing(self):
-        path = self.path("hf", "model.safetensors")
-        header, start = header_of(path)
-        with open(path, "r+b") as file:
-            at, end = header["model.layers.0.mlp.down_proj.weight"]["data_offsets"]
-            file.seek(start + at)
-            file.write(struct.pack("<f", 9.0) * ((end - at) // 4))
         memory = self.stored()
         before = memory.setting("growth"), memory.layer("base").data
         with mock.patch.object(m, "fit_to_live", return_value={
