@@ -28,7 +28,8 @@ Map (text flows round a ring; the code reads from top to bottom):
     15 LEARNING    `Learner`, a generation and its text; `Job`, a stretch of steps; the child
     16 ORGANISM    `Watcher` (file to entries), `Trainer` (the child's supervisor), `Organism`
     17 GRADUATION  out of the file and back: safetensors, PEFT, GGUF, JSONL, Markdown
-    18 INTERFACE   commands, terminal, reports
+    18 SERVE       the API that chat front ends speak, and a page
+    19 INTERFACE   commands, terminal, reports
 
 A generation is a tokenizer, a base and the deltas appended to it. What is unread is learned by the
 newest layer, which is sealed when it is full; what is forgotten takes its layers along; and a base
@@ -51,6 +52,7 @@ if __name__ == "__main__":  # what happens before `main` is ready to see to it
 import argparse
 import ast
 import asyncio
+import base64
 import codecs
 import collections
 import contextlib
@@ -61,6 +63,7 @@ import errno
 import functools
 import hashlib
 import heapq
+import hmac
 import html
 import importlib
 import inspect
@@ -9169,16 +9172,16 @@ class Speaker:
         layer = self.memory.layer("ear")
         return Sayings(self.engine, layer, mark) if layer else None
 
-    def reply(self, text: str, session: int) -> Iterator[str]:
+    def reply(self, text: str, session: int, make: Callable[..., Turn] = Turn) -> Iterator[str]:
         """Yield the reply to what the owner said, piece by piece; both are remembered.
 
         What was said is stored before the first piece; a reply that is broken off is stored as far
-        as it came.
+        as it came. make makes the turn.
         """
         memory, mind = self.memory, self.mind()
         count = self.replies if self.seeded else memory.about_count("messages")
         self.replies += 1
-        turn = Turn(memory, mind, text, session, random.Random(f"{mind.config.seed}:{count}"))
+        turn = make(memory, mind, text, session, random.Random(f"{mind.config.seed}:{count}"))
         said = memory.add_message(session, "owner", text)
         pieces: List[str] = []
         try:
@@ -10865,13 +10868,17 @@ class Organism:
             self.memory.set_setting("session", session)  # where the next chat goes on
         return session
 
-    def reply(self, text: str) -> Iterator[str]:
-        """Yield the reply to what the owner said, piece by piece; both are remembered."""
+    def reply(self, text: str, session: Optional[int] = None,
+              make: Callable[..., Turn] = Turn) -> Iterator[str]:
+        """Yield the reply to what the owner said, piece by piece; both are remembered.
+
+        It is said in the session that is talked in, or in another, whose turns are made otherwise.
+        """
         with self.trainer.paused():
-            session = self.session_id()
+            session = self.session_id() if session is None else session
             self.take_in_messages()
             try:
-                yield from self.speaker.reply(text, session)
+                yield from self.speaker.reply(text, session, make)
             finally:
                 self.memory.mending(lambda: self._settle_turn(session))
 
@@ -12013,7 +12020,674 @@ def _moment(text: str) -> Optional[float]:
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
-# 18 · INTERFACE — it alone speaks to a terminal   uses: 0 1 2 4 7 8 9 10 11 12 13 14 16 17
+# 18 · SERVE — a door for other programs, and a page   uses: 0 1 2 11 12 13 14 16 17
+# ──────────────────────────────────────────────────────────────────────────────────────
+#
+# The API of OpenAI, which chat front ends speak, on a small and strict HTTP/1.1 of our own. An
+# event loop reads and writes; answers are made one at a time on another thread, by the organism
+# that also chats. A request brings its own talk along: unless the owner lets it learn, nothing of
+# it is stored, and the next one knows nothing of it.
+#
+# What a browser is told to send is not what its owner wants: a page from elsewhere may send
+# requests here, and a name of its own may lead here (DNS rebinding). So Host and Origin must be
+# ours, and what is asked must be JSON.
+
+MODEL_NAME, NO_SESSION = "macrogpt", 0
+MOST_FREE_TOKENS = 4096  # of one completion
+MOST_GIVEN = 200         # lines of a request that facts are looked for in, the newest
+LOOPBACK = re.compile(r"localhost|::1|127\.\d{1,3}\.\d{1,3}\.\d{1,3}")
+ROUTES = {"/": ("GET", "_page"), "/status": ("GET", "_status"), "/v1/models": ("GET", "_models"),
+          "/v1/models/" + MODEL_NAME: ("GET", "_models"), "/v1/completions": ("POST", "_answer"),
+          "/v1/chat/completions": ("POST", "_answer")}
+_REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")
+_HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+
+
+class Limits(NamedTuple):
+    """What clients may take of a server: bytes, seconds, connections, places in the queue."""
+
+    head_bytes: int = 16_384
+    body_bytes: int = 1 << 20
+    held_bytes: int = 32 << 20  # of the bodies of all requests at once
+    seconds: float = 10.0       # for a head, for a body, for taking what is sent
+    idle_seconds: float = 30.0  # between two requests
+    connections: int = 256
+    waiting: int = 240          # answers that are to be made
+
+
+class Refused(MacroGPTError):
+    """A request that is not served: its status, which field is meant, a code for programs."""
+
+    def __init__(self, status: int, message: str, param: Optional[str] = None,
+                 code: Optional[str] = None, **headers: str) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, {k.replace("_", "-"): v for k, v in headers.items()}
+        kind = ("server_error" if status >= 500 else "rate_limit_error" if status == 429 else
+                "invalid_request_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class Head(NamedTuple):
+    """The first lines of a request, and whether its connection goes on after it."""
+
+    method: str
+    path: str
+    headers: Dict[str, str]
+    lasts: bool
+
+
+def parse_head(raw: bytes) -> Head:
+    """Return the head of a request from its bytes, blank line included.  Raises Refused.
+
+    What can be read in two ways, by us and by whatever stands before us, is not read at all.
+    """
+    first, *lines = raw[:-4].decode("latin-1").split("\r\n")
+    begun, found = _REQUEST_LINE.fullmatch(first), list(map(_HEADER_LINE.fullmatch, lines))
+    headers = {each[1].lower(): each[2].rstrip() for each in found if each}
+    if not begun or len(headers) < len(lines):
+        raise Refused(400, "this is no request of HTTP/1.1, or a header stands twice in it")
+    closes = begun[3] == "0" or "close" in headers.get("connection", "").lower()
+    return Head(begun[1], begun[2].partition("?")[0], headers, not closes)
+
+
+def body_size(head: Head, most: int) -> int:
+    """Return how many bytes follow a head.  Raises Refused."""
+    size = head.headers.get("content-length", "0" if head.method == "GET" else "")
+    if "transfer-encoding" in head.headers or not size:
+        raise Refused(411, "send the body in one piece, with a Content-Length")
+    if not re.fullmatch("[0-9]{1,18}", size):
+        raise Refused(400, "Content-Length is no number")
+    if int(size) > most:
+        raise Refused(413, f"the body has {int(size):,} bytes; at most {most:,} are read")
+    return int(size)
+
+
+def check_door(host: str, token: Optional[str]) -> None:
+    """Raise UsageError where whoever is in the network could come in."""
+    if token is not None and not re.fullmatch("[!-~]+", token):
+        raise UsageError("--token takes ASCII letters, digits and signs, without spaces")
+    if not LOOPBACK.fullmatch(host) and not token:
+        raise UsageError(f"--host {host or repr(host)} can be reached from other machines; add "
+                         "--token with a secret that all are asked for, or leave --host out")
+
+
+def is_ours(host: str, names: Iterable[str], port: int) -> bool:
+    """Return whether a Host header names this server: by an address, or as this machine does."""
+    own = {f"[{name}]" if ":" in name else name.lower()
+           for name in ("localhost", "127.0.0.1", "::1", *names)}
+    return host.lower() in {f"{name}:{port}" for name in own} | (own if port == 80 else set())
+
+
+# What a request asks for, read strictly: what is not there is said, and not passed over.
+
+FIELDS: Dict[str, Tuple[type, float, float]] = {  # of the API: what they are, from where to where
+    "temperature": (float, 0, 2), "top_p": (float, 0, 1), "presence_penalty": (float, -2, 2),
+    "frequency_penalty": (float, -2, 2), "seed": (int, -2 ** 63, 2 ** 63), "model": (str, 0, 0),
+    "max_tokens": (int, 1, 100_000), "max_completion_tokens": (int, 1, 100_000),
+    "stream": (bool, 0, 1), "stream_options": (dict, 0, 0), "include_usage": (bool, 0, 1),
+    "messages": (list, 0, 0), "user": (str, 0, 0)}
+ABSENT: Dict[str, Tuple[Any, ...]] = {  # of the API, and the values with which they ask nothing
+    "n": (1,), "best_of": (1,), "logprobs": (False, 0), "tools": ([],), "functions": ([],),
+    "echo": (False,), "suffix": ("",), "response_format": ({"type": "text"},), "audio": ()}
+
+
+class Wanted(NamedTuple):
+    """What a request asks for: a reply to a text after some turns, or how a text goes on."""
+
+    chat: bool
+    text: str
+    turns: Tuple[Tuple[str, str], ...]  # (role, text), "" for the system's
+    session: str
+    settings: Dict[str, float]
+    seed: Optional[int]
+    stops: Tuple[str, ...]
+    most_tokens: Optional[int]
+    streams: bool
+    counts: bool  # whether usage ends the stream
+
+
+def checked_fields(asked: Any) -> Dict[str, Any]:
+    """Return the fields that are there, each of the right type and range.  Raises Refused."""
+    if not isinstance(asked, dict):
+        raise Refused(400, "send a JSON object")
+    given = {name: value for name, value in asked.items() if value is not None}
+    for name in given.keys() & FIELDS.keys():
+        (kind, low, high), value = FIELDS[name], given[name]
+        right = type(value) in ((int, float) if kind is float else (kind,))
+        if not right or kind in (int, float) and not low <= value <= high:
+            ends = f" from {low:g} to {high:g}" if kind in (int, float) else ""
+            raise Refused(400, f"{name} must be of type {kind.__name__}{ends}", name)
+    for name in given.keys() & ABSENT.keys():
+        if given[name] not in ABSENT[name]:
+            raise Refused(400, f"{name} is not there", name, "unsupported_parameter")
+    return given
+
+
+def content_text(content: Any, name: str) -> str:
+    """Return the text of a message, given as a string or in parts.  Raises Refused."""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+    texts = [part.get("text") for part in parts
+             if isinstance(part, dict) and part.get("type") == "text"]
+    if len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
+        raise Refused(400, "only text is read: a string, or parts of type text", name)
+    return tidied("\n".join(texts)).strip()
+
+
+def turns_in(messages: List[Any]) -> List[Tuple[str, str]]:
+    """Return the (role, text) pairs of messages, the last of them the owner's.  Raises Refused."""
+    turns = []
+    for number, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in ROLES:
+            raise Refused(400, f"a role is one of {', '.join(ROLES)}", f"messages[{number}].role")
+        turns.append((ROLES[role], content_text(message.get("content"), f"messages[{number}]")))
+    if not turns or turns[-1][0] != "owner" or not turns[-1][1]:
+        raise Refused(400, "the last message must be the user's, and hold words", "messages")
+    return turns
+
+
+def wanted_of(asked: Any, chat: bool, session: str = "") -> Wanted:
+    """Return what a JSON body asks for.  Raises Refused."""
+    given = checked_fields(asked)
+    if given.get("model", MODEL_NAME) != MODEL_NAME:
+        raise Refused(404, f"the one model here is {MODEL_NAME}", "model", "model_not_found")
+    stops, prompt = given.get("stop", []), given.get("prompt")
+    stops = [stops] if isinstance(stops, str) else stops
+    if not isinstance(stops, list) or len(stops) > 4 or not all(
+            isinstance(stop, str) and stop for stop in stops):
+        raise Refused(400, "stop is a text, or a list of one to four", "stop")
+    prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+    if not chat and not isinstance(prompt, str):
+        raise Refused(400, "prompt must be one text", "prompt")
+    *turns, (_, text) = turns_in(given.get("messages", [])) if chat else [("", tidied(prompt))]
+    settings = {name: float(given[name]) for name, (kind, _, _) in FIELDS.items()
+                if kind is float and name in given}
+    options = checked_fields(given.get("stream_options", {}))
+    return Wanted(chat, text, tuple(turns), clean_line(session or given.get("user", ""), 80),
+                  settings, given.get("seed"), tuple(stops),
+                  given.get("max_completion_tokens", given.get("max_tokens")),
+                  given.get("stream", False), options.get("include_usage", False))
+
+
+class Visit(Turn):
+    """A turn of a request: with its settings and, outside a session, with its own talk before it.
+    """
+
+    def __init__(self, wanted: Wanted, gone: threading.Event, memory: Memory, mind: Mind,
+                 text: str, session: int, rng: random.Random) -> None:
+        config = dataclasses.replace(mind.config, **wanted.settings)
+        super().__init__(memory, mind._replace(config=config), text, session, rng)
+        self.gone, self.stays, self.told_here = gone, session != NO_SESSION, False
+        self.given = [] if self.stays else [words for role, words in wanted.turns if role != "self"]
+        if not self.stays:
+            self.turns = [turn for turn in wanted.turns if turn[0]]
+            self.said = {words for role, words in self.turns if role == "self"}
+
+    def answer(self) -> Iterator[str]:
+        """Yield the reply's pieces: what the request itself tells comes before all else."""
+        here = self._found_here()
+        pieces = [] if here and here.source == "memory" else list(super().answer())
+        if here and (not pieces or self.reply.source == "nothing"):
+            self.told_here, pieces = True, list(self._replied(here))
+        elif not self.stays and self.reply.source == "nothing":
+            words, asking = "".join(pieces), asks(self.text)  # no promise to keep it may be in them
+            keeps = words == UNKNOWN_REPLY if asking else words not in SAD_REPLIES + CANNOT_REPLIES
+            pieces = [(UNKNOWN_REPLIES[1] if asking else NOT_KEPT) if keeps else words]
+        yield from pieces
+
+    def _found_here(self) -> Optional[Reply]:
+        """Return what the talk before answers; it is a memory for this one reply."""
+        lines = [piece for text in self.given if holds_statements(text)
+                 for line in text.splitlines()[-MOST_GIVEN:]
+                 for piece in split_long_line(line, self.mind.config.max_line_chars)]
+        if not lines:
+            return None
+        with contextlib.closing(Memory(":memory:", self.memory.clock)) as memory:
+            with memory.transaction():
+                for line in lines[-MOST_GIVEN:]:
+                    memory.add_entry("chat", Document((line,), True))
+            found, _ = recollection(memory, self.text, self.rng, self.mind.config.recall_score, (),
+                                    self.turns)
+        return found if found and found.source in ("memory", "quote") else None
+
+    def _forgotten(self, wish: str) -> str:
+        """Forget nothing for those from whom nothing is learned."""
+        return super()._forgotten(wish) if self.stays else NOT_FORGOTTEN
+
+    def _drafts(self, sure: Optional[Reply]) -> Iterator[Draft]:
+        """Yield drafts as long as somebody waits for them."""
+        return itertools.takewhile(lambda _: not self.gone.is_set(), super()._drafts(sure))
+
+
+NOT_KEPT = "I have read it; nothing that is said here is kept."
+NOT_FORGOTTEN = "I forget nothing here, where nothing is learned; tell me in a chat."
+
+
+class Answer:
+    """One answer, made on the thread that speaks: its text, how it ended, and why it came.
+
+    A reply is weighed as a whole before its first word is said; so all the pieces of a stream are
+    there when it begins.
+    """
+
+    def __init__(self, organism: Organism, wanted: Wanted, learns: bool, number: int) -> None:
+        self.organism, self.wanted, self.gone = organism, wanted, threading.Event()
+        self.learns, self.turn = learns and bool(wanted.session), None  # type: bool, Any
+        self.rng = random.Random(f"{organism.config.seed}:{number}" if wanted.seed is None else
+                                 wanted.seed)
+        self.text, self.finish, self.usage = "", "stop", {}  # type: str, str, Dict[str, int]
+
+    def make(self) -> None:
+        """Make the text, up to a stop text or the last token wanted, or while somebody waits."""
+        wanted, organism = self.wanted, self.organism
+        mind = organism.speaker.mind() if wanted.chat else organism.mind()
+        with contextlib.closing(self._reply() if wanted.chat else self._free(mind)) as pieces:
+            self.finish = "stop" if wanted.chat else "length"
+            for piece in pieces:
+                self.text += piece
+                found = [at for at in map(self.text.find, wanted.stops) if at >= 0]
+                if found or self.gone.is_set():
+                    self.text, self.finish = self.text[:min(found, default=None)], "stop"
+                    break
+        encode = mind.tokenizer.encode
+        said, asked = encode(self.text), (*(words for _, words in wanted.turns), wanted.text)
+        if wanted.most_tokens and len(said) > wanted.most_tokens:
+            said, self.finish = said[:wanted.most_tokens], "length"
+            self.text = mind.tokenizer.decode(said).rstrip("\ufffd")
+        given, made = sum(len(encode(words)) for words in asked), len(said)
+        self.usage = {"prompt_tokens": given, "completion_tokens": made,
+                      "total_tokens": given + made}
+
+    def _free(self, mind: Mind) -> Iterator[str]:
+        """Yield free text after a prompt."""
+        config = dataclasses.replace(mind.config, **self.wanted.settings)
+        ids = [END_OF_TEXT, *mind.tokenizer.encode(self.wanted.text)][-config.block_size:]
+        with self.organism.trainer.paused():
+            yield from spoken(mind.model, mind.tokenizer, ids, config, self.rng, mind.mixture(),
+                              free_tokens=min(self.wanted.most_tokens or 16, MOST_FREE_TOKENS))
+
+    def _reply(self) -> Iterator[str]:
+        """Yield the reply to a turn, which is remembered only where it is learned from."""
+        organism, wanted = self.organism, self.wanted
+
+        def turn(memory: Memory, mind: Mind, text: str, session: int, *_: Any) -> Turn:
+            self.turn = Visit(wanted, self.gone, memory, mind, text, session, self.rng)
+            return self.turn
+        if self.learns:
+            session = organism.memory.session_id(wanted.session)
+            yield from organism.reply(wanted.text, session, turn)
+        else:
+            with organism.trainer.paused():
+                mind = organism.speaker.mind()
+                yield from turn(organism.memory, mind, wanted.text, NO_SESSION).answer()
+
+    def why(self) -> Dict[str, Any]:
+        """Return where it comes from: its source, its statements, the shares of the experts."""
+        if self.turn is None:
+            return {"source": "voice"}
+        reply, trace = self.turn.reply, self.turn.trace
+        shares = trace.expert_shares() if trace and reply.source == "voice" else {}
+        found = reply.entries or ((reply.entry,) if reply.entry else ())
+        return {"source": reply.source, "score": round(reply.score, 4),
+                "shares": {name: round(share, 3) for name, share in shares.items()},
+                "entries": [{"id": None if self.turn.told_here else entry.id,
+                             "text": " / ".join(entry.text.splitlines())} for entry in found]}
+
+    def sent(self) -> Tuple[Any, Dict[str, str]]:
+        """Return the body and the headers of the response: an object of the API, or a stream."""
+        wanted, why = self.wanted, {"macrogpt": self.why()}
+        usage = {"usage": self.usage}
+        always = {"id": "cmpl-" + os.urandom(12).hex(), "model": MODEL_NAME,
+                  "created": int(self.organism.memory.clock()), "object": (
+                      "chat.completion" + ".chunk" * wanted.streams if wanted.chat else
+                      "text_completion")}
+
+        def part(text: str, ends: bool = False, **more: str) -> Dict[str, Any]:
+            name = "delta" if wanted.streams else "message"
+            said = {name: {**more, "content": text}} if wanted.chat else {"text": text}
+            return {**always, "choices": [{**said, "index": 0, "logprobs": None,
+                                           "finish_reason": self.finish if ends else None}]}
+        if not wanted.streams:
+            return {**part(self.text, True, role="assistant"), **why, **usage}, {}
+        parts = [part("", role="assistant"),
+                 *map(part, re.findall(r"\s*\S+\s*|\s+", self.text)), {**part("", True), **why},
+                 *[{**always, "choices": [], **usage}] * wanted.counts]
+        events = [f"data: {each}\n\n" for each in (*map(json.dumps, parts), "[DONE]")]
+        return "".join(events).encode("ascii"), {"Content-Type": "text/event-stream"}
+
+
+class Server:
+    """Serves one organism to many clients: `serve` ends when `stop` is called."""
+
+    def __init__(self, organism: Organism, token: Optional[str], learns: bool,
+                 tell: Callable[[str], None], limits: Limits = Limits()) -> None:
+        self.organism, self.token, self.learns = organism, token, learns
+        self.tell, self.limits, self.host = tell, limits, ""
+        self.ended: Optional[int] = None
+        self._loop: Any = None
+        self._open: Set[Any] = set()    # tasks, one a connection
+        self._held = self._waiting = 0  # bytes of bodies; answers that are to be made
+        self._numbers, self._chat_page = itertools.count(), chat_page()
+
+    def stop(self, number: int) -> None:
+        """End serving; a handler of signals may call it, and give its number."""
+        self.ended = number
+        with contextlib.suppress(RuntimeError, AttributeError):  # it has not begun, or has ended
+            self._loop.call_soon_threadsafe(self._ending.set)
+
+    async def serve(self, host: str, port: int) -> int:
+        """Serve until stopped, and return the number that stop was given.
+
+        Raises MacroGPTError where nobody can listen.
+        """
+        self._loop, self._ending, self._mouth = (
+            asyncio.get_running_loop(), asyncio.Event(), asyncio.Lock())
+        self.host = host
+        try:
+            server = await asyncio.start_server(self._connected, host, port, backlog=256,
+                                                limit=self.limits.head_bytes)
+        except (OSError, ValueError) as error:
+            raise MacroGPTError(f"nothing can be served at {host} port {port}: "
+                                f"{_why_not(error)}") from None
+        for name, at, *_ in (each.getsockname() for each in server.sockets):
+            self.tell(f"serving at http://{f'[{name}]' if ':' in name else name}:{at}/")
+        while self.ended is None:
+            while self.organism.notices:
+                self.tell(self.organism.notices.popleft())
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), 0.5)
+        server.close()
+        for task in self._open:
+            task.cancel()
+        await asyncio.gather(*self._open, return_exceptions=True)
+        return self.ended
+
+    async def _connected(self, reader: Any, writer: Any) -> None:
+        """Serve the requests of one connection, one after another."""
+        task, idle = asyncio.current_task(), self.limits.seconds
+        self._open.add(task)
+        writer.transport.set_write_buffer_limits(0)  # so that what is drained has been sent
+        try:
+            while await self._served(reader, writer, idle):
+                idle = self.limits.idle_seconds
+        except (OSError, EOFError, asyncio.TimeoutError, asyncio.CancelledError):
+            writer.transport.abort()  # it hung up, or takes nothing, or all ends
+        finally:
+            self._open.discard(task)
+            writer.close()
+
+    async def _served(self, reader: Any, writer: Any, idle: float) -> bool:
+        """Answer one request; return whether another may follow on this connection."""
+        held = 0
+        try:
+            head = await self._head(reader, idle)
+            if head is None:
+                return False
+            handler = self._admitted(head, writer.get_extra_info("sockname"))
+            held = body_size(head, self.limits.body_bytes)
+            self._held += held
+            if self._held > self.limits.held_bytes:
+                raise Refused(503, "too much is being read", Retry_After="1")
+            if head.headers.get("expect", "").lower() == "100-continue":
+                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            body = await self._in_time(reader.readexactly(held))
+            await self._send(writer, 200, *await handler(head, body, reader), head.lasts)
+            return head.lasts
+        except (OSError, EOFError, asyncio.TimeoutError):
+            raise
+        except Exception as error:
+            if os.environ.get("MACROGPT_DEBUG") and not isinstance(error, Refused):
+                traceback.print_exc()
+            refusal = error if isinstance(error, Refused) else Refused(
+                503 if isinstance(error, StoreError) else 500, str(as_told(error)))
+            await self._send(writer, refusal.status, refusal.body, refusal.headers, False)
+            writer.write_eof()
+            with contextlib.suppress(asyncio.TimeoutError):  # what it still sends would reset it
+                await asyncio.wait_for(_read_away(reader), 0.5)
+            return False
+        finally:
+            self._held -= held
+
+    async def _head(self, reader: Any, idle: float) -> Optional[Head]:
+        """Return the head of the next request, or None where none comes.  Raises Refused."""
+        if len(self._open) > self.limits.connections:
+            raise Refused(503, "there are too many connections", Retry_After="1")
+        try:
+            first = await asyncio.wait_for(reader.readexactly(1), idle)
+        except (asyncio.TimeoutError, asyncio.IncompleteReadError):
+            return None
+        try:
+            return parse_head(first + await self._in_time(reader.readuntil(b"\r\n\r\n")))
+        except asyncio.LimitOverrunError:
+            raise Refused(431, f"a head has at most {self.limits.head_bytes:,} bytes") from None
+
+    async def _in_time(self, reading: Any) -> bytes:
+        """Return what is read.  Raises Refused where it does not come."""
+        try:
+            return bytes(await asyncio.wait_for(reading, self.limits.seconds))
+        except asyncio.TimeoutError:
+            raise Refused(408, f"it did not come within {self.limits.seconds:g} s") from None
+
+    def _admitted(self, head: Head, at: Any) -> Any:
+        """Return what handles a request, when it is one of the owner's.  Raises Refused."""
+        get = head.headers.get
+        if not is_ours(get("host", ""), (self.host, at[0]), at[1]):
+            raise Refused(421, "the Host header names another place than this server")
+        if get("origin") not in (None, f"http://{get('host')}"):
+            raise Refused(403, "a page from elsewhere may not ask here")
+        method, name = ROUTES.get(head.path, ("", ""))
+        if not method:
+            raise Refused(404, f"{head.path[:80]} is not there", code="not_found")
+        if head.method != method:
+            raise Refused(405, f"{head.path} takes {method}", Allow=method)
+        given = get("authorization", "").encode("latin-1")
+        if self.token and head.path != "/" and not hmac.compare_digest(
+                given, f"Bearer {self.token}".encode("ascii")):
+            raise Refused(401, "the token is missing or wrong", code="invalid_api_key",
+                          WWW_Authenticate="Bearer")
+        kind = get("content-type", "").partition(";")[0].strip().lower()
+        if method == "POST" and kind != "application/json":
+            raise Refused(415, "send JSON, as application/json")
+        return getattr(self, name)
+
+    async def _send(self, writer: Any, status: int, body: Any, headers: Dict[str, str],
+                    lasts: bool) -> None:
+        """Send a response, of JSON unless it is bytes.  Raises TimeoutError if it is not taken."""
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode("ascii")
+        headers = {"Content-Type": "application/json", **headers, "Content-Length": str(len(raw)),
+                   "Connection": "keep-alive" if lasts else "close", "Cache-Control": "no-store",
+                   "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+                   "Cross-Origin-Resource-Policy": "same-origin"}
+        lines = [f"HTTP/1.1 {status} {'OK' if status == 200 else 'Refused'}",
+                 *(f"{name}: {value}" for name, value in headers.items()), "\r\n"]
+        writer.write("\r\n".join(lines).encode("latin-1") + raw)
+        await asyncio.wait_for(writer.drain(), self.limits.seconds)
+
+    # what is at each path: a body, and headers of its own
+
+    async def _page(self, head: Head, body: bytes, reader: Any) -> Tuple[Any, Dict[str, str]]:
+        return self._chat_page
+
+    async def _models(self, head: Head, body: bytes, reader: Any) -> Tuple[Any, Dict[str, str]]:
+        model = {"id": MODEL_NAME, "object": "model", "created": 0, "owned_by": "its owner"}
+        return model if MODEL_NAME in head.path else {"object": "list", "data": [model]}, {}
+
+    async def _status(self, head: Head, body: bytes, reader: Any) -> Tuple[Any, Dict[str, str]]:
+        growth = await asyncio.to_thread(lambda: self.organism.growth)  # the store may be busy
+        trainer = self.organism.trainer
+        return {"phase": trainer.phase.value, "age": growth.phase, "generation": growth.generation,
+                "step": growth.step, "bpc": growth.bpc, "share": trainer.progress.get("share"),
+                "learns": self.learns}, {}
+
+    async def _answer(self, head: Head, body: bytes, reader: Any) -> Tuple[Any, Dict[str, str]]:
+        """Return an answer, made when its turn comes; whoever hangs up ends it."""
+        session = head.headers.get("x-session", "").encode("latin-1").decode("utf-8", "replace")
+        try:
+            wanted = wanted_of(json.loads(body), "chat" in head.path, session)
+        except (ValueError, RecursionError):
+            raise Refused(400, "the body is no JSON") from None
+        if self._waiting >= self.limits.waiting:
+            raise Refused(429, "too many wait already", Retry_After="1")
+        answer = Answer(self.organism, wanted, self.learns, next(self._numbers))
+        work = asyncio.ensure_future(self._in_turn(answer))
+        try:
+            while not (await asyncio.wait({work}, timeout=0.1))[0]:
+                if reader.at_eof():
+                    raise EOFError
+        finally:
+            answer.gone.set()
+        work.result()
+        return answer.sent()
+
+    async def _in_turn(self, answer: Answer) -> None:
+        """Make an answer when those before it are made."""
+        self._waiting += 1
+        try:
+            async with self._mouth:
+                if not answer.gone.is_set():
+                    await asyncio.to_thread(answer.make)
+        finally:
+            self._waiting -= 1
+
+
+async def _read_away(reader: Any) -> None:
+    """Read what comes to its end."""
+    while await reader.read(65_536):
+        pass
+
+
+def _why_not(error: Any) -> str:
+    """Return why nobody can listen, and what may help."""
+    helps = {errno.EADDRINUSE: "another program has this port; choose another, or --port 0",
+             errno.EACCES: "it is not allowed; choose a --port above 1023"}
+    why = getattr(error, "strerror", None) or error
+    return helps.get(getattr(error, "errno", 0), f"{why}; name an address of this machine")
+
+
+# The page: nothing in it comes from elsewhere, and what it shows is text, whatever stands in it.
+
+CHAT_STYLE = """
+:root { color-scheme: light dark; scroll-padding-bottom: 9rem }
+body { font: 17px/1.5 system-ui, sans-serif; max-width: 44rem; min-height: 100dvh; margin: 0 auto;
+  padding: 0 1rem; box-sizing: border-box; display: flex; flex-direction: column }
+h1 { font-size: 1.2rem; margin: .8rem 0 0 } main { flex: 1; overflow-wrap: anywhere }
+#log > div { margin: .7rem 0; white-space: pre-wrap } #log b { display: block }
+b, details, #state { font-size: .85rem; margin: 0 }
+.user { border-left: 3px solid #2a7ae2; padding-left: .7rem } .error { color: #d33 }
+form { position: sticky; bottom: 0; background: Canvas; padding: .6rem 0; display: flex; gap: .5rem;
+  flex-wrap: wrap; align-items: end; border-top: 1px solid #8886 }
+label { flex: 1 1 14rem } #door { flex-basis: 100% }
+textarea, input, button { font: inherit; padding: .4rem }
+textarea, input { display: block; width: 100%; box-sizing: border-box }
+:focus-visible { outline: 3px solid #2a7ae2; outline-offset: 1px }
+"""
+
+CHAT_SCRIPT = """
+const byId = id => document.getElementById(id), log = byId("log"), text = byId("text");
+const session = "page " + crypto.getRandomValues(new Uint32Array(1))[0].toString(36);
+const messages = [];
+let stop = null;
+const add = (parent, kind, textContent, className = "") => parent.appendChild(
+  Object.assign(document.createElement(kind), {textContent, className}));
+async function ask(path, options) {
+  const token = sessionStorage.getItem("token") || "";
+  const answer = await fetch(path, {...options, headers: {"Content-Type": "application/json",
+    "X-Session": session, "Authorization": "Bearer " + token}});
+  const shut = answer.status == 401, appears = shut && byId("door").hidden;
+  byId("door").hidden = !shut;
+  if (appears) byId("token").focus();
+  if (!answer.ok) throw Error((await answer.json()).error.message);
+  return answer;
+}
+function tellWhy(item, why) {
+  const part = share => " " + Math.round(share * 100) + " %", box = add(item, "details", "");
+  add(box, "summary", "Why: " + why.source + (why.score ? ", match" + part(why.score) : ""));
+  for (const entry of why.entries) add(box, "div", "“" + entry.text + "”");
+  for (const name in why.shares) add(box, "div", name + part(why.shares[name]));
+  if (box.children.length == 1) add(box, "div", "No statement moved it.");
+}
+async function send(words) {
+  stop = new AbortController();
+  text.value = "";
+  byId("send").textContent = "Stop";
+  log.setAttribute("aria-busy", "true");
+  messages.push({role: "user", content: words});
+  const mine = add(log, "div", "", "user"), item = add(log, "div", "");
+  add(mine, "b", "You");
+  add(mine, "span", words);
+  add(item, "b", "macrogpt");
+  const span = add(item, "span", "");
+  try {
+    const answer = await ask("/v1/chat/completions", {method: "POST", signal: stop.signal,
+      body: JSON.stringify({stream: true, messages: messages.slice(-40)})});
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let held = "", got; !(got = await reader.read()).done;) {
+      const events = (held + got.value).split("\\n\\n");
+      held = events.pop();
+      for (const event of events.filter(event => event != "data: [DONE]")) {
+        const part = JSON.parse(event.slice(6));
+        span.textContent += part.choices[0].delta.content;
+        if (part.macrogpt) tellWhy(item, part.macrogpt);
+      }
+    }
+  } catch (error) {
+    if (error.name != "AbortError") add(item, "span", error.message, "error");
+  }
+  messages.push({role: "assistant", content: span.textContent});
+  item.scrollIntoView({block: "end"});
+  log.setAttribute("aria-busy", "false");
+  byId("send").textContent = "Send";
+  stop = null;
+}
+async function look() {
+  try {
+    const now = await (await ask("/status")).json();
+    byId("state").textContent = [now.phase + (now.share === null || now.phase != "learning" ? "" :
+      " " + Math.round(now.share * 100) + " %"), "generation " + now.generation,
+      "step " + now.step, now.bpc === null ? now.age : now.bpc.toFixed(2) + " bits per character",
+      now.learns ? "it learns from this page" : "nothing said here is kept"].join(" · ");
+  } catch (error) { byId("state").textContent = error.message; }
+  setTimeout(look, 2000);
+}
+byId("form").addEventListener("submit", event => {
+  event.preventDefault();
+  if (stop) stop.abort(); else if (text.value.trim()) send(text.value);
+  text.focus();
+});
+text.addEventListener("keydown", event => {
+  if (event.key != "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  if (!stop) byId("form").requestSubmit();
+});
+byId("token").addEventListener("change", event =>
+  sessionStorage.setItem("token", event.target.value));
+look();
+"""
+
+CHAT_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>macrogpt</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<style>{style}</style></head><body><header><h1>macrogpt</h1><p id="state">…</p></header>
+<main><div id="log" role="log" aria-live="polite" aria-label="The talk"></div></main>
+<form id="form"><label id="door" hidden>Token<input id="token" type="password"
+autocomplete="off"></label><label>What you say<textarea id="text" rows="2" autofocus></textarea>
+</label><button id="send">Send</button></form><script>{script}</script></body></html>
+"""
+
+
+def chat_page() -> Tuple[bytes, Dict[str, str]]:
+    """Return the page and its headers, by which a browser runs nothing but what stands in it."""
+    sums = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode("ascii")
+            for part in (CHAT_SCRIPT, CHAT_STYLE))
+    policy = ("default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; connect-src "
+              "'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    page = CHAT_PAGE.format(script=CHAT_SCRIPT, style=CHAT_STYLE)
+    return page.encode(), {"Content-Type": "text/html; charset=utf-8",
+                           "Content-Security-Policy": policy.format(*sums)}
+
+
+# ──────────────────────────────────────────────────────────────────────────────────────
+# 19 · INTERFACE — it alone speaks to a terminal   uses: 0 1 2 4 7 8 9 10 11 12 13 14 16 17 18
 # ──────────────────────────────────────────────────────────────────────────────────────
 #
 # Replies and reports go to stdout; everything else goes to stderr. A table of commands, each a
@@ -13172,6 +13846,21 @@ def chart(points: Sequence[Tuple[float, float]]) -> str:
             f'<text x="590" y="174" text-anchor="end">{right:,}</text></svg>')
 
 
+def command_serve(app: App, words: List[str]) -> None:
+    """Serve programs and the page until a signal ends it; then it ends as chat does."""
+    host = "127.0.0.1" if app.options.host is None else app.options.host
+    port = "8080" if app.options.port is None else app.options.port
+    check_door(host, app.options.token)
+    if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65_535:
+        raise UsageError(f"--port {port} is no port; give a number from 0 to 65535")
+    organism = wake(app)
+    server = Server(organism, app.options.token, bool(app.options.learn), app.terminal.note)
+    for number in ENDING_SIGNALS:
+        signal.signal(number, lambda number, frame: server.stop(number))
+    number = asyncio.run(server.serve(host, int(port)))
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+
+
 def command_stats(app: App, words: List[str]) -> None:
     """Say how large, how old and how good it is; with --html as a page with charts."""
     facts = stats_facts(app)
@@ -13534,6 +14223,9 @@ COMMANDS: Dict[str, Command] = {
                       "talks.jsonl --format jsonl --mine", ("format", "mine"), True),
     "import": Command(command_import, "PATH", "talks, or a folder of weights, as export makes them",
                       "talks.jsonl"),
+    "serve": Command(command_serve, "",
+                     "the API that chat front ends speak, and a page [--host H] [--port N]",
+                     "--port 8080", ("host", "port", "token", "learn")),
     "completion": Command(command_completion, "bash|zsh|fish",
                           "what makes a shell complete words", "bash")}
 
@@ -13579,6 +14271,10 @@ def option_parser() -> argparse.ArgumentParser:
     add("--mine", action="store_true", default=None, help="export: your talks alone")
     add("--html", metavar="FILE", help="stats: draw them as a page")
     add("--rescue", metavar="NEW", help="doctor: copy all that can be read into a new store")
+    add("--host", metavar="ADDRESS", help="serve: where to listen (default 127.0.0.1)")
+    add("--port", metavar="N", help="serve: at which port (default 8080; 0 is any that is free)")
+    add("--token", metavar="T", help="serve: a secret that is asked of all")
+    add("--learn", action="store_true", default=None, help="serve: keep what is said in sessions")
     add("--version", action="version", version=f"macrogpt {__version__}")
     return parser
 
