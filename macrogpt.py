@@ -545,13 +545,20 @@ def _cut_run(run: Iterator[str]) -> Iterator[Document]:
 def documents_of(lines: Iterable[str]) -> Iterator[Document]:
     """Yield the documents that clean lines form, in order; "" is a blank line.
 
-    A document is a run of spoken lines (with their markers normalised to "H: words") or a run of
-    plain lines. Runs of more than WHOLE_LINES lines are cut where their content says.
+    A document is a run of spoken lines (with their markers normalised to "H: words"), of word
+    knowledge that begins with a sign, or of plain lines. Runs of more than WHOLE_LINES lines are
+    cut where their content says.
     """
-    for spoken, run in itertools.groupby(
-            lines, lambda line: line[:2] in MARKERS if line else None):
-        if spoken is not None:
-            yield from _cut_run(map(_space_marker, run) if spoken else run)
+    kind: Optional[str] = None
+
+    def kind_of(line: str) -> Optional[str]:
+        nonlocal kind
+        known = line and WORD_LINE.match(line) and (line[0] in "=~!" or kind == "known")
+        kind = "known" if known else "spoken" if line[:2] in MARKERS else "plain" if line else None
+        return kind
+    for each, run in itertools.groupby(lines, kind_of):
+        if each:
+            yield from _cut_run(map(_space_marker, run) if each == "spoken" else run)
 
 
 def is_held_out(document: Document, share: float = 0.1) -> bool:
@@ -5791,7 +5798,7 @@ class Memory:
     def counts(self) -> Dict[str, int]:
         """Return how many messages, sessions, entries and learned entries there are."""
         tables = {"messages": "messages", "sessions": "sessions", "entries": "entries",
-                  "told": "entries WHERE source != 'corpus'",
+                  "told": "entries WHERE source != 'corpus' AND recall",
                   "learned": "entries WHERE layer IS NOT NULL",
                   "held_out": "entries WHERE held_out"}
         return {name: self._one(f"SELECT count(*) FROM {rows}") for name, rows in tables.items()}
@@ -6431,7 +6438,8 @@ short.en: 'm/am 're/are 've/have 'll/will 'd/would whats/what_is wheres/where_is
  theres/there_is wasnt/was_not teh/the u/you ur/your wher/where waht/what wat/what, short.fr: j'/je
  l'/le d'/de qu'/que c'/ce m'/me s'/se n'/ne t'/te, ending.en: ies/i ied/i y/i ss/ss us/us is/is
  ing ed es s e, en er es em et te ten st n e s t, os/o as/a es s, es ées ée és er ez ent e s é,
- turn.en: i/you we/you me/you us/you my/your our/your mine/yours ours/yours myself/yourself
+ silent.en: ing/e ed/e es/e e/e, turn.en: i/you we/you me/you us/you my/your our/your mine/yours
+ ours/yours myself/yourself
  ourselves/yourselves i'm/you_are i've/you_have i'll/you_will i'd/you_would im/you_are ive/you_have
  am/are we're/you_are we've/you_have we'll/you_will we'd/you_would your/my yours/mine
  yourself/myself you're/I_am you've/I_have you'll/I_will you'd/I_would, mein/dein meine/deine
@@ -6538,13 +6546,15 @@ class Lexicon:
 
     def stem(self, word: str, language: str) -> str:
         """Return a word without accents and the commonest endings of its language."""
-        word = _unmarked(self.odd.get(word, word))
+        word, back = _unmarked(self.odd.get(word, word)), ""
         for end, put in self.endings.get(language, ()):
             if word.endswith(end) and len(word) - len(end) > 2:
                 word = word[:len(word) - len(end)] + put
+                back = self.pairs["silent", language].get(end, "")
                 break
-        twice = len(word) > 3 and word[-1] == word[-2] and word[-1] not in "lsz"  # stopp(ed)
-        return word[:-1] if twice else word
+        if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "lsz":
+            return word[:-1]  # stopp(ed)
+        return word + back * bool(_SHORT.fullmatch(word))
 
     @functools.lru_cache(1 << 13)
     def word(self, text: str, language: str) -> Word:
@@ -6568,6 +6578,8 @@ class Lexicon:
             return 3
         if b in self.kinds.get(a, ()):
             return 2
+        if not _NUMBERED.isdisjoint(a + b):  # room 12 is not room 14
+            return 0
         same, (short, long) = len(os.path.commonprefix([a, b])), sorted((len(a), len(b)))
         alike = same >= STEM_CHARS and long - same < 4 or 4 <= same == short and (
             long - same < 3 or short > STEM_CHARS)
@@ -6583,15 +6595,20 @@ class Lexicon:
             for form in self._endings_of(text)]
         return list(dict.fromkeys(found))[:MOST_FORMS]
 
+    def own_forms(self, word: Word) -> List[str]:
+        """Return how a word is looked for without mates and members."""
+        return self._endings_of(word.word)
+
     def _endings_of(self, text: str) -> List[str]:
         plain = " ".join(folded_words(text))
         odd = self.forms_of.get(self.odd.get(text, text), [])
-        if " " in plain:
+        if " " in plain or not _NUMBERED.isdisjoint(plain):
             return [plain]
         if len(plain) > 4 or not plain.isascii():
             return [(plain[:-1] if plain[-1:] in "yei" else plain)[:STEM_CHARS] + "*", *odd]
         ends = ("", "s", "e", "es", "d", "ed", "ing", "y", plain[-1:] + "ing", plain[-1:] + "ed")
-        return [*(plain + end for end in ends), *odd]
+        hoping = [plain[:-1] + "ing"] * plain.endswith("e")
+        return [*(plain + end for end in ends), *hoping, *odd]
 
     def phrase_at(self, words: Sequence[str], at: int, kind: str, language: str) -> int:
         """Return how many words from a place on are a phrase of a kind; 0 if none is."""
@@ -6608,7 +6625,10 @@ class Lexicon:
 _NONE: AbstractSet[str] = frozenset()
 _NO_WORD = Word("", "", "", _NONE)
 _NEXT_LANGUAGE = {".en": ".de", ".de": ".es", ".es": ".fr"}
-_PAIRED = frozenset("ending turn short opposite day weekday month span count nth side past "
+_NUMBERED = frozenset("0123456789")  # what holds one of these has no other forms
+# A syllable that doubles its last letter before an ending: hop is in hopping, and hope in hoping.
+_SHORT = re.compile("[^aeiouy]*[aeiou][^aeiouywxsz]")
+_PAIRED = frozenset("ending silent turn short opposite day weekday month span count nth side past "
                     "reckon".split())
 _FUNCTIONS = frozenset("det aux question me you own other not whether pronoun subject".split())
 
@@ -7066,7 +7086,7 @@ def statements_of(text: str, lex: Optional[Lexicon] = None) -> List[str]:
     lex = lex or lexicon()
     return [part for sentence in sentences_of(_MARKER.sub("", text))
             if not asks(sentence, lex) and not _wish(lex, sentence)
-            for part in _clauses(lex, sentence) if part.strip(" .…!-—\"'")]
+            for part in _clauses(lex, sentence) if len(part.strip(" .…!-—\"'")) > 1]
 
 
 def _clauses(lex: Lexicon, sentence: str) -> List[str]:
@@ -7454,8 +7474,12 @@ def gathered(lex: Lexicon, memory: Memory, asked: Asked) -> Tuple[Asked, List[En
     forms = {i: lex.forms(words[i]) for i in asked.terms}
     mass: DefaultDict[int, float] = defaultdict(float)
     weights, told = {}, set()  # type: Dict[int, float], Set[int]
+    very: Counter[int] = Counter()
     for i in asked.terms:
         ids, own = _held(memory, forms[i], [f for j in asked.terms if j != i for f in forms[j]])
+        if len(ids) > MOST_TOLD:  # among so many, the owner's with the very word come first
+            very.update(memory.ids_holding([lex.own_forms(words[i]), [TOLD_MARK]], MOST_HELD))
+            ids |= very.keys()
         rare = log(1.0 + total / (len(ids) + 0.5)) / log(1.0 + 2.0 * total)
         idle = "idle" in words[i].classes or not ids and i not in asked.vital
         weights[i] = rare * rare / (1 + idle)  # halved where it hardly tells, or nobody said it
@@ -7470,7 +7494,8 @@ def gathered(lex: Lexicon, memory: Memory, asked: Asked) -> Tuple[Asked, List[En
     if "me" in asked.line.has and all(i in asked.asking or "idle" in words[i].classes
                                       for i in asked.terms):  # Who am I?
         mass.update(dict.fromkeys(memory.ids_holding([[TOLD_MARK]], MOST_TOLD), 0.0))
-    best = memory.entries_of(sorted(mass, key=lambda i: (-mass[i] - (i in told), -i))[:MOST_HELD])
+    best = memory.entries_of(sorted(
+        mass, key=lambda i: (-mass[i] - (i in told), -very[i], -i))[:MOST_HELD])
     return asked._replace(weights=weights, names=names), [
         *[entry for entry in best if entry.source in TOLD][:MOST_TOLD],
         *[entry for entry in best if entry.source not in TOLD][:MOST_READ]]
@@ -12714,7 +12739,7 @@ def folded(line: str, columns: int, at: int = 0) -> str:
 
 
 STATUS_SECONDS = 10.0  # between two lines of status
-PLOTTED = str.maketrans("▁▂▃▄▅▆▇█", "_.,-=+*#")  # where the locale knows no other signs
+PLOTTED = str.maketrans("▁▂▃▄▅▆▇█·→–—»…", "_.,-=+*#.>---.")  # where a locale knows no other signs
 
 
 class Terminal:
@@ -12733,17 +12758,11 @@ class Terminal:
     def say(self, text: str, end: str = "\n", faint: bool = False) -> None:
         """Write to stdout at once, in a terminal broken at words; it can do no more than be read.
         """
-        clean = "\n".join(map(folded, self.drawn(text).split("\n"), repeat(self.columns),
+        clean = "\n".join(map(folded, self.drawn(text).split("\n"), repeat(self.width(self.out)),
                               itertools.chain([self._at], repeat(0))))
         print(self.dim(clean) if faint else clean, end=end, file=self.out, flush=True)
         _, newline, last = (clean + end).rpartition("\n")
         self._at = width_of(last) + (0 if newline else self._at)
-
-    @property
-    def columns(self) -> int:
-        """The width of the terminal that stdout goes to, or 0 where it goes elsewhere."""
-        wide = self.folds and self.out.isatty()  # JSON is one line however long
-        return shutil.get_terminal_size().columns if wide else 0
 
     def drawn(self, text: str) -> str:
         """Return a text without what would steer a terminal, its plots as the locale asks."""
@@ -12752,10 +12771,16 @@ class Terminal:
         clean = tidied(text)
         return clean if "utf" in encoding else clean.translate(PLOTTED)
 
+    def width(self, stream: TextIO) -> int:
+        """Return the columns of the terminal that a stream goes to, or 0 where it goes elsewhere.
+        """
+        wide = self.folds and stream.isatty()  # JSON is one line however long
+        return shutil.get_terminal_size().columns if wide else 0
+
     def note(self, text: str) -> None:
         """Write a notice to stderr, unless quiet."""
         if not self.quiet:
-            self._tell(self.dim(tidied(text)))
+            self._tell(self.dim(folded(self.drawn(text), self.width(self.err))))
 
     def _tell(self, text: str, end: str = "\n") -> None:
         with contextlib.suppress(OSError):  # a full disk behind stderr spoils no reply
@@ -12767,7 +12792,7 @@ class Terminal:
 
     def page(self, lines: Iterable[str]) -> None:
         """Say the lines; what a terminal cannot hold at once goes through the owner's pager."""
-        text, width = "\n".join(map(tidied, lines)), self.columns
+        text, width = "\n".join(map(tidied, lines)), self.width(self.out)
         rows = [folded(line, width) for line in text.split("\n")]
         if width and "\n".join(rows).count("\n") + 2 > shutil.get_terminal_size().lines:
             import pydoc  # 30 ms that no other start should pay
@@ -12790,6 +12815,15 @@ class Terminal:
         elif time.monotonic() > self._next_status:
             self._tell(shown)
             self._next_status = time.monotonic() + STATUS_SECONDS
+
+    def clear_line(self) -> None:
+        """Take away what stands in the row of the cursor."""
+        self._tell("\r\033[K", "")
+
+    def prompt(self, typed: str) -> None:
+        """Show the prompt again, with what was typed behind it."""
+        self.out.write(PROMPT + typed)
+        self.out.flush()
 
     def end_status(self) -> None:
         """End the line of status, if there is one."""
@@ -12946,6 +12980,9 @@ def wake(app: App) -> Organism:
     return organism
 
 
+STRETCHES = {"warmup": "being born", "grown": "learning", "rebirth": "being born anew"}
+
+
 class ProgressBar:
     """A line with what is learned, how far, held-out bits per character, pace and time left."""
 
@@ -12964,8 +13001,18 @@ class ProgressBar:
         left = f"  {duration(took / gained * (1 - share))} left" if gained else ""
         bits = "" if p["bpc"] is None else f"  {p['bpc']:.3f} bits/char"
         self.terminal.status(
-            f"{p['phase']} {'█' * filled}{'·' * (cells - filled)} {share:4.0%}  step {p['step']}"
-            f"{bits}  {p['tokens_per_s']:.0f} tokens/s{left}", above)
+            f"{STRETCHES[p['phase']]} {'█' * filled}{'·' * (cells - filled)} {share:4.0%}  "
+            f"step {p['step']}{bits}  {p['tokens_per_s']:.0f} tokens/s{left}", above)
+
+
+LEARNING = (Phase.RAISING, Phase.LEARNING)
+
+
+def bind_key(key: str, what: str) -> None:
+    """Let a key do something in the line that is typed, where readline is there."""
+    readline = sys.modules.get("readline")
+    if readline is not None and "libedit" not in (readline.__doc__ or ""):
+        readline.parse_and_bind(f'"\\{key}": {what}')
 
 
 def typed_line() -> str:
@@ -12988,7 +13035,8 @@ class LearningLine:
 
     def __init__(self, app: App) -> None:
         self.app, self.bar, self.trainer = app, ProgressBar(app.terminal), app.organism().trainer
-        self._width = 0  # of the terminal in which it stands, or 0
+        # of the terminal in which it stands; 0 at a prompt without it, None where no prompt is
+        self._width: Optional[int] = None
         if "readline" not in sys.modules or not hasattr(signal, "SIGTSTP"):
             return
         signal.signal(signal.SIGTSTP, self.pause)
@@ -12997,27 +13045,43 @@ class LearningLine:
                 threading.Thread(target=self._follow, daemon=True).start()
 
     def place(self) -> None:
-        """Show the line, if something is being learned, before the prompt comes below it."""
-        if self.trainer.phase in (Phase.RAISING, Phase.LEARNING):
-            self.app.terminal.status("getting ready to learn")
-            self.bar.show(self.trainer.progress)
+        """Show notices, and the line if something is being learned, before a prompt comes below."""
+        self.app.notices()
+        self._width = 0
+        if self.trainer.phase in LEARNING:
+            if self.trainer.progress:
+                self.bar.show(self.trainer.progress)
+            else:
+                self.app.terminal.status("getting ready to learn")
             self.app.terminal.end_status()
             self._width = shutil.get_terminal_size().columns
+            bind_key("C-l", "redraw-current-line")  # a cleared screen has no row above the prompt
 
     def leave(self) -> None:
         """Let the line be: what stands below it now is no prompt of one row."""
-        self._width = 0
+        self._width = None
+        bind_key("C-l", "clear-screen")
 
     def _follow(self) -> None:
         while True:
             with self.trainer.changed:
                 self.trainer.changed.wait(1.0)
             if self._width and self._stands():
-                if self.trainer.phase in (Phase.RAISING, Phase.LEARNING):
-                    self.bar.show(self.trainer.progress, above=True)
-                elif self.app.organism().notices:  # what came of it
-                    self.app.terminal.status(self.app.organism().notices.popleft(), above=True)
-                    self.leave()
+                self._redraw()
+            elif self._width == 0 and not typed_line() and is_typing() and (
+                    self.trainer.phase in LEARNING or self.app.organism().notices):
+                self.app.terminal.clear_line()
+                self.place()
+                self.app.terminal.prompt("")
+
+    def _redraw(self) -> None:
+        """Draw the line anew; in the end it is what came of it."""
+        notices = self.app.organism().notices
+        if self.trainer.phase in LEARNING:
+            self.bar.show(self.trainer.progress, above=True)
+        elif notices:
+            self.app.terminal.status(notices.popleft(), above=True)
+            self._width = 0
 
     def _stands(self) -> bool:
         """Return whether the line is where it was: one row above, in a terminal as wide as then."""
@@ -13035,8 +13099,7 @@ class LearningLine:
         signal.signal(signal.SIGTSTP, self.pause)
         if typing:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
-            self.app.terminal.out.write(PROMPT + typed_line())
-            self.app.terminal.out.flush()
+            self.app.terminal.prompt(typed_line())
 
 
 def duration(seconds: float) -> str:
@@ -13119,7 +13182,6 @@ def _chat_terminal(app: App) -> int:
     learning, interrupted = LearningLine(app), -math.inf
     app.on_list = learning.leave
     while True:
-        app.notices()
         learning.place()
         try:
             line = read_block(input)
@@ -13138,6 +13200,8 @@ def _chat_terminal(app: App) -> int:
         try:
             if is_command(line):
                 app.terminal.page(repl_command(app, line))
+            elif line.casefold() in ("exit", "quit"):
+                app.terminal.note(f"/{line.casefold()} or Ctrl+D leaves")
             elif line:
                 app.in_sound_store(lambda: _stream_reply(app, spoken_line(line)))
         except EOFError:
@@ -13146,17 +13210,25 @@ def _chat_terminal(app: App) -> int:
             app.terminal.tell_error(error)
 
 
+AGES = {"newborn": "newborn", "warmup": "being born", "grown": "grown up"}
+
+
 def banner(app: App) -> str:
     """Return what a chat begins with: who it is, how old, what it knows, and what it does."""
-    organism, began = app.organism(), [s["started_at"] for s in app.memory().sessions()]
-    phase = {"grown": "grown up", "warmup": "still being born"}.get(
-        organism.growth.phase, "newborn")
-    days = int((time.time() - min(began, default=math.inf)) / 86400) if began else 0
-    told, does = app.memory().counts()["told"], " · it learns nothing now" * app.options.no_train
-    return (f"macrogpt {__version__} — {phase}{f', {days} days old' * (days > 1)} · "
-            f"{told} statement{'s' * (told != 1)} told · session {organism.session} · "
-            f"{model_size(organism)[0]:,} parameters · {organism.speaker.engine.name} engine{does}"
-            ". /help for commands.")
+    organism, memory = app.organism(), app.memory()
+    began = min((session["started_at"] for session in memory.sessions()), default=time.time())
+    days, told = int((time.time() - began) / 86400), memory.counts()["told"]
+    parts = [AGES[organism.growth.phase], counted(days, "day") + " old" if days else "born today",
+             counted(told, "statement") + " told",
+             ("going on in" if memory.messages_of(organism.session) else "in")
+             + f" session {organism.session}", f"{model_size(organism)[0]:,} parameters",
+             f"{organism.speaker.engine.name} engine", *["--no-train"] * app.options.no_train]
+    return f"macrogpt {__version__} — {' · '.join(parts)}. /help for commands."
+
+
+def counted(number: int, thing: str) -> str:
+    """Return how many of a thing there are: 1 day, 2 days."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def _whole_reply(app: App, line: str) -> str:
@@ -13247,6 +13319,7 @@ def prepare_readline(app: App) -> Callable[[], None]:
         return nothing
     readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else
                             "tab: complete")
+    readline.parse_and_bind("set enable-bracketed-paste on")  # what is pasted is one message
     readline.set_completer_delims(" ")
     readline.set_completer(lambda text, number: next(itertools.islice(
         completions(app, readline.get_line_buffer(), text), number, None), None))
@@ -13332,21 +13405,27 @@ def _repl_exit(app: App, rest: str) -> List[str]:
     raise EOFError
 
 
-SHORT_CHARS = 160  # of an entry in a list
+SHORT_CHARS, MOST_SHOWN, MOST_FOUND = 160, 10, 100  # of an entry in a list; entries
 
 
 def _repl_memory(app: App, rest: str) -> List[str]:
-    found = sorted(search(app.memory(), rest, 40), key=lambda e: e.source == "corpus")
-    more = [f"and {len(found) - 10} more; memory search shows all"] * (len(found) > 10)
-    return [clean_line(_entry_line(entry), SHORT_CHARS) for entry in found[:10]] + more or [
-        f"the memory holds nothing about {rest!r}"]
+    memory = app.memory()
+    found = search(memory, rest, MOST_FOUND) if rest else memory.entries(
+        "e.source != 'corpus' AND e.recall")[::-1]
+    found.sort(key=lambda entry: entry.source == "corpus")
+    more = [f"and {len(found) - MOST_SHOWN} more; /memory TEXT looks for some"]
+    return [clean_line(_entry_line(entry), SHORT_CHARS) for entry in found[:MOST_SHOWN]] + (
+        more * (len(found) > MOST_SHOWN)) or [f"the memory holds nothing about {rest!r}" if rest
+                                              else "nothing has been told yet"]
 
 
 def _repl_again(app: App, rest: str) -> List[str]:
     turn = app.organism().speaker.turn
     if turn is None:
         return ["nothing has been said yet"]
-    return ["".join(app.organism().reply(turn.text))]
+    said = "".join(app.organism().reply(turn.text))
+    same = said == turn.reply.text
+    return [said, *["there is no other: that is what I was told"] * same]
 
 
 def transcript(memory: Memory, session: str) -> List[str]:
@@ -13389,7 +13468,7 @@ def _repl_why(app: App, rest: str) -> List[str]:
             _entry_line(entry) for entry in last.entries or (last.entry,))]
     if last.source == "voice":
         return why_lines(turn.trace, app.organism().growth.step)
-    return ["nothing in the memory fitted, and the model has not learned enough to try"]
+    return [f"nothing in the memory answers it, as {turn.seconds:.2f} s have shown"]
 
 
 def why_lines(trace: Optional[Trace], step: int) -> List[str]:
@@ -13432,7 +13511,7 @@ def forget(memory: Memory, wish: str, yes: bool = False) -> str:
             return f"entry {wish} stands in the corpus; take its lines out of that file"
         return f"nothing that was told is {wish!r}; look for its id with memory search"
     if len(found) > 1:
-        return "that may be, by its id: " + "; ".join(
+        return "several are meant; forget one by its number: " + "; ".join(
             f"{entry.id} {' / '.join(entry.text.splitlines())}" for entry in found[:10])
     words = " / ".join(found[0].text.splitlines())
     if number is None and not yes and not agreed(f"forget {words!r}?"):
@@ -13549,7 +13628,8 @@ def _repl_sleep(app: App, rest: str) -> List[str]:
 # What an event of the life log says; whatever else is in it stands behind.
 EVENTS = {"corpus": "{added} documents came into the corpus, {removed} went",
           "learning": "begins to learn {fresh} of {documents} documents",
-          "learned": "has learned: {lines} new lines, at step {step}",
+          "learned": "has read all, {lines} lines of it new, at step {step}, held-out {bpc:.3f} "
+                     "bits per character",
           "phase": "generation {generation} is {phase} at step {step}",
           "rebirth": "generation {generation} begins to grow up ({why})",
           "generation": "generation {generation} takes over ({why})",
@@ -13566,7 +13646,8 @@ EVENTS = {"corpus": "{added} documents came into the corpus, {removed} went",
 
 def life_line(event: Dict[str, Any]) -> str:
     """Return an event of the life log in words, also one of an older version."""
-    rest = {name: value for name, value in event.items() if name not in ("at", "event")}
+    rest = {name: AGES.get(str(value), value) for name, value in event.items()
+            if name not in ("at", "event")}
     try:
         said = EVENTS[event["event"]].format(**rest)
     except (KeyError, ValueError, TypeError):
@@ -13583,7 +13664,7 @@ REPL_COMMANDS: Dict[str, Tuple[Callable[[App, str], List[str]], str, str]] = {
     "stats": (lambda app, rest: stats_lines(stats_facts(app)), "",
               "how large, how old, how good it is"),
     "log": (_repl_log, "", "what has happened in its life"),
-    "memory": (_repl_memory, "TEXT", "search the memory"),
+    "memory": (_repl_memory, "[TEXT]", "what was told last, or search the memory"),
     "again": (_repl_again, "", "another reply to what was said last"),
     "about": (_repl_about, "TEXT", "all that was told about it"),
     "why": (_repl_why, "", "where the last reply came from"),
@@ -13594,7 +13675,7 @@ REPL_COMMANDS: Dict[str, Tuple[Callable[[App, str], List[str]], str, str]] = {
                "forget what was told, by id or words"),
     "session": (_repl_session, "[NAME]", "show or change the session"),
     "sessions": (lambda app, rest: session_lines(app.memory().sessions()), "", "list the sessions"),
-    "new": (_repl_new, "", "begin a new session"),
+    "new": (_repl_new, "[NAME]", "begin a new session"),
     "compact": (_repl_compact, "", "put the session's old turns into its summary"),
     "set": (_repl_set, "FIELD VALUE", "change a setting"),
     "show": (_repl_show, "[FIELD]", "show the settings"),
@@ -13602,7 +13683,7 @@ REPL_COMMANDS: Dict[str, Tuple[Callable[[App, str], List[str]], str, str]] = {
     "sleep": (_repl_sleep, "", "stop learning until /train"),
     "save": (_repl_save, "[FILE]", "write the session's words into a file"),
     "exit": (_repl_exit, "", "leave"),
-    "quit": (_repl_exit, "", "")}
+    "quit": (_repl_exit, "", ""), "bye": (_repl_exit, "", ""), "clear": (_repl_new, "[NAME]", "")}
 
 
 # The commands. Each says its report or streams its text; one that returns nothing ends with 0.
@@ -13674,10 +13755,10 @@ def command_train(app: App, words: List[str]) -> None:
     finally:
         app.terminal.end_status()
         organism.sleep()
-        app.terminal.note(f"committed at step {organism.growth.step}")
-        app.notices()
     if organism.trainer.barred():
         raise TrainerError("another macrogpt trains this memory; leave that one first")
+    app.terminal.note(f"committed at step {organism.growth.step}")
+    app.notices()
     growth = organism.growth
     facts = {**dataclasses.asdict(growth), "steps_now": growth.step - before.step,
              "tokens_now": growth.tokens - before.tokens}
@@ -13709,14 +13790,14 @@ def command_memory(app: App, words: List[str]) -> int:
     action, rest = (words[0], " ".join(words[1:])) if words else ("", "")
     memory = app.memory()
     if action == "search" and rest:
-        entries = search(memory, rest)
+        entries = search(memory, rest, MOST_FOUND)
     elif action == "about" and rest:
         found = about(memory, rest)
         app.report({"reply": found.text, "entries": [e._asdict() for e in found.entries]},
                    [found.text])
         return 0
     elif action == "list" and not rest:
-        entries = memory.entries("e.source != 'corpus'")
+        entries = memory.entries("e.source != 'corpus' AND e.recall")
     elif action == "forget" and rest:
         done = forget(memory, rest, app.options.yes)
         app.report({"said": done}, [done])
@@ -13784,13 +13865,14 @@ def stats_lines(facts: Dict[str, Any]) -> List[str]:
         f"{shape['n_embd']} channels, vocabulary {facts['vocabulary']}"
         f", generation {facts['generation']}, "
         f"{facts['layers']['deltas']} deltas",
-        f"learning   {facts['phase']}, step {facts['step']}, {facts['tokens']:,} tokens, "
+        f"learning   {AGES[facts['phase']]}, step {facts['step']:,}, {facts['tokens']:,} tokens, "
         f"held-out {bpc}",
-        f"memory     {memory['messages']} messages in {memory['sessions']} sessions, "
+        f"memory     {counted(memory['messages'], 'message')} in "
+        f"{counted(memory['sessions'], 'session')}, "
         f"{memory['entries']} entries ({memory['told']} told, {memory['learned']} learned, "
         f"{memory['held_out']} held out), {facts['file_bytes']:,} bytes",
-        f"waiting    {facts['waiting_chars']['corpus']} characters of the corpus, "
-        f"{facts['waiting_chars']['said']} of what was said",
+        f"to learn   {facts['waiting_chars']['corpus']:,} characters of the corpus, "
+        f"{facts['waiting_chars']['said']:,} of what was said",
         f"engine     {facts['engine']}, macrogpt {facts['version']}, "
         f"Python {sys.version.split()[0]}"]
     curve = [p["held_out_bpc"] for p in facts["progress"] if p["held_out_bpc"] is not None]
@@ -13799,7 +13881,17 @@ def stats_lines(facts: Dict[str, Any]) -> List[str]:
     for name, points in facts["probe_curves"].items():
         losses = [bpc for _, bpc in points]
         lines.append(f"probe {name:>6}  {sparkline(losses)}  {losses[0]:.2f} → {losses[-1]:.2f}")
-    return lines
+    return [*lines, *bars({
+        "vocabulary": ("merges of", facts["merges"], facts["vocabulary"]),
+        "deltas": ("of at most", facts["layers"]["deltas"], facts["layers"]["max_deltas"]),
+        "learned": ("entries of", memory["learned"], memory["entries"]),
+        "told": ("statements of", memory["told"], memory["entries"])})]
+
+
+def bars(rows: Dict[str, Tuple[str, int, int]], cells: int = 24) -> List[str]:
+    """Return a line with a bar for each name: how many there are, of how many."""
+    return [f"{name:10} {'█' * -(-part * cells // max(1, whole)):{cells}} {part:,} {what} {whole:,}"
+            for name, (what, part, whole) in rows.items()]
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
@@ -13832,18 +13924,22 @@ def stats_page(facts: Dict[str, Any]) -> str:
     return PAGE.format(facts=html.escape("\n".join(stats_lines(facts))), charts=charts)
 
 
+LEAST_DRAWN = 0.2  # bits per character that a chart spans
+
+
 def chart(points: Sequence[Tuple[float, float]]) -> str:
     """Return a drawing of bits per character over the steps of a life."""
     steps, losses = zip(*points)
     (left, right), (low, high) = ((min(values), max(values)) for values in (steps, losses))
-    line = " ".join(f"{50 + 540 * (step - left) / ((right - left) or 1):.1f},"
-                    f"{150 - 130 * (loss - low) / ((high - low) or 1):.1f}"
-                    for step, loss in points)
-    return (f'<svg viewBox="0 0 600 180" role="img" aria-label="from {losses[0]:.2f} to '
+    high = max(high, low + LEAST_DRAWN)  # what hardly changes looks as if it hardly does
+    line = " ".join(f"{50 + 345 * (step - left) / ((right - left) or 1):.1f},"
+                    f"{150 - 115 * (loss - low) / (high - low):.1f}" for step, loss in points)
+    return (f'<svg viewBox="0 0 400 180" role="img" aria-label="from {losses[0]:.2f} to '
             f'{losses[-1]:.2f} bits per character"><polyline points="{line}"/>'
-            f'<text x="0" y="24">{high:.2f}</text><text x="0" y="154">{low:.2f}</text>'
+            f'<text x="0" y="16">bits per character</text>'
+            f'<text x="0" y="40">{high:.2f}</text><text x="0" y="154">{low:.2f}</text>'
             f'<text x="50" y="174">step {left:,}</text>'
-            f'<text x="590" y="174" text-anchor="end">{right:,}</text></svg>')
+            f'<text x="395" y="174" text-anchor="end">{right:,}</text></svg>')
 
 
 def command_serve(app: App, words: List[str]) -> None:

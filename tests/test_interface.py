@@ -280,7 +280,7 @@ class Piped(ProcessCase):
         self.assertIn("parameters", page)
         html.parser.HTMLParser().feed(page)
         points = [(0, 3.0), (50, 2.0), (90, 2.5)]
-        self.assertIn('points="50.0,20.0 350.0,150.0 590.0,85.0"', m.chart(points))
+        self.assertIn('points="50.0,35.0 241.7,150.0 395.0,92.5"', m.chart(points))
 
     def test_each_line_gives_exactly_one_line_in_order_whatever_it_is(self):
         said = self.chat("Who are you?", "", "What do you eat?", "   ", "zzz?",
@@ -691,7 +691,7 @@ class WhileItLearns(TerminalCase):
     WORDS = ("--set=warmup_epochs=99999", "--set=warmup_steps=2000000", "--set=eval_steps=2000000")
 
     def test_the_line_above_the_prompt_is_redrawn_while_one_types(self):
-        self.until(lambda: self.type("\r") or "warmup " in self.expect("you> "))
+        self.expect("being born ")  # though nobody has typed anything
         for typed in ("Who is", " the m", "iller?"):  # saved, a row up, and back where it was
             self.type(typed)
             self.expect("\x1b7\x1b[A\r")
