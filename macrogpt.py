@@ -5141,7 +5141,7 @@ SQL_ERRORS = (sqlite3.Error, UnicodeDecodeError)  # a damaged schema breaks even
 MAX_LIKE_FORMS = 900  # SQLite takes expressions of up to 1,000 levels
 TOLD = ("chat", "taught")
 WORDS_MARK = "_words_"  # a word of every entry with lines of word knowledge
-GREETING_CHARS = 20  # of a first message that is no title
+GREETING_CHARS = 12  # of a first message that is no title
 TOLD_MARK = "_told_"  # a word of every statement of the owner, found fast among millions of others
 
 
@@ -13322,7 +13322,8 @@ def prepare_readline(app: App) -> Callable[[], None]:
         return nothing
     readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else
                             "tab: complete")
-    readline.parse_and_bind("set enable-bracketed-paste on")  # what is pasted is one message
+    if os.environ.get("TERM") != "dumb":
+        readline.parse_and_bind("set enable-bracketed-paste on")  # what is pasted is one message
     readline.set_completer_delims(" ")
     readline.set_completer(lambda text, number: next(itertools.islice(
         completions(app, readline.get_line_buffer(), text), number, None), None))
