@@ -11136,8 +11136,7 @@ class Organism:
 # here can run anything: a pickle is never opened.
 
 WEIGHT_FORMATS, WORD_FORMATS = ("hf", "peft", "gguf"), ("jsonl", "markdown")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-WEIGHT_FILES = (*PICKLES, ".safetensors", ".gguf")
+WEIGHT_FILES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".safetensors", ".gguf")
 SAVE_ANEW = "save it anew with save_pretrained"
 
 
@@ -11153,17 +11152,19 @@ class Tensor(NamedTuple):
     shape: Tuple[int, ...]
     data: array
 
+    @classmethod
+    def of(cls, rows: Sequence[array]) -> "Tensor":
+        """Return the matrix of these rows."""
+        return cls((len(rows), len(rows[0])), array("f", b"".join(rows)))
+
     def rows(self, order: Iterable[int]) -> "Tensor":
-        """Return the matrix of these rows, in this order."""
+        """Return the matrix of its rows in this order."""
         dim = self.shape[1]
-        data = array("f", b"".join([self.data[i * dim:(i + 1) * dim].tobytes() for i in order]))
-        return Tensor((len(data) // dim, dim), data)
+        return Tensor.of([self.data[i * dim:(i + 1) * dim] for i in order])
 
     def flipped(self) -> "Tensor":
         """Return the transposed matrix."""
-        rows, dim = self.shape
-        return Tensor((dim, rows), array("f", b"".join(
-            [self.data[column::dim].tobytes() for column in range(dim)])))
+        return Tensor.of([self.data[column::self.shape[1]] for column in range(self.shape[1])])
 
 
 Tensors = Dict[str, Tensor]
@@ -11228,13 +11229,12 @@ def as_one(model: GPT) -> GPT:
     1.79, 0.37 and 0.67 bits per character, both deltas at once read 6.3, 3.9 and 2.3, the newest
     alone 3.8, 5.6 and 0.2. So one is folded in; only without a router do all add up.
     """
-    whole = GPT(model.shape, model.vocab_size, model.engine, None)
-    for name, param in model.params.items():
-        whole.params[name].load(param.data[:])
-    number = main_layer(model)
-    for delta in model.deltas[max(0, number - 1) if model.router else 0:number]:
-        for name, adapter in delta.items():
-            adapter.fold_into(whole.params[name])
+    if model.router:
+        return model.with_layer(main_layer(model))
+    whole = GPT(model.shape, model.vocab_size, model.engine, None, model.params)
+    for delta in model.deltas:
+        whole.deltas = [delta]
+        whole = whole.with_layer(1)
     return whole
 
 
@@ -11253,7 +11253,6 @@ def llama_tensors(model: GPT, gguf: bool = False, tied: bool = True) -> Tensors:
 
 PEFT_ROOT = "base_model.model."
 LORA_ENDS = ((".lora_A.weight", ".lora_B.weight"), (".weight.lora_a", ".weight.lora_b"))
-ALPHA_MOST = 1e6
 EMBEDDING_ENDS = (".lora_embedding_A", ".lora_embedding_B")
 
 
@@ -11264,17 +11263,12 @@ def lora_tensors(model: GPT, deltas: Sequence[Delta], gguf: bool = False) -> Ten
     """
     found: Tensors = {}
     for part in parts_of(model.shape, model.vocab_size, gguf):
-        adapters = [delta[part.ours] for delta in deltas]
-        a = array("f", b"".join([x.a.data.tobytes() for x in adapters]))
-        columns = [Tensor((x.b.rows, x.b.dim), array("f", [x.scale * n for n in x.b.data])).flipped(
-            ).data.tobytes() for x in adapters]
-        rank = len(a) // part.dim
-        pair = (Tensor((rank, part.dim), a), Tensor(
-            (rank, adapters[0].b.rows), array("f", b"".join(columns))).flipped().rows(part.order))
-        ends = LORA_ENDS[gguf]
+        ranks = [(delta[part.ours], i) for delta in deltas for i in range(delta[part.ours].a.rows)]
+        a = Tensor.of([adapter.a.row(i) for adapter, i in ranks])
+        b = Tensor.of([adapter.b.data[i::adapter.b.dim] for adapter, i in ranks]).flipped()
+        pair, ends = (a, b.rows(part.order)), LORA_ENDS[gguf]
         if part.name in TABLE:
-            pair = (pair[1], pair[0].flipped()) if gguf else (
-                pair[1].flipped(), pair[0].flipped())
+            pair = (b, a.flipped()) if gguf else (b.flipped(), a.flipped())
             ends = ends if gguf else EMBEDDING_ENDS
         root = "" if gguf else PEFT_ROOT
         found.update((root + part.name + end, tensor) for end, tensor in zip(ends, pair))
@@ -11285,7 +11279,6 @@ def lora_tensors(model: GPT, deltas: Sequence[Delta], gguf: bool = False) -> Ten
 
 MAX_HEADER_BYTES = 100_000_000
 MOST_WEIGHT = 1e4  # so that no product of what is read overflows
-CUT_SHORT = "it is cut short: copy it again"
 NUMBER_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -11303,116 +11296,83 @@ def write_safetensors(path: str, tensors: Tensors) -> None:
         file.writelines(float_bytes(tensor.data) for tensor in tensors.values())
 
 
-class Stored(NamedTuple):
-    """Where the numbers of a tensor stand in a file, and of what kind they are."""
-
-    begin: int
-    end: int
-    shape: Tuple[int, ...]
-    dtype: str
-
-
-def _once(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name stands there twice")
-    return dict(pairs)
-
-
 def read_json(where: str, raw: Optional[bytes] = None) -> Dict[str, Any]:
     """Return the object of JSON in a file, or in some bytes of one.  Raises GraduationError."""
     try:
         if raw is None:
             with open(where, "rb") as file:
                 raw = file.read(MAX_HEADER_BYTES)
-        value = json.loads(raw, object_pairs_hook=_once)
+        value = json.loads(raw)
         if isinstance(value, dict):
             return value
-        error: Exception = ValueError(f"a {type(value).__name__}")
-    except (OSError, ValueError, RecursionError) as failure:
-        error = failure
-    raise refused(where, error, "an object of JSON", SAVE_ANEW)
-
-
-def _size(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 60:
-        raise ValueError(f"{value!r} is no count")
-    return value
-
-
-def stored_tensors(file: BinaryIO, where: str) -> Dict[str, Stored]:
-    """Return where the numbers of each tensor stand in a file of safetensors.
-
-    The header is not believed: numbers must stand side by side from its end to that of the file,
-    as many as the shapes ask for.  Raises GraduationError.
-    """
-    size, _ = file.seek(0, os.SEEK_END), file.seek(0)
-    at = 8 + int.from_bytes(file.read(8), "little")
-    if at - 8 > MAX_HEADER_BYTES:
-        raise refused(where, f"a header of {at - 8:,} bytes", "at most 100,000,000", SAVE_ANEW)
-    if size < at:
-        raise refused(where, f"{size:,} bytes", f"{at:,} and more", CUT_SHORT)
-    header = read_json(where, file.read(at - 8))
-    header.pop("__metadata__", None)
-    try:
-        found = {name: Stored(*(at + _size(offset) for offset in entry["data_offsets"]),
-                              tuple(map(_size, entry["shape"][:9])), str(entry["dtype"]))
-                 for name, entry in header.items()}
-    except (ValueError, LookupError, TypeError) as error:
-        raise refused(where, f"a header that is none ({error})", "JSON with dtype, shape and "
-                      "data_offsets for each tensor", SAVE_ANEW) from None
-    for name, (begin, end, shape, dtype) in sorted(found.items(), key=itemgetter(1)):
-        name = f"{where}, {name}"
-        if dtype not in NUMBER_BYTES:
-            raise refused(name, dtype, " or ".join(NUMBER_BYTES), "save it in float32")
-        wanted = math.prod(shape) * NUMBER_BYTES[dtype]
-        if (begin, end) != (at, at + wanted):
-            raise refused(name, f"bytes {begin:,} to {end:,}", f"{at:,} to {at + wanted:,} for the "
-                          f"shape {list(shape)}: no hole, no overlap", SAVE_ANEW)
-        at = end
-    if at != size:
-        raise refused(where, f"{size:,} bytes", f"{at:,}", CUT_SHORT if size < at else SAVE_ANEW)
-    return found
+        raise ValueError(f"a {type(value).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise refused(where, error, "an object of JSON", SAVE_ANEW) from None
 
 
 def read_safetensors(path: str, shapes: Dict[str, Tuple[int, ...]],
                      needed: Iterable[str] = ()) -> Tensors:
-    """Return the tensors of a file, judged by names and shapes before a number is read.
+    """Return the tensors of a file, which may have these names and shapes, and must have some.
 
-    Raises GraduationError.
+    The header is not believed: numbers must stand side by side from its end to that of the file,
+    as many as the shapes ask for.  Raises GraduationError.
     """
     try:
         with open(path, "rb") as file:
-            index = stored_tensors(file, path)
+            size = int.from_bytes(_whole(file, 8, path), "little")
+            if size > MAX_HEADER_BYTES:
+                raise refused(path, f"a header of {size:,} bytes", f"at most {MAX_HEADER_BYTES:,}",
+                              SAVE_ANEW)
+            header = read_json(path, _whole(file, size, path))
+            header.pop("__metadata__", None)
             for name in needed:
-                if name not in index:
+                if name not in header:
                     raise refused(path, f"no {name}", "every part of the exported form", SAVE_ANEW)
-            for name, stored in index.items():
-                if shapes.get(name) != stored.shape:
-                    raise refused(f"{path}, {name}", f"the shape {list(stored.shape)}",
-                                  list(shapes.get(name, ())) or "none: the name is unknown",
-                                  "train the exported model as it is")
-            return {name: _read_numbers(file, stored, f"{path}, {name}")
-                    for name, stored in index.items()}
-    except (OSError, ValueError, struct.error) as error:  # it may change while it is read
-        raise refused(path, error, "a readable file", SAVE_ANEW) from None
+            entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+            found = {name: _read_tensor(file, f"{path}, {name}", 8 + size, shapes.get(name), entry)
+                     for name, entry in entries}
+            if file.read(1):
+                raise refused(path, "bytes behind the last tensor", "none", SAVE_ANEW)
+            return found
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise refused(path, error, "a file of safetensors", SAVE_ANEW) from None
 
 
-def _read_numbers(file: BinaryIO, stored: Stored, where: str) -> Tensor:
-    """Return a tensor in float32.  Raises GraduationError where a number cannot be a weight."""
-    file.seek(stored.begin)
-    raw = file.read(stored.end - stored.begin)
-    if stored.dtype == "F16":
-        data = array("f", struct.unpack(f"<{len(raw) // 2}e", raw))
-    else:
-        if stored.dtype == "BF16":  # the upper half of a float32
-            wide = bytearray(2 * len(raw))
-            wide[2::4], wide[3::4] = raw[::2], raw[1::2]
-            raw = bytes(wide)
-        data = floats_of(raw)
+def _whole(file: BinaryIO, size: int, where: str) -> bytes:
+    """Return so many bytes of a file.  Raises GraduationError where there are fewer."""
+    raw = file.read(size)
+    if len(raw) < size:
+        raise refused(where, f"{len(raw):,} bytes", f"{size:,}", "it is cut short: copy it again")
+    return raw
+
+
+def _read_tensor(file: BinaryIO, where: str, start: int, shape: Optional[Tuple[int, ...]],
+                 entry: Dict[str, Any]) -> Tensor:
+    """Return in float32 the tensor that comes next in a file whose numbers begin at start.
+
+    Raises GraduationError where it is another, or a number cannot be a weight.
+    """
+    if shape is None or entry["shape"] != [*shape]:
+        raise refused(where, f"the shape {entry['shape']}", [*shape] if shape else
+                      "none: the name is unknown", "train the exported model as it is")
+    kind, at = entry["dtype"], file.tell() - start
+    if kind not in NUMBER_BYTES:
+        raise refused(where, kind, " or ".join(NUMBER_BYTES), "save it in float32")
+    end = at + math.prod(shape) * NUMBER_BYTES[kind]
+    if entry["data_offsets"] != [at, end]:
+        raise refused(where, f"bytes {entry['data_offsets']}", f"{[at, end]} for the shape "
+                      f"{[*shape]}: no hole, no overlap", SAVE_ANEW)
+    raw = _whole(file, end - at, where)
+    if kind == "BF16":  # the upper half of a float32
+        wide = bytearray(2 * len(raw))
+        wide[2::4], wide[3::4] = raw[::2], raw[1::2]
+        raw = bytes(wide)
+    data = floats_of(raw) if kind != "F16" else array(
+        "f", struct.unpack(f"<{len(raw) // 2}e", raw))
     if not all(-MOST_WEIGHT < x < MOST_WEIGHT for x in data):  # nor is any NaN
         raise refused(where, "a number that is none or huge", f"numbers within {MOST_WEIGHT:,.0f}",
                       "the training went astray: take a state from before")
-    return Tensor(stored.shape, data)
+    return Tensor(shape, data)
 
 
 # the tokenizer as GPT-2's kind spells it, and talk as our text has it
@@ -11587,38 +11547,36 @@ class Leaving(NamedTuple):
         if growth.phase == "newborn" or not {"base", "tokenizer"} <= layers.keys():
             raise GraduationError("nothing has been learned yet that could be exported; run "
                                   "`train` first")
-        tokenizer, model = build_model(config, layers, engine, growth.phase == "warmup")
-        return cls(config, tokenizer, model, growth, life)
+        return cls(config, *build_model(config, layers, engine, growth.phase == "warmup"), growth,
+                   life)
 
     def card(self) -> str:
         """Return what is said of a model to whoever opens its folder."""
-        number, growth = main_layer(self.model), self.growth
-        folded_in = "all deltas" if self.model.router is None and number else (
-            f"delta {number}, which speaks for most of its text" if number else "no delta, for the "
-            "base speaks for most of its text")
+        growth, layer = self.growth, main_layer(self.model)
+        folded = f"delta {layer}, for most of its text" if self.model.router else "all deltas"
         bpc = "not measured" if growth.bpc is None else f"{growth.bpc:.3f} bits per character"
-        return CARD.format(folded=folded_in, vocab=self.model.vocab_size, **{
-            **dataclasses.asdict(growth), **dataclasses.asdict(self.model.shape), "bpc": bpc
-            }) + "".join(f"- {line}\n" for line in self.life)
+        return CARD.format(**{
+            **dataclasses.asdict(growth), **dataclasses.asdict(self.model.shape), "bpc": bpc,
+            "folded": folded if layer else "no delta", "vocab": self.model.vocab_size}) + "".join(
+                f"- {line}\n" for line in self.life)
 
-    def write_hf(self, folder: str, model: GPT, tied: bool = True) -> None:
-        """Write a model without deltas into a folder, as transformers reads it."""
-        config, tokens = self.config, dict.fromkeys(("bos_token", "eos_token", "pad_token"),
-                                                    END_MARK)
-        about = {
-            "config.json": {**llama_config(model.shape, model.vocab_size, tied),
-                            "macrogpt_layer": main_layer(self.model)},
-            "tokenizer.json": tokenizer_json(self.tokenizer),
-            "tokenizer_config.json": {
-                "tokenizer_class": "PreTrainedTokenizerFast", **tokens, "add_bos_token": True,
-                "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
-                "model_max_length": model.shape.block_size},
-            "generation_config.json": {
-                "bos_token_id": END_OF_TEXT, "eos_token_id": [END_OF_TEXT, LINE_END],
-                "pad_token_id": END_OF_TEXT, "do_sample": config.temperature > 0,
-                "temperature": config.temperature or 1.0, "top_k": config.top_k,
-                "top_p": config.top_p, "max_new_tokens": config.max_gen_tokens}}
-        for name, value in about.items():
+    def write_hf(self, folder: str, tied: bool = True) -> None:
+        """Write one model into a folder, as transformers reads it."""
+        config, model = self.config, as_one(self.model)
+        for name, value in {
+                "config.json": {**llama_config(model.shape, model.vocab_size, tied),
+                                "macrogpt_layer": main_layer(self.model)},
+                "tokenizer.json": tokenizer_json(self.tokenizer),
+                "tokenizer_config.json": {
+                    **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_MARK),
+                    "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True,
+                    "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
+                    "model_max_length": model.shape.block_size},
+                "generation_config.json": {
+                    "bos_token_id": END_OF_TEXT, "eos_token_id": [END_OF_TEXT, LINE_END],
+                    "pad_token_id": END_OF_TEXT, "do_sample": config.temperature > 0,
+                    "temperature": config.temperature or 1.0, "top_k": config.top_k,
+                    "top_p": config.top_p, "max_new_tokens": config.max_gen_tokens}}.items():
             write_new(os.path.join(folder, name), [json.dumps(value, indent=1)])
         write_safetensors(os.path.join(folder, "model.safetensors"),
                           llama_tensors(model, tied=tied))
@@ -11628,22 +11586,22 @@ class Leaving(NamedTuple):
 
         A delta changes the table both as embedding and as head, so the base's head is not tied.
         """
-        model = self.model
+        model, names = self.model, {name for _, _, name, _ in LLAMA_NAMES}
         adapters = {f"delta-{n}": [delta] for n, delta in enumerate(model.deltas, 1)}
         if model.router is None and len(model.deltas) > 1:
             adapters["all"] = model.deltas
-        for name in ("base", *adapters):
-            os.mkdir(os.path.join(folder, name))
-        self.write_hf(os.path.join(folder, "base"), model.with_layer(0), tied=False)
+        os.mkdir(os.path.join(folder, "base"))
+        self._replace(model=model.with_layer(0)).write_hf(os.path.join(folder, "base"), tied=False)
         for name, deltas in adapters.items():
-            tensors = lora_tensors(model, deltas)
-            rank = tensors[PEFT_ROOT + HEAD[0] + LORA_ENDS[0][0]].shape[0]
-            names = {part.name.rpartition(".")[2] for part in parts_of(model.shape, 1)}
+            os.mkdir(os.path.join(folder, name))
+            rank = sum(delta["embedding"].a.rows for delta in deltas)
             write_new(os.path.join(folder, name, "adapter_config.json"), [json.dumps({
                 "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
                 "base_model_name_or_path": "../base", "bias": "none", "fan_in_fan_out": False,
-                "inference_mode": True, "lora_dropout": 0.0, "target_modules": sorted(names)})])
-            write_safetensors(os.path.join(folder, name, "adapter_model.safetensors"), tensors)
+                "inference_mode": True, "lora_dropout": 0.0, "target_modules": sorted(
+                    name.rpartition(".")[2] for name in (TABLE[0], HEAD[0], *names))})])
+            write_safetensors(os.path.join(folder, name, "adapter_model.safetensors"),
+                              lora_tensors(model, deltas))
 
     def gguf_about(self, file_type: int) -> Dict[str, Any]:
         """Return the keys and values that llama.cpp asks of a model with its tokenizer."""
@@ -11675,10 +11633,9 @@ class Leaving(NamedTuple):
             write_gguf(os.path.join(folder, "base.gguf"), self.gguf_about(0),
                        llama_tensors(self.model, gguf=True, tied=False))
         for number, delta in enumerate(self.model.deltas, 1):
-            rank = delta["embedding"].a.rows
             write_gguf(os.path.join(folder, f"delta-{number}.gguf"), {
-                "general.type": "adapter", "adapter.type": "lora",
-                "adapter.lora.alpha": float(rank)}, lora_tensors(self.model, [delta], gguf=True))
+                "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha":
+                float(delta["embedding"].a.rows)}, lora_tensors(self.model, [delta], gguf=True))
 
 
 def write_new(path: str, lines: Iterable[str]) -> None:
@@ -11691,7 +11648,7 @@ def write_new(path: str, lines: Iterable[str]) -> None:
 
 
 def export_weights(folder: str, form: str, who: Leaving) -> None:
-    """Write a generation into a folder that is not there yet: it appears when it is whole.
+    """Write a generation into a new folder, which appears when it is whole.
 
     Raises GraduationError.
     """
@@ -11702,8 +11659,7 @@ def export_weights(folder: str, form: str, who: Leaving) -> None:
         with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as near:
             made = os.path.join(near, "made")
             os.mkdir(made, 0o700)
-            write = {"peft": who.write_peft, "gguf": who.write_gguf}
-            write.get(form, lambda place: who.write_hf(place, as_one(who.model)))(made)
+            getattr(who, f"write_{form}")(made)
             write_new(os.path.join(made, "README.md"), [who.card()])
             os.rename(made, folder)
     except (OSError, UsageError) as error:
@@ -11719,20 +11675,18 @@ def returned_tokenizer(folder: str, live: EvolvingTokenizer) -> EvolvingTokenize
     """
     path = os.path.join(folder, "tokenizer.json")
     try:
-        model, ours = read_json(path)["model"], [m.split(" ") for m in merge_names(live)]
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        other = next((i for i, merge in enumerate(ours) if merges[i:i + 1] != [merge]), None)
-        if other is not None:
-            raise refused(path, f"{merges[other:other + 1]} as merge {other}", ours[other],
-                          "ids must mean what they mean here: export anew, and train that")
-        ids = model["vocab"]
+        model = read_json(path)["model"]
+        ids, merges = model["vocab"], [m.split(" ") if isinstance(m, str) else m
+                                       for m in model["merges"]]
         tokenizer = EvolvingTokenizer((ids[left], ids[right]) for left, right in merges)
-        if ids == {name: i for i, name in enumerate(token_names(tokenizer))}:
-            return tokenizer
-        raise ValueError("ids that no merge makes")
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        if tokenizer.merges[:len(live.merges)] != live.merges:
+            raise ValueError("its first merges are not ours")
+        if ids != {name: i for i, name in enumerate(token_names(tokenizer))}:
+            raise ValueError("ids that no merge makes")
+        return tokenizer
+    except (ValueError, TypeError, LookupError) as error:
         raise refused(path, f"another vocabulary ({error})", "bytes, then merges in order, as "
-                      "exported", "add no tokens, and keep tokenizer.json") from None
+                      "exported", "export anew, add no tokens, and keep tokenizer.json") from None
 
 
 def returned_config(folder: str, shape: Shape) -> Dict[str, Any]:
@@ -11755,20 +11709,17 @@ def returned_base(folder: str, shape: Shape, vocab: int) -> Layer:
     the table is tied, and so must be a head that was saved beside it.
     """
     path = os.path.join(folder, "model.safetensors")
-    (*parts, head), norms = parts_of(shape, vocab), norms_of(shape)
-    shapes: Dict[str, Tuple[int, ...]] = {
-        f"{part.name}.weight": (len(part.order), part.dim) for part in (*parts, head)}
-    shapes.update((f"{name}.weight", (shape.n_embd,)) for name in norms.values())
+    base = GPT(shape, vocab, reference_engine(), None)
+    shapes = {name: tensor.shape for name, tensor in llama_tensors(base, tied=False).items()}
     found = read_safetensors(path, shapes, shapes.keys() - {"lm_head.weight"})
-    gains = {ours: found[f"{name}.weight"].data for ours, name in norms.items()}
+    gains = {ours: found[f"{name}.weight"].data for ours, name in norms_of(shape).items()}
     if found.get("lm_head.weight") not in (None, found["model.embed_tokens.weight"]):
         raise refused(path, "a head that is not the embedding", "one table for both",
                       "train with tie_word_embeddings")
     if len(set(gains["scale"])) > 1:
         raise refused(f"{path}, model.norm.weight", "gains that differ", "one number for all",
                       "train with model.model.norm.requires_grad_(False)")
-    base = GPT(shape, vocab, reference_engine(), None)
-    for part in parts:
+    for part in parts_of(shape, vocab)[:-1]:
         theirs, gain = found[f"{part.name}.weight"].data, gains.get(part.ours) or repeat(1.0)
         for i, row in enumerate(part.order):
             base.params[part.ours].data[row * part.dim:(row + 1) * part.dim] = array("f", map(
@@ -11777,18 +11728,21 @@ def returned_base(folder: str, shape: Shape, vocab: int) -> Layer:
     return pack_params(list(base.params.values()))
 
 
+PLAIN_LORA = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False,
+              "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+
+
 def returned_pairs(folder: str, parts: Sequence[Part]) -> Dict[str, Tuple[Tensor, Tensor]]:
     """Return A and B, scaled, of each part that an adapter changes.  Raises GraduationError."""
     path = os.path.join(folder, "adapter_config.json")
     config = read_json(path)
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    plain = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False,
-             "rank_pattern": {}, "alpha_pattern": {}}
-    odd = next((name for name in plain if config.get(name) not in (None, plain[name])), None)
-    if odd or type(rank) is not int or not 0 < rank <= 1024 or (
-            type(alpha) not in (int, float) or not abs(alpha) < ALPHA_MOST):
-        raise refused(path, f"{odd} {config.get(odd)!r}" if odd else f"r {rank}, lora_alpha "
-                      f"{alpha}", repr(plain[odd]) if odd else "numbers, r from 1 to 1024",
+    for name, value in PLAIN_LORA.items():
+        if config.get(name) not in (None, value):
+            raise refused(path, f"{name} {config[name]!r}", repr(value), "train a plain LoRA")
+    if type(rank) is not int or not 0 < rank <= 1024 or (
+            type(alpha) not in (int, float) or not abs(alpha) < 1e6):
+        raise refused(path, f"r {rank!r}, lora_alpha {alpha!r}", "numbers, r from 1 to 1024",
                       "train a plain LoRA")
     ends = {part.name: EMBEDDING_ENDS if part.name in TABLE else LORA_ENDS[0] for part in parts}
     shapes: Dict[str, Tuple[int, ...]] = {}
@@ -11798,67 +11752,60 @@ def returned_pairs(folder: str, parts: Sequence[Part]) -> Dict[str, Tuple[Tensor
                           (b[::-1], a[::-1]) if part.name in TABLE else (a, b)))
     path = os.path.join(folder, "adapter_model.safetensors")
     found, pairs = read_safetensors(path, shapes), {}
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     for name in ends:
         a, b = (found.get(PEFT_ROOT + name + end) for end in ends[name])
         if (a is None) != (b is None):
             raise refused(path, f"half of the pair of {name}", "A and B", SAVE_ANEW)
         if a and b:
             a, b = (b.flipped(), a.flipped()) if name in TABLE else (a, b)
-            pairs[name] = a, Tensor(b.shape, array("f", [scale * x for x in b.data]))
+            pairs[name] = a, b._replace(data=array("f", [alpha / rank * x for x in b.data]))
     if pairs.get(TABLE[0]) != pairs.pop(HEAD[0], None):
         raise refused(path, "a head that learned other things than the embedding",
                       "one table for both", "leave embed_tokens and lm_head out of target_modules")
+    if not pairs:
+        raise refused(path, "an adapter of nothing", "pairs of lora_A and lora_B", SAVE_ANEW)
     return pairs
 
 
 def returned_delta(folder: str, model: GPT) -> Layer:
     """Return the delta that an adapter makes.  Raises GraduationError.
 
-    Parts of one matrix that learned A's of their own have their ranks one after the other there,
-    and every matrix of a delta has the same rank: what lacks is filled with zeros.
+    Parts of one matrix have their ranks one after the other there, and every matrix of a delta has
+    the same rank: what lacks is filled with zeros.
     """
     parts = parts_of(model.shape, model.vocab_size)
     pairs = returned_pairs(folder, parts)
-    if not pairs:
-        raise refused(folder, "an adapter of nothing", "pairs of lora_A and lora_B", SAVE_ANEW)
-    inputs: DefaultDict[str, List[array]] = defaultdict(list)  # the different A's of each matrix
+    places: DefaultDict[str, List[Part]] = defaultdict(list)
     for part in parts:
-        if part.name in pairs and pairs[part.name][0].data not in inputs[part.ours]:
-            inputs[part.ours].append(pairs[part.name][0].data)
+        if part.name in pairs:
+            places[part.ours].append(part)
     step = next(iter(pairs.values()))[0].shape[0]
-    rank = step * max(map(len, inputs.values()))
+    rank = step * max(map(len, places.values()))
     made = GPT(model.shape, model.vocab_size, reference_engine(), None)
     made.append_delta(rank, random.Random(0))
     for ours, adapter in made.deltas[0].items():
-        a = array("f", itertools.chain.from_iterable(inputs[ours]))
-        adapter.a.load(a + array("f", bytes(4 * (len(adapter.a.data) - len(a)))))
-    for part in (part for part in parts if part.name in pairs):
-        a, b = pairs[part.name]
-        column = step * inputs[part.ours].index(a.data)
-        for i, row in enumerate(part.order):
-            at = row * rank + column
-            made.deltas[0][part.ours].b.data[at:at + step] = b.data[i * step:(i + 1) * step]
+        learned = [pairs[part.name][0].data for part in places[ours]]
+        adapter.a.load(array("f", b"".join(learned).ljust(4 * len(adapter.a.data), b"\0")))
+        for nth, part in enumerate(places[ours]):
+            b = pairs[part.name][1].data
+            for i, row in enumerate(part.order):
+                at = row * rank + nth * step
+                adapter.b.data[at:at + step] = b[i * step:(i + 1) * step]
     return pack_params(delta_matrices(made.deltas[0]))
 
 
 def form_of_folder(path: str) -> str:
     """Return "hf" or "peft", whichever a folder holds.  Raises GraduationError."""
-    if not os.path.isdir(path):
-        raise refused(path, "a file of weights", "a folder of the form hf or peft",
-                      "name the folder that it is in; a pickle is never opened")
-    names = [name for name in sorted(os.listdir(path)) if os.path.isfile(os.path.join(path, name))]
-    for form, about, weights in (("peft", "adapter_config.json", "adapter_model.safetensors"),
-                                 ("hf", "config.json", "model.safetensors")):
-        if about in names and weights in names:
+    for form, *names in (("peft", "adapter_config.json", "adapter_model.safetensors"),
+                         ("hf", "config.json", "model.safetensors")):
+        there = [os.path.isfile(os.path.join(path, name)) for name in names]
+        if all(there):
             return form
-        if about in names:
-            pickle = next((name for name in names if name.endswith(PICKLES)), "")
-            raise refused(path, f"{pickle}, a pickle, which is never opened, for it could run "
-                          "anything" if pickle else f"no {weights}", weights,
-                          "save it whole with save_pretrained, as one file of safetensors")
-    raise refused(path, ", ".join(names[:5]) or "nothing", "config.json or adapter_config.json",
-                  "name the folder of one model, or of one adapter")
+        if there[0]:
+            raise refused(path, f"no {names[1]}", "one file of safetensors; a pickle is never "
+                          "opened, for it could run anything", SAVE_ANEW)
+    raise refused(path, "no config.json or adapter_config.json", "the folder of a model or of an "
+                  "adapter; a pickle is never opened", "name the folder that save_pretrained made")
 
 
 def live_learner(organism: Organism) -> Learner:
@@ -11916,9 +11863,7 @@ def append_returned(live: Learner, folder: str) -> None:
     load_params(delta_matrices(live.model.deltas[-1]), layer)
     gate, number = Gate(live), len(live.model.deltas)
     live.router.refine(number, next((i for i, c in enumerate(live.router.counts) if c), 0))
-    worse = gate.worse()
-    if worse:
-        name, losses = max(worse.items(), key=lambda item: item[1][1] / item[1][0])
+    for name, losses in gate.worse().items():
         raise not_better(folder, name, *losses)
     gate.commit()
     live.growth.delta_chars = live.config.delta_seal_chars  # what comes next has its own
@@ -11950,25 +11895,22 @@ def import_weights(organism: Organism, folder: str) -> Learner:
 
 # words
 
-
-def chat_records(memory: Memory, mine: bool) -> Iterator[Dict[str, Any]]:
-    """Yield talks, and unless mine exchanges of the corpus, as fine-tuning tools read them."""
-    def record(turns: Iterable[Tuple[bool, str]]) -> Dict[str, Any]:
-        return {"messages": [{"role": "user" if owner else "assistant", "content": words}
-                             for owner, words in turns]}
-    for session in memory.sessions():
-        said = memory.messages_of(session["name"])
-        if said:
-            yield record((m.role == "owner", m.text) for m in said)
-    for entry in () if mine else memory.entries("e.source = 'corpus'"):
-        if is_exchange(entry):
-            yield record((line.startswith(MARKERS[0]), line[len(MARKERS[0]):].strip())
-                         for line in entry.text.splitlines())
-
-
 TOLD_TITLE, TALK_TITLE = "# What it was told", "# The talk "
 SPEAKERS = {"you": "owner", "macrogpt": "self"}
 ROLES = {"user": "owner", "assistant": "self", "system": "", "developer": "", "tool": ""}
+
+
+def chat_records(memory: Memory, mine: bool) -> Iterator[Dict[str, Any]]:
+    """Yield talks, and unless mine exchanges of the corpus, as fine-tuning tools read them."""
+    talks = ([(m.role, m.text) for m in memory.messages_of(session["name"])]
+             for session in memory.sessions())
+    read = (Document(tuple(entry.text.splitlines()), True)
+            for entry in memory.entries("e.source = 'corpus'"))
+    exchanges = (document.turns() for document in read if document.is_exchange)
+    for turns in talks if mine else itertools.chain(talks, exchanges):
+        if turns:
+            yield {"messages": [{"role": "user" if who in ("owner", "H") else "assistant",
+                                 "content": words} for who, words in turns]}
 
 
 def as_markdown(memory: Memory) -> Iterator[str]:
@@ -12002,18 +11944,18 @@ def words_of(path: str) -> List[Heard]:
 
     Raises UsageError for a line that is neither.
     """
-    lines, heard = read_text(path).split("\n"), []
-    if lines[0].rstrip() == TOLD_TITLE:
-        return _words_of_markdown("\n".join(lines))
-    for number, line in enumerate(lines, 1):
+    text, heard = read_text(path), []
+    if text.startswith(TOLD_TITLE):
+        return _words_of_markdown(text)
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             row = json.loads(line) if line.strip() else {"messages": []}
             for turn in row["messages"] if "messages" in row else [row]:
-                text = turn["content"]
-                if not isinstance(text, str):  # in parts, or nothing where a tool was called
-                    text = "\n".join(part["text"] for part in text or () if "text" in part)
-                heard.append(Heard("", ROLES[turn["role"]], tidied(text), None))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                said = turn["content"]
+                if not isinstance(said, str):  # in parts, or nothing where a tool was called
+                    said = "\n".join(part["text"] for part in said or () if "text" in part)
+                heard.append(Heard("", ROLES[turn["role"]], tidied(said), None))
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise UsageError(f"line {number} of {path} is no talk; expected an object like "
                              '{"messages": [{"role": "user", "content": "Hi!"}]}, or one message '
                              "a line") from None
@@ -12031,7 +11973,7 @@ def _words_of_markdown(text: str) -> List[Heard]:
         if item.startswith(TALK_TITLE):
             talk = item[len(TALK_TITLE):].strip()
         elif item.startswith("## "):
-            day = _moment(item[3:].strip() + " 12:00")
+            day = _moment(item[3:].strip())
         elif talk is None and item.startswith("- "):
             told.append(Heard(None, "owner", words, day))
         elif talk is not None and turn:
@@ -12043,7 +11985,7 @@ def _words_of_markdown(text: str) -> List[Heard]:
 def _moment(text: str) -> Optional[float]:
     """Return the time that "2026-05-03 12:00" names here, or None for what names none."""
     with contextlib.suppress(ValueError, OverflowError, OSError):
-        return datetime.datetime.strptime(text, "%Y-%m-%d %H:%M").timestamp()
+        return datetime.datetime.fromisoformat(text).timestamp()
     return None
 
 

@@ -116,18 +116,21 @@ class Safetensors(GraduationCase):
                 (packed(b"no json"), "JSON"),
                 (packed(b"[1]"), "JSON"),
                 (packed(b"[" * 20_000), "JSON"),
-                (packed(b'{"a": 1, "a": 2}'), "twice"),
-                (packed({"a": 7}), "JSON"),
-                (packed({"a": entry([-4], 0, 16)}, four), "-4 is no count"),
-                (packed({"a": entry([2.0], 0, 16)}, four), "2.0 is no count"),
+                (packed({"a": 7}), "a file of safetensors"),
+                (packed({"a": {"data_offsets": [0, 16]}}, four), "a file of safetensors"),
+                (packed({"a": entry([4], 0, "16")}, four), "[0, '16']", "[0, 16]"),
+                (packed({"a": entry([-4], 0, 16)}, four), "[-4]", "[4]"),
                 (packed({"a": entry([4], 0, 16, "I64")}, four), "I64", "F32 or F16 or BF16"),
                 (packed({"a": entry([4], 0, 16, "F64")}, four), "F64", "float32"),
-                (packed({"a": entry([1 << 59] * 99_999, 0, 16)}, four), "28,118,211"),
-                (packed({"a": entry([5], 0, 16)}, four), "70 to 86", "70 to 90 for the shape [5]"),
-                (packed({"a": entry([4], 0, 16)}, four[:9]), "79 bytes", "cut short"),
-                (packed({"a": entry([4], 0, 16)}, four + b"x"), "87 bytes", "86"),
-                (packed({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, four), "overlap"),
-                (packed({"a": entry([2], 0, 8), "b": entry([1], 12, 16)}, four), "hole"),
+                (packed({"a": entry([1 << 59] * 99_999, 0, 16)}, four), "[4]"),
+                (packed({"a": entry([4], 0, 20)}, four), "[0, 20]", "[0, 16] for the shape [4]"),
+                (packed({"a": entry([4], 0, 16)}, four[:9]), "9 bytes", "cut short"),
+                (packed({"a": entry([4], 0, 16)}, four + b"x"), "behind the last"),
+                (packed(b'{"a": %s, "a": %s}' % (
+                    (json.dumps(entry([4], 0, 16)).encode(),
+                     json.dumps(entry([4], 16, 32)).encode())), four * 2), "hole"),
+                (packed({"a": entry([4], 0, 16), "b": entry([2], 12, 20)}, four), "overlap"),
+                (packed({"a": entry([4], 4, 20)}, four + four), "hole"),
                 (packed({"a": entry([4], 0, 16), "c": entry([0], 16, 16)}, four), ", c: ", "unknown"),
                 (packed({"c": entry([4], 0, 16)}, four), "no a"),
                 (packed({"a": entry([2, 2], 0, 16)}, four), "[2, 2]", "[4]"),
@@ -135,7 +138,7 @@ class Safetensors(GraduationCase):
             path = self.write("x.safetensors", content)
             with self.subTest(signs=signs):
                 self.refusal("x.safetensors", "expected", *signs, call=lambda p=path: (
-                    m.read_safetensors(p, {"a": (4,)}, ["a"])))
+                    m.read_safetensors(p, {"a": (4,), "b": (2,)}, ["a"])))
 
     def test_the_weights_of_one_layer_come_back_as_they_left(self):
         who = being(2)
@@ -243,8 +246,8 @@ class Tokens(GraduationCase):
         self.assertEqual(returned(lambda model: None).merges, MERGES)
         self.assertEqual(returned(more).merges, (*MERGES, (258, 33)))
         for change, *signs in (
-                (lambda model: model["merges"].reverse(), "merge 0", "export anew"),
-                (lambda model: model["merges"].pop(), "merge 3"),
+                (lambda model: model["merges"].reverse(), "another vocabulary", "export anew"),
+                (lambda model: model["merges"].pop(), "first merges are not ours"),
                 (lambda model: model["vocab"].update({"<pad>": 261}), "add no tokens"),
                 (lambda model: model["vocab"].update({"abc": 9}), "another vocabulary"),
                 (lambda model: model["merges"].append("q"), "another vocabulary"),
@@ -447,6 +450,7 @@ class Adapters(GraduationCase):
                 (whole, {"r": 2, "lora_alpha": 2, "peft_type": "IA3"}, "IA3"),
                 (whole, {"r": 2, "lora_alpha": 2, "use_dora": True}, "use_dora"),
                 (whole, {"r": 2, "lora_alpha": 2, "bias": "all"}, "bias"),
+                (whole, {"r": 2, "lora_alpha": 2, "use_rslora": True}, "use_rslora"),
                 (whole, {"r": 2, "lora_alpha": 2, "rank_pattern": {"x": 1}}, "rank_pattern"),
                 (whole, {"r": True, "lora_alpha": 2}, "r True"),
                 (whole, {"r": 2, "lora_alpha": math.inf}, "lora_alpha inf"),
@@ -612,7 +616,7 @@ class Returning(GraduationCase):
         self.write("old/config.json", "{}")
         self.mistake("import", self.path("old"), signs=("no model.safetensors",))
         self.write("old/pytorch_model.bin", b"\x80\x04.")
-        self.mistake("import", self.path("old"), signs=("pytorch_model.bin", "never opened"))
+        self.mistake("import", self.path("old"), signs=("no model.safetensors", "never opened"))
         config = m.read_json(self.path("hf", "config.json"))
         for name, value in (("hidden_size", 32), ("num_key_value_heads", 1), ("rms_norm_eps", 1e-6),
                             ("model_type", "mistral"), ("rope_parameters", {"rope_theta": 5.0})):
