@@ -11137,10 +11137,10 @@ class Organism:
 
 WEIGHT_FORMATS, WORD_FORMATS = ("hf", "peft", "gguf"), ("jsonl", "markdown")
 WEIGHT_FILES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".safetensors", ".gguf")
-SAVE_ANEW = "save it anew with save_pretrained"
+SAVE_ANEW = "save it whole with save_pretrained, as safetensors: a pickle is never opened"
 
 
-def refused(where: str, found: Any, expected: Any, remedy: str) -> GraduationError:
+def refused(where: str, found: Any, expected: Any, remedy: str = SAVE_ANEW) -> GraduationError:
     """Return the error that says on one line what cannot be taken in."""
     return GraduationError(f"{where}: found {str(found)[:200]}, expected {str(expected)[:200]}; "
                            f"{remedy}")
@@ -11176,7 +11176,6 @@ class Part(NamedTuple):
     ours: str
     name: str
     order: Sequence[int]
-    dim: int
 
 
 # A matrix of ours, which part of its rows, and the name of that in transformers and in GGUF.
@@ -11196,15 +11195,14 @@ def parts_of(shape: Shape, vocab: int, gguf: bool = False) -> List[Part]:
     """
     c, f, d = shape.n_embd, shape.n_ff, shape.head_dim
     halves = [head + i for head in range(0, c, d) for i in (*range(0, d, 2), *range(1, d, 2))]
-    parts = [Part("embedding", TABLE[gguf], range(vocab), c)]
+    table, *blocks = [Part("embedding", TABLE[gguf], range(vocab))]
     for i in range(shape.n_layer):
         for ours, nth, *names in LLAMA_NAMES:
             count = f if ours == "gate_up" else c
             rows = halves if (ours, nth) in (("qkv", 0), ("qkv", 1)) and not gguf else range(count)
-            parts.append(Part(f"{i}.{ours}", f"{'blk' if gguf else 'model.layers'}.{i}."
-                              + names[gguf], [nth * count + row for row in rows],
-                              f if ours == "down" else c))
-    return [*parts, Part("embedding", HEAD[gguf], range(vocab), c)]
+            blocks.append(Part(f"{i}.{ours}", f"{'blk' if gguf else 'model.layers'}.{i}."
+                               + names[gguf], [nth * count + row for row in rows]))
+    return [table, *blocks, table._replace(name=HEAD[gguf])]
 
 
 def norms_of(shape: Shape, gguf: bool = False) -> Dict[str, str]:
@@ -11251,9 +11249,15 @@ def llama_tensors(model: GPT, gguf: bool = False, tied: bool = True) -> Tensors:
     return found
 
 
-PEFT_ROOT = "base_model.model."
 LORA_ENDS = ((".lora_A.weight", ".lora_B.weight"), (".weight.lora_a", ".weight.lora_b"))
 EMBEDDING_ENDS = (".lora_embedding_A", ".lora_embedding_B")
+
+
+def lora_names(part: Part, gguf: bool = False) -> List[str]:
+    """Return what A and B of a part are called in an adapter."""
+    embeds = part.name == TABLE[0]
+    return [("" if gguf else "base_model.model.") + part.name + end
+            for end in (EMBEDDING_ENDS if embeds else LORA_ENDS[gguf])]
 
 
 def lora_tensors(model: GPT, deltas: Sequence[Delta], gguf: bool = False) -> Tensors:
@@ -11265,13 +11269,11 @@ def lora_tensors(model: GPT, deltas: Sequence[Delta], gguf: bool = False) -> Ten
     for part in parts_of(model.shape, model.vocab_size, gguf):
         ranks = [(delta[part.ours], i) for delta in deltas for i in range(delta[part.ours].a.rows)]
         a = Tensor.of([adapter.a.row(i) for adapter, i in ranks])
-        b = Tensor.of([adapter.b.data[i::adapter.b.dim] for adapter, i in ranks]).flipped()
-        pair, ends = (a, b.rows(part.order)), LORA_ENDS[gguf]
+        b = Tensor.of([adapter.b.data[i::adapter.b.dim] for adapter, i in ranks])  # columns of B
+        pair = a, b.flipped().rows(part.order)
         if part.name in TABLE:
-            pair = (b, a.flipped()) if gguf else (b.flipped(), a.flipped())
-            ends = ends if gguf else EMBEDDING_ENDS
-        root = "" if gguf else PEFT_ROOT
-        found.update((root + part.name + end, tensor) for end, tensor in zip(ends, pair))
+            pair = (pair[1], a.flipped()) if gguf else (b, a.flipped())
+        found.update(zip(lora_names(part, gguf), pair))
     return found
 
 
@@ -11296,18 +11298,25 @@ def write_safetensors(path: str, tensors: Tensors) -> None:
         file.writelines(float_bytes(tensor.data) for tensor in tensors.values())
 
 
+def regular_file(path: str) -> BinaryIO:
+    """Return a regular file to read from.  Raises OSError."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError("no such file in a folder")
+    return open(path, "rb")
+
+
 def read_json(where: str, raw: Optional[bytes] = None) -> Dict[str, Any]:
     """Return the object of JSON in a file, or in some bytes of one.  Raises GraduationError."""
     try:
         if raw is None:
-            with open(where, "rb") as file:
+            with regular_file(where) as file:
                 raw = file.read(MAX_HEADER_BYTES)
         value = json.loads(raw)
         if isinstance(value, dict):
             return value
         raise ValueError(f"a {type(value).__name__}")
     except (OSError, ValueError, RecursionError) as error:
-        raise refused(where, error, "an object of JSON", SAVE_ANEW) from None
+        raise refused(where, error, "an object of JSON") from None
 
 
 def read_safetensors(path: str, shapes: Dict[str, Tuple[int, ...]],
@@ -11318,32 +11327,23 @@ def read_safetensors(path: str, shapes: Dict[str, Tuple[int, ...]],
     as many as the shapes ask for.  Raises GraduationError.
     """
     try:
-        with open(path, "rb") as file:
-            size = int.from_bytes(_whole(file, 8, path), "little")
+        with regular_file(path) as file:
+            size = int.from_bytes(file.read(8), "little")
             if size > MAX_HEADER_BYTES:
-                raise refused(path, f"a header of {size:,} bytes", f"at most {MAX_HEADER_BYTES:,}",
-                              SAVE_ANEW)
-            header = read_json(path, _whole(file, size, path))
+                raise refused(path, f"a header of {size:,} bytes", f"at most {MAX_HEADER_BYTES:,}")
+            header = read_json(path, file.read(size))
             header.pop("__metadata__", None)
-            for name in needed:
-                if name not in header:
-                    raise refused(path, f"no {name}", "every part of the exported form", SAVE_ANEW)
+            lacking = next((name for name in needed if name not in header), None)
+            if lacking:
+                raise refused(path, f"no {lacking}", "every part of the exported form")
             entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
             found = {name: _read_tensor(file, f"{path}, {name}", 8 + size, shapes.get(name), entry)
                      for name, entry in entries}
             if file.read(1):
-                raise refused(path, "bytes behind the last tensor", "none", SAVE_ANEW)
+                raise refused(path, "bytes behind the last tensor", "none")
             return found
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise refused(path, error, "a file of safetensors", SAVE_ANEW) from None
-
-
-def _whole(file: BinaryIO, size: int, where: str) -> bytes:
-    """Return so many bytes of a file.  Raises GraduationError where there are fewer."""
-    raw = file.read(size)
-    if len(raw) < size:
-        raise refused(where, f"{len(raw):,} bytes", f"{size:,}", "it is cut short: copy it again")
-    return raw
+        raise refused(path, error, "a file of safetensors") from None
 
 
 def _read_tensor(file: BinaryIO, where: str, start: int, shape: Optional[Tuple[int, ...]],
@@ -11361,8 +11361,10 @@ def _read_tensor(file: BinaryIO, where: str, start: int, shape: Optional[Tuple[i
     end = at + math.prod(shape) * NUMBER_BYTES[kind]
     if entry["data_offsets"] != [at, end]:
         raise refused(where, f"bytes {entry['data_offsets']}", f"{[at, end]} for the shape "
-                      f"{[*shape]}: no hole, no overlap", SAVE_ANEW)
-    raw = _whole(file, end - at, where)
+                      f"{[*shape]}: no hole, no overlap")
+    raw = file.read(end - at)
+    if len(raw) < end - at:
+        raise refused(where, f"{len(raw)} bytes", f"{end - at}", "it is cut short: copy it anew")
     if kind == "BF16":  # the upper half of a float32
         wide = bytearray(2 * len(raw))
         wide[2::4], wide[3::4] = raw[::2], raw[1::2]
@@ -11720,10 +11722,10 @@ def returned_base(folder: str, shape: Shape, vocab: int) -> Layer:
         raise refused(f"{path}, model.norm.weight", "gains that differ", "one number for all",
                       "train with model.model.norm.requires_grad_(False)")
     for part in parts_of(shape, vocab)[:-1]:
-        theirs, gain = found[f"{part.name}.weight"].data, gains.get(part.ours) or repeat(1.0)
+        (_, dim), theirs = found[f"{part.name}.weight"]
         for i, row in enumerate(part.order):
-            base.params[part.ours].data[row * part.dim:(row + 1) * part.dim] = array("f", map(
-                mul, theirs[i * part.dim:(i + 1) * part.dim], gain))
+            base.params[part.ours].data[row * dim:(row + 1) * dim] = array("f", map(
+                mul, theirs[i * dim:(i + 1) * dim], gains.get(part.ours) or repeat(1.0)))
     base.params["scale"].data[0] = gains["scale"][0]
     return pack_params(list(base.params.values()))
 
@@ -11732,9 +11734,8 @@ PLAIN_LORA = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use
               "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 
 
-def returned_pairs(folder: str, parts: Sequence[Part]) -> Dict[str, Tuple[Tensor, Tensor]]:
-    """Return A and B, scaled, of each part that an adapter changes.  Raises GraduationError."""
-    path = os.path.join(folder, "adapter_config.json")
+def returned_scale(path: str) -> Tuple[int, float]:
+    """Return rank and scale of the plain LoRA that a file describes.  Raises GraduationError."""
     config = read_json(path)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     for name, value in PLAIN_LORA.items():
@@ -11744,68 +11745,43 @@ def returned_pairs(folder: str, parts: Sequence[Part]) -> Dict[str, Tuple[Tensor
             type(alpha) not in (int, float) or not abs(alpha) < 1e6):
         raise refused(path, f"r {rank!r}, lora_alpha {alpha!r}", "numbers, r from 1 to 1024",
                       "train a plain LoRA")
-    ends = {part.name: EMBEDDING_ENDS if part.name in TABLE else LORA_ENDS[0] for part in parts}
-    shapes: Dict[str, Tuple[int, ...]] = {}
-    for part in parts:
-        a, b = (rank, part.dim), (len(part.order), rank)
-        shapes.update(zip((PEFT_ROOT + part.name + end for end in ends[part.name]),
-                          (b[::-1], a[::-1]) if part.name in TABLE else (a, b)))
-    path = os.path.join(folder, "adapter_model.safetensors")
-    found, pairs = read_safetensors(path, shapes), {}
-    for name in ends:
-        a, b = (found.get(PEFT_ROOT + name + end) for end in ends[name])
-        if (a is None) != (b is None):
-            raise refused(path, f"half of the pair of {name}", "A and B", SAVE_ANEW)
-        if a and b:
-            a, b = (b.flipped(), a.flipped()) if name in TABLE else (a, b)
-            pairs[name] = a, b._replace(data=array("f", [alpha / rank * x for x in b.data]))
-    if pairs.get(TABLE[0]) != pairs.pop(HEAD[0], None):
-        raise refused(path, "a head that learned other things than the embedding",
-                      "one table for both", "leave embed_tokens and lm_head out of target_modules")
-    if not pairs:
-        raise refused(path, "an adapter of nothing", "pairs of lora_A and lora_B", SAVE_ANEW)
-    return pairs
+    return rank, alpha / rank
 
 
 def returned_delta(folder: str, model: GPT) -> Layer:
     """Return the delta that an adapter makes.  Raises GraduationError.
 
-    Parts of one matrix have their ranks one after the other there, and every matrix of a delta has
-    the same rank: what lacks is filled with zeros.
+    Parts of one matrix, of which there are up to three, have their ranks one after the other
+    there, and every matrix of a delta has the same rank: what lacks is filled with zeros.
     """
-    parts = parts_of(model.shape, model.vocab_size)
-    pairs = returned_pairs(folder, parts)
-    places: DefaultDict[str, List[Part]] = defaultdict(list)
-    for part in parts:
-        if part.name in pairs:
-            places[part.ours].append(part)
-    step = next(iter(pairs.values()))[0].shape[0]
-    rank = step * max(map(len, places.values()))
+    rank, scale = returned_scale(os.path.join(folder, "adapter_config.json"))
+    path = os.path.join(folder, "adapter_model.safetensors")
     made = GPT(model.shape, model.vocab_size, reference_engine(), None)
-    made.append_delta(rank, random.Random(0))
-    for ours, adapter in made.deltas[0].items():
-        learned = [pairs[part.name][0].data for part in places[ours]]
-        adapter.a.load(array("f", b"".join(learned).ljust(4 * len(adapter.a.data), b"\0")))
-        for nth, part in enumerate(places[ours]):
-            b = pairs[part.name][1].data
-            for i, row in enumerate(part.order):
-                at = row * rank + nth * step
-                adapter.b.data[at:at + step] = b[i * step:(i + 1) * step]
+    for ranks in (3 * rank, rank):
+        made.append_delta(ranks, random.Random(0))
+    shapes = {name: tensor.shape for name, tensor in lora_tensors(made, made.deltas[1:]).items()}
+    found, pairs = read_safetensors(path, shapes), {}
+    for adapter in made.deltas[0].values():
+        adapter.a.load(array("f", bytes(4 * len(adapter.a.data))))
+    for part in parts_of(model.shape, model.vocab_size):
+        a, b = map(found.get, lora_names(part))
+        if (a is None) != (b is None):
+            raise refused(path, f"half of the pair of {part.name}", "A and B")
+        if not a or not b:
+            continue
+        a, b = pairs[part.name] = (b.flipped(), a.flipped()) if part.name == TABLE[0] else (a, b)
+        adapter, column = made.deltas[0][part.ours], part.order[0] // len(part.order) * rank
+        adapter.a.data[column * a.shape[1]:(column + rank) * a.shape[1]] = a.data
+        for i, row in enumerate(part.order):
+            at = row * 3 * rank + column
+            adapter.b.data[at:at + rank] = array(
+                "f", [scale * x for x in b.data[i * rank:(i + 1) * rank]])
+    if not pairs:
+        raise refused(path, "an adapter of nothing", "pairs of lora_A and lora_B")
+    if pairs.get(TABLE[0]) != pairs.get(HEAD[0]):
+        raise refused(path, "a head that learned other things than the embedding",
+                      "one table for both", "leave embed_tokens and lm_head out of target_modules")
     return pack_params(delta_matrices(made.deltas[0]))
-
-
-def form_of_folder(path: str) -> str:
-    """Return "hf" or "peft", whichever a folder holds.  Raises GraduationError."""
-    for form, *names in (("peft", "adapter_config.json", "adapter_model.safetensors"),
-                         ("hf", "config.json", "model.safetensors")):
-        there = [os.path.isfile(os.path.join(path, name)) for name in names]
-        if all(there):
-            return form
-        if there[0]:
-            raise refused(path, f"no {names[1]}", "one file of safetensors; a pickle is never "
-                          "opened, for it could run anything", SAVE_ANEW)
-    raise refused(path, "no config.json or adapter_config.json", "the folder of a model or of an "
-                  "adapter; a pickle is never opened", "name the folder that save_pretrained made")
 
 
 def live_learner(organism: Organism) -> Learner:
@@ -11877,15 +11853,14 @@ def import_weights(organism: Organism, folder: str) -> Learner:
     Nothing changes unless all of it fits, and it reads no probe worse.  Raises GraduationError, or
     TrainerError where another process trains.
     """
-    form = form_of_folder(folder)
     with organism.trainer.holding():
         learner, read = live_learner(organism), []
         before = learner.probe_losses()
-        if form == "hf":
+        if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+            append_returned(learner, folder)
+        else:
             learner = new_generation(learner, folder, organism.memory)
             read = [text.key for text in learner.texts.values() if not text.probe]
-        else:
-            append_returned(learner, folder)
         for name, bpc in learner.growth.probes.items():
             if not isfinite(bpc):
                 raise not_better(folder, name, before[name], bpc)
