@@ -11982,22 +11982,19 @@ MOST_FREE_TOKENS = 4096  # of one completion
 MOST_GIVEN = 200         # lines of a request that facts are looked for in, the newest
 LOOPBACK = re.compile(r"localhost|::1|127\.\d{1,3}\.\d{1,3}\.\d{1,3}")
 ROUTES = {"/": ("GET", "_page"), "/status": ("GET", "_status"), "/v1/models": ("GET", "_models"),
-          "/v1/models/" + MODEL_NAME: ("GET", "_models"), "/v1/completions": ("POST", "_answer"),
-          "/v1/chat/completions": ("POST", "_answer")}
+          "/v1/completions": ("POST", "_answer"), "/v1/chat/completions": ("POST", "_answer")}
 _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")
 _HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 
 
 class Limits(NamedTuple):
-    """What clients may take of a server: bytes, seconds, connections, places in the queue."""
+    """What clients may take of a server: bytes, seconds, connections, of which each asks once."""
 
     head_bytes: int = 16_384
-    body_bytes: int = 1 << 20
-    held_bytes: int = 32 << 20  # of the bodies of all requests at once
+    body_bytes: int = 1 << 18
     seconds: float = 10.0       # for a head, for a body, for taking what is sent
-    idle_seconds: float = 30.0  # between two requests
+    idle_seconds: float = 30.0  # until a request begins
     connections: int = 256
-    waiting: int = 240          # answers that are to be made
 
 
 class Refused(MacroGPTError):
@@ -12007,8 +12004,7 @@ class Refused(MacroGPTError):
                  code: Optional[str] = None, **headers: str) -> None:
         super().__init__(message)
         self.status, self.headers = status, {k.replace("_", "-"): v for k, v in headers.items()}
-        kind = ("server_error" if status >= 500 else "rate_limit_error" if status == 429 else
-                "invalid_request_error")
+        kind = "server_error" if status >= 500 else "invalid_request_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -12038,10 +12034,8 @@ def parse_head(raw: bytes) -> Head:
 def body_size(head: Head, most: int) -> int:
     """Return how many bytes follow a head.  Raises Refused."""
     size = head.headers.get("content-length", "0" if head.method == "GET" else "")
-    if "transfer-encoding" in head.headers or not size:
+    if "transfer-encoding" in head.headers or not re.fullmatch("[0-9]{1,18}", size):
         raise Refused(411, "send the body in one piece, with a Content-Length")
-    if not re.fullmatch("[0-9]{1,18}", size):
-        raise Refused(400, "Content-Length is no number")
     if int(size) > most:
         raise Refused(413, f"the body has {int(size):,} bytes; at most {most:,} are read")
     return int(size)
@@ -12267,16 +12261,12 @@ class Answer:
                 yield from turn(organism.memory, mind, wanted.text, NO_SESSION).answer()
 
     def why(self) -> Dict[str, Any]:
-        """Return where it comes from: its source, its statements, the shares of the experts."""
-        if self.turn is None:
-            return {"source": "voice"}
-        reply, trace = self.turn.reply, self.turn.trace
-        shares = trace.expert_shares() if trace and reply.source == "voice" else {}
+        """Return where it comes from: its source, and the statements that it rests on."""
+        reply = self.turn.reply if self.turn else Reply("", "voice")
         found = reply.entries or ((reply.entry,) if reply.entry else ())
-        return {"source": reply.source, "score": round(reply.score, 4),
-                "shares": {name: round(share, 3) for name, share in shares.items()},
-                "entries": [{"id": None if self.turn.told_here else entry.id,
-                             "text": " / ".join(entry.text.splitlines())} for entry in found]}
+        return {"source": reply.source, "score": round(reply.score, 4), "entries": [
+            {"id": None if self.turn.told_here else entry.id,
+             "text": " / ".join(entry.text.splitlines())} for entry in found]}
 
     def sent(self) -> Tuple[Any, Dict[str, str]]:
         """Return the body and the headers of the response: an object of the API, or a stream."""
@@ -12302,45 +12292,38 @@ class Answer:
 
 
 class Server:
-    """Serves one organism to many clients: `serve` ends when `stop` is called."""
+    """Serves one organism to many clients, until `ended` is the number of a signal."""
 
     def __init__(self, organism: Organism, token: Optional[str], learns: bool,
                  tell: Callable[[str], None], limits: Limits = Limits()) -> None:
         self.organism, self.token, self.learns = organism, token, learns
         self.tell, self.limits, self.host = tell, limits, ""
         self.ended: Optional[int] = None
-        self._loop: Any = None
-        self._open: Set[Any] = set()    # tasks, one a connection
-        self._held = self._waiting = 0  # bytes of bodies; answers that are to be made
+        self._open: Set[Any] = set()  # tasks, one a connection
         self._numbers, self._chat_page = itertools.count(), chat_page()
 
     def stop(self, number: int) -> None:
         """End serving; a handler of signals may call it, and give its number."""
         self.ended = number
-        with contextlib.suppress(RuntimeError, AttributeError):  # it has not begun, or has ended
-            self._loop.call_soon_threadsafe(self._ending.set)
 
     async def serve(self, host: str, port: int) -> int:
         """Serve until stopped, and return the number that stop was given.
 
         Raises MacroGPTError where nobody can listen.
         """
-        self._loop, self._ending, self._mouth = (
-            asyncio.get_running_loop(), asyncio.Event(), asyncio.Lock())
-        self.host = host
+        self.host, self._mouth = host, asyncio.Lock()
         try:
             server = await asyncio.start_server(self._connected, host, port, backlog=256,
                                                 limit=self.limits.head_bytes)
         except (OSError, ValueError) as error:
-            raise MacroGPTError(f"nothing can be served at {host} port {port}: "
-                                f"{_why_not(error)}") from None
+            raise MacroGPTError(f"nothing can be served at {host} port {port} ({error}); choose "
+                                "another --port, or an address of this machine") from None
         for name, at, *_ in (each.getsockname() for each in server.sockets):
             self.tell(f"serving at http://{f'[{name}]' if ':' in name else name}:{at}/")
         while self.ended is None:
             while self.organism.notices:
                 self.tell(self.organism.notices.popleft())
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._ending.wait(), 0.5)
+            await asyncio.sleep(0.1)
         server.close()
         for task in self._open:
             task.cancel()
@@ -12349,33 +12332,25 @@ class Server:
 
     async def _connected(self, reader: Any, writer: Any) -> None:
         """Serve the requests of one connection, one after another."""
-        task, idle = asyncio.current_task(), self.limits.seconds
+        task = asyncio.current_task()
         self._open.add(task)
         writer.transport.set_write_buffer_limits(0)  # so that what is drained has been sent
         try:
-            while await self._served(reader, writer, idle):
-                idle = self.limits.idle_seconds
+            while await self._served(reader, writer):
+                pass
         except (OSError, EOFError, asyncio.TimeoutError, asyncio.CancelledError):
-            writer.transport.abort()  # it hung up, or takes nothing, or all ends
+            writer.transport.abort()  # it hung up, asks or takes nothing, or all ends
         finally:
             self._open.discard(task)
             writer.close()
 
-    async def _served(self, reader: Any, writer: Any, idle: float) -> bool:
+    async def _served(self, reader: Any, writer: Any) -> bool:
         """Answer one request; return whether another may follow on this connection."""
-        held = 0
         try:
-            head = await self._head(reader, idle)
-            if head is None:
-                return False
+            head = await self._head(reader)
             handler = self._admitted(head, writer.get_extra_info("sockname"))
-            held = body_size(head, self.limits.body_bytes)
-            self._held += held
-            if self._held > self.limits.held_bytes:
-                raise Refused(503, "too much is being read", Retry_After="1")
-            if head.headers.get("expect", "").lower() == "100-continue":
-                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            body = await self._in_time(reader.readexactly(held))
+            size = body_size(head, self.limits.body_bytes)
+            body = await self._in_time(reader.readexactly(size))
             await self._send(writer, 200, *await handler(head, body, reader), head.lasts)
             return head.lasts
         except (OSError, EOFError, asyncio.TimeoutError):
@@ -12387,20 +12362,16 @@ class Server:
                 503 if isinstance(error, StoreError) else 500, str(as_told(error)))
             await self._send(writer, refusal.status, refusal.body, refusal.headers, False)
             writer.write_eof()
-            with contextlib.suppress(asyncio.TimeoutError):  # what it still sends would reset it
-                await asyncio.wait_for(_read_away(reader), 0.5)
+            for _ in range(16):  # what it still sends would reset the connection
+                if not await asyncio.wait_for(reader.read(65_536), 0.5):
+                    break
             return False
-        finally:
-            self._held -= held
 
-    async def _head(self, reader: Any, idle: float) -> Optional[Head]:
-        """Return the head of the next request, or None where none comes.  Raises Refused."""
+    async def _head(self, reader: Any) -> Head:
+        """Return the head of the next request.  Raises Refused, or an error where none comes."""
         if len(self._open) > self.limits.connections:
             raise Refused(503, "there are too many connections", Retry_After="1")
-        try:
-            first = await asyncio.wait_for(reader.readexactly(1), idle)
-        except (asyncio.TimeoutError, asyncio.IncompleteReadError):
-            return None
+        first = await asyncio.wait_for(reader.readexactly(1), self.limits.idle_seconds)
         try:
             return parse_head(first + await self._in_time(reader.readuntil(b"\r\n\r\n")))
         except asyncio.LimitOverrunError:
@@ -12454,8 +12425,8 @@ class Server:
         return self._chat_page
 
     async def _models(self, head: Head, body: bytes, reader: Any) -> Tuple[Any, Dict[str, str]]:
-        model = {"id": MODEL_NAME, "object": "model", "created": 0, "owned_by": "its owner"}
-        return model if MODEL_NAME in head.path else {"object": "list", "data": [model]}, {}
+        return {"object": "list", "data": [{"id": MODEL_NAME, "object": "model", "created": 0,
+                                            "owned_by": "its owner"}]}, {}
 
     async def _status(self, head: Head, body: bytes, reader: Any) -> Tuple[Any, Dict[str, str]]:
         growth = await asyncio.to_thread(lambda: self.organism.growth)  # the store may be busy
@@ -12471,8 +12442,6 @@ class Server:
             wanted = wanted_of(json.loads(body), "chat" in head.path, session)
         except (ValueError, RecursionError):
             raise Refused(400, "the body is no JSON") from None
-        if self._waiting >= self.limits.waiting:
-            raise Refused(429, "too many wait already", Retry_After="1")
         answer = Answer(self.organism, wanted, self.learns, next(self._numbers))
         work = asyncio.ensure_future(self._in_turn(answer))
         try:
@@ -12486,27 +12455,9 @@ class Server:
 
     async def _in_turn(self, answer: Answer) -> None:
         """Make an answer when those before it are made."""
-        self._waiting += 1
-        try:
-            async with self._mouth:
-                if not answer.gone.is_set():
-                    await asyncio.to_thread(answer.make)
-        finally:
-            self._waiting -= 1
-
-
-async def _read_away(reader: Any) -> None:
-    """Read what comes to its end."""
-    while await reader.read(65_536):
-        pass
-
-
-def _why_not(error: Any) -> str:
-    """Return why nobody can listen, and what may help."""
-    helps = {errno.EADDRINUSE: "another program has this port; choose another, or --port 0",
-             errno.EACCES: "it is not allowed; choose a --port above 1023"}
-    why = getattr(error, "strerror", None) or error
-    return helps.get(getattr(error, "errno", 0), f"{why}; name an address of this machine")
+        async with self._mouth:
+            if not answer.gone.is_set():
+                await asyncio.to_thread(answer.make)
 
 
 # The page: nothing in it comes from elsewhere, and what it shows is text, whatever stands in it.
@@ -12529,15 +12480,13 @@ textarea, input { display: block; width: 100%; box-sizing: border-box }
 
 CHAT_SCRIPT = """
 const byId = id => document.getElementById(id), log = byId("log"), text = byId("text");
-const session = "page " + crypto.getRandomValues(new Uint32Array(1))[0].toString(36);
-const messages = [];
+const session = "page " + Date.now().toString(36), messages = [];
 let stop = null;
 const add = (parent, kind, textContent, className = "") => parent.appendChild(
   Object.assign(document.createElement(kind), {textContent, className}));
 async function ask(path, options) {
-  const token = sessionStorage.getItem("token") || "";
   const answer = await fetch(path, {...options, headers: {"Content-Type": "application/json",
-    "X-Session": session, "Authorization": "Bearer " + token}});
+    "X-Session": session, "Authorization": "Bearer " + sessionStorage.getItem("token")}});
   const shut = answer.status == 401, appears = shut && byId("door").hidden;
   byId("door").hidden = !shut;
   if (appears) byId("token").focus();
@@ -12545,19 +12494,18 @@ async function ask(path, options) {
   return answer;
 }
 function tellWhy(item, why) {
-  const part = share => " " + Math.round(share * 100) + " %", box = add(item, "details", "");
-  add(box, "summary", "Why: " + why.source + (why.score ? ", match" + part(why.score) : ""));
+  const box = add(item, "details", "");
+  add(box, "summary", "Why: " + why.source + ", match " + Math.round(why.score * 100) + " %");
   for (const entry of why.entries) add(box, "div", "“" + entry.text + "”");
-  for (const name in why.shares) add(box, "div", name + part(why.shares[name]));
-  if (box.children.length == 1) add(box, "div", "No statement moved it.");
+  if (!why.entries.length) add(box, "div", "No statement moved it.");
 }
 async function send(words) {
+  const [mine, item] = ["user", ""].map(kind => add(log, "div", "", kind));
   stop = new AbortController();
   text.value = "";
   byId("send").textContent = "Stop";
   log.setAttribute("aria-busy", "true");
   messages.push({role: "user", content: words});
-  const mine = add(log, "div", "", "user"), item = add(log, "div", "");
   add(mine, "b", "You");
   add(mine, "span", words);
   add(item, "b", "macrogpt");
@@ -12587,9 +12535,10 @@ async function send(words) {
 async function look() {
   try {
     const now = await (await ask("/status")).json();
-    byId("state").textContent = [now.phase + (now.share === null || now.phase != "learning" ? "" :
-      " " + Math.round(now.share * 100) + " %"), "generation " + now.generation,
-      "step " + now.step, now.bpc === null ? now.age : now.bpc.toFixed(2) + " bits per character",
+    const share = now.phase == "learning" ? " " + Math.round(now.share * 100) + " %" : "";
+    byId("state").textContent = [now.phase + share, "generation " + now.generation,
+      "step " + now.step,
+      now.bpc === null ? now.age : now.bpc.toFixed(2) + " bits per character",
       now.learns ? "it learns from this page" : "nothing said here is kept"].join(" · ");
   } catch (error) { byId("state").textContent = error.message; }
   setTimeout(look, 2000);

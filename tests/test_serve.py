@@ -113,12 +113,10 @@ class Api(Serving, unittest.TestCase):
             self.assertEqual(answer["error"]["param"], param)
         return answer["error"]["message"]
 
-    def test_models_are_listed_and_the_one_there_is_can_be_asked_for(self):
+    def test_the_one_model_that_there_is_is_listed(self):
         status, models = self.ask(self.port, "/v1/models?limit=5")
         self.assertEqual((status, models["object"], [each["id"] for each in models["data"]]),
                          (200, "list", ["macrogpt"]))
-        self.assertEqual(self.ask(self.port, "/v1/models/macrogpt"), (200, models["data"][0]))
-        self.assertEqual(self.ask(self.port, "/v1/models/other")[0], 404)
 
     def test_a_reply_is_what_a_chat_says_with_its_reason_and_its_usage(self):
         status, answer = self.ask(self.port, CHAT, said("Who are you?"))
@@ -245,10 +243,10 @@ class Api(Serving, unittest.TestCase):
                 (400, b"GET / HTTP/1.1\r\n" + host * 2 + b"\r\n"),
                 (400, b"GET / HTTP/1.1\r\n" + host + b" folded: yes\r\n\r\n"),
                 (400, b"GET / HTTP/1.1\r\n" + host + b"a: b\nc: d\r\n\r\n"),
-                (400, post + b"Content-Length: -1\r\n\r\n"),
+                (411, post + b"Content-Length: -1\r\n\r\n"),
                 (400, post + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{} "),
                 (411, post + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n{}"),
-                (411, post + b"\r\n"), (413, post + b"Content-Length: 1048577\r\n\r\n"),
+                (411, post + b"\r\n"), (413, post + b"Content-Length: 262145\r\n\r\n"),
                 (413, post + b"Content-Length: 99999999999999\r\n\r\n"),
                 (431, b"GET / HTTP/1.1\r\nX: " + b"x" * 20_000 + b"\r\n\r\n"),
                 (421, b"GET / HTTP/1.1\r\n\r\n"), (421, b"GET / HTTP/1.0\r\n\r\n")):
@@ -260,12 +258,12 @@ class Api(Serving, unittest.TestCase):
         host = b"Host: 127.0.0.1:%d\r\n" % self.port
         body = json.dumps(said("Who are you?")).encode()
         post = (b"POST %s HTTP/1.1\r\n%sContent-Type: application/json; charset=utf-8\r\n"
-                b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (
+                b"Content-Length: %d\r\n\r\n" % (
                     CHAT.encode(), host, len(body)))
         last = b"GET /status HTTP/1.1\r\n" + host + b"Connection: close\r\n\r\n"
         got = self.raw(self.port, (post + body) * 2 + last + last)
         self.assertEqual(re.findall(rb"HTTP/1.1 (\d+)", got),
-                         [b"100", b"200", b"100", b"200", b"200"])
+                         [b"200"] * 3)
         self.assertEqual(self.raw(self.port, b"GET /status HTTP/1.0\r\n" + host + b"\r\n").count(
             b"HTTP/1.1 200"), 1)
 
@@ -375,7 +373,7 @@ class Door(Serving, unittest.TestCase):
         self.mistake(1, "--host", "203.0.113.9", "--token", "t", signs=["203.0.113.9"])
         self.mistake(1, "--host", "\u00e9" * 70, "--token", "t")
         with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
-            self.mistake(1, "--port", str(taken.getsockname()[1]), signs=["another program"])
+            self.mistake(1, "--port", str(taken.getsockname()[1]), signs=["choose another --port"])
 
 
 class Bounds(Serving, unittest.TestCase):
@@ -409,8 +407,8 @@ class Bounds(Serving, unittest.TestCase):
             self.assertEqual(got[:12], first)
             self.assertLess(time.monotonic() - begun, 2.0)
 
-    def test_beyond_so_many_connections_and_bytes_one_is_told_to_come_again(self):
-        port = self.serve_within(connections=3, held_bytes=1000)
+    def test_beyond_so_many_connections_one_is_told_to_come_again(self):
+        port = self.serve_within(connections=3)
         with contextlib.ExitStack() as idle:
             for _ in range(3):
                 idle.enter_context(socket.create_connection(("127.0.0.1", port), 5))
@@ -419,16 +417,9 @@ class Bounds(Serving, unittest.TestCase):
             self.assertIn(b"Retry-After: 1", got)
         time.sleep(0.1)
         self.assertEqual(self.ask(port, "/v1/models")[0], 200)
-        self.assertEqual(self.ask(port, CHAT, said("a" * 2000))[0], 503)
-        self.assertEqual(self.ask(port, CHAT, said("a" * 20))[0], 200)
 
-    def test_beyond_so_many_that_wait_one_is_told_to_come_again(self):
-        port = self.serve_within(waiting=0)
-        status, answer = self.ask(port, CHAT, said("Hi."))
-        self.assertEqual((status, answer["error"]["type"]), (429, "rate_limit_error"))
-
-    def test_answers_are_made_one_at_a_time_and_a_place_in_the_queue_is_given_back(self):
-        port, speaking, most = self.serve_within(waiting=8), [], []
+    def test_answers_are_made_one_at_a_time(self):
+        port, speaking, most = self.serve_within(), [], []
 
         def make(answer):
             speaking.append(answer)
