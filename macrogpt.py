@@ -11981,8 +11981,8 @@ MODEL_NAME, NO_SESSION = "macrogpt", 0
 MOST_FREE_TOKENS = 4096  # of one completion
 MOST_GIVEN = 200         # lines of a request that facts are looked for in, the newest
 LOOPBACK = re.compile(r"localhost|::1|127\.\d{1,3}\.\d{1,3}\.\d{1,3}")
-ROUTES = {"/": ("GET", "_page"), "/status": ("GET", "_status"), "/v1/models": ("GET", "_models"),
-          "/v1/completions": ("POST", "_answer"), "/v1/chat/completions": ("POST", "_answer")}
+ROUTES = {"/": "GET", "/status": "GET", "/v1/models": "GET", "/v1/completions": "POST",
+          "/v1/chat/completions": "POST"}
 _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")
 _HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 
@@ -12031,16 +12031,6 @@ def parse_head(raw: bytes) -> Head:
     return Head(begun[1], begun[2].partition("?")[0], headers, not closes)
 
 
-def body_size(head: Head, most: int) -> int:
-    """Return how many bytes follow a head.  Raises Refused."""
-    size = head.headers.get("content-length", "0" if head.method == "GET" else "")
-    if "transfer-encoding" in head.headers or not re.fullmatch("[0-9]{1,18}", size):
-        raise Refused(411, "send the body in one piece, with a Content-Length")
-    if int(size) > most:
-        raise Refused(413, f"the body has {int(size):,} bytes; at most {most:,} are read")
-    return int(size)
-
-
 def check_door(host: str, token: Optional[str]) -> None:
     """Raise UsageError where whoever is in the network could come in."""
     if token is not None and not re.fullmatch("[!-~]+", token):
@@ -12061,13 +12051,14 @@ def is_ours(host: str, names: Iterable[str], port: int) -> bool:
 
 FIELDS: Dict[str, Tuple[type, float, float]] = {  # of the API: what they are, from where to where
     "temperature": (float, 0, 2), "top_p": (float, 0, 1), "presence_penalty": (float, -2, 2),
-    "frequency_penalty": (float, -2, 2), "seed": (int, -2 ** 63, 2 ** 63), "model": (str, 0, 0),
+    "frequency_penalty": (float, -2, 2), "seed": (int, -2 ** 63, 2 ** 63), "model": (str, 0, MOST),
     "max_tokens": (int, 1, 100_000), "max_completion_tokens": (int, 1, 100_000),
-    "stream": (bool, 0, 1), "stream_options": (dict, 0, 0), "include_usage": (bool, 0, 1),
-    "messages": (list, 0, 0), "user": (str, 0, 0)}
-ABSENT: Dict[str, Tuple[Any, ...]] = {  # of the API, and the values with which they ask nothing
-    "n": (1,), "best_of": (1,), "logprobs": (False, 0), "tools": ([],), "functions": ([],),
-    "echo": (False,), "suffix": ("",), "response_format": ({"type": "text"},), "audio": ()}
+    "stream": (bool, 0, 1), "stream_options": (dict, 0, MOST), "include_usage": (bool, 0, 1),
+    "messages": (list, 1, MOST), "user": (str, 0, MOST),
+    # and what is not there, with the one value that asks for nothing
+    "n": (int, 1, 1), "best_of": (int, 1, 1), "logprobs": (bool, 0, 0), "echo": (bool, 0, 0),
+    "tools": (list, 0, 0), "functions": (list, 0, 0), "suffix": (str, 0, 0), "audio": (dict, 0, 0),
+    "response_format": (dict, 0, 0)}
 
 
 class Wanted(NamedTuple):
@@ -12077,12 +12068,13 @@ class Wanted(NamedTuple):
     text: str
     turns: Tuple[Tuple[str, str], ...]  # (role, text), "" for the system's
     session: str
-    settings: Dict[str, float]
-    seed: Optional[int]
-    stops: Tuple[str, ...]
-    most_tokens: Optional[int]
-    streams: bool
-    counts: bool  # whether usage ends the stream
+    given: Dict[str, Any]  # fields of the API, checked
+
+    def tuned(self, config: Config) -> Config:
+        """Return settings with those that the request names."""
+        return dataclasses.replace(config, **{name: float(self.given[name]) for name, row in
+                                              FIELDS.items() if row[0] is float
+                                              and name in self.given})
 
 
 def checked_fields(asked: Any) -> Dict[str, Any]:
@@ -12093,33 +12085,23 @@ def checked_fields(asked: Any) -> Dict[str, Any]:
     for name in given.keys() & FIELDS.keys():
         (kind, low, high), value = FIELDS[name], given[name]
         right = type(value) in ((int, float) if kind is float else (kind,))
-        if not right or kind in (int, float) and not low <= value <= high:
-            ends = f" from {low:g} to {high:g}" if kind in (int, float) else ""
-            raise Refused(400, f"{name} must be of type {kind.__name__}{ends}", name)
-    for name in given.keys() & ABSENT.keys():
-        if given[name] not in ABSENT[name]:
-            raise Refused(400, f"{name} is not there", name, "unsupported_parameter")
+        if not right or not low <= (len(value) if hasattr(value, "__len__") else value) <= high:
+            raise Refused(400, f"{name} must be of type {kind.__name__}, from {low:g} to {high:g}",
+                          name)
     return given
-
-
-def content_text(content: Any, name: str) -> str:
-    """Return the text of a message, given as a string or in parts.  Raises Refused."""
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
-    texts = [part.get("text") for part in parts
-             if isinstance(part, dict) and part.get("type") == "text"]
-    if len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
-        raise Refused(400, "only text is read: a string, or parts of type text", name)
-    return tidied("\n".join(texts)).strip()
 
 
 def turns_in(messages: List[Any]) -> List[Tuple[str, str]]:
     """Return the (role, text) pairs of messages, the last of them the owner's.  Raises Refused."""
     turns = []
     for number, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else None
-        if not isinstance(role, str) or role not in ROLES:
-            raise Refused(400, f"a role is one of {', '.join(ROLES)}", f"messages[{number}].role")
-        turns.append((ROLES[role], content_text(message.get("content"), f"messages[{number}]")))
+        try:
+            content = message.get("content") or ""
+            texts = [content] if isinstance(content, str) else [part["text"] for part in content]
+            turns.append((ROLES[message["role"]], tidied("\n".join(texts)).strip()))
+        except (AttributeError, LookupError, TypeError):
+            raise Refused(400, f"a message has a role, one of {', '.join(ROLES)}, and as content "
+                          "a string, or parts of type text", f"messages[{number}]") from None
     if not turns or turns[-1][0] != "owner" or not turns[-1][1]:
         raise Refused(400, "the last message must be the user's, and hold words", "messages")
     return turns
@@ -12128,10 +12110,11 @@ def turns_in(messages: List[Any]) -> List[Tuple[str, str]]:
 def wanted_of(asked: Any, chat: bool, session: str = "") -> Wanted:
     """Return what a JSON body asks for.  Raises Refused."""
     given = checked_fields(asked)
+    checked_fields(given.get("stream_options", {}))
     if given.get("model", MODEL_NAME) != MODEL_NAME:
         raise Refused(404, f"the one model here is {MODEL_NAME}", "model", "model_not_found")
     stops, prompt = given.get("stop", []), given.get("prompt")
-    stops = [stops] if isinstance(stops, str) else stops
+    given["stop"] = stops = [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or len(stops) > 4 or not all(
             isinstance(stop, str) and stop for stop in stops):
         raise Refused(400, "stop is a text, or a list of one to four", "stop")
@@ -12139,24 +12122,18 @@ def wanted_of(asked: Any, chat: bool, session: str = "") -> Wanted:
     if not chat and not isinstance(prompt, str):
         raise Refused(400, "prompt must be one text", "prompt")
     *turns, (_, text) = turns_in(given.get("messages", [])) if chat else [("", tidied(prompt))]
-    settings = {name: float(given[name]) for name, (kind, _, _) in FIELDS.items()
-                if kind is float and name in given}
-    options = checked_fields(given.get("stream_options", {}))
-    return Wanted(chat, text, tuple(turns), clean_line(session or given.get("user", ""), 80),
-                  settings, given.get("seed"), tuple(stops),
-                  given.get("max_completion_tokens", given.get("max_tokens")),
-                  given.get("stream", False), options.get("include_usage", False))
+    return Wanted(chat, text, tuple(turns), clean_line(session or given.get("user", ""), 80), given)
 
 
 class Visit(Turn):
     """A turn of a request: with its settings and, outside a session, with its own talk before it.
     """
 
-    def __init__(self, wanted: Wanted, gone: threading.Event, memory: Memory, mind: Mind,
-                 text: str, session: int, rng: random.Random) -> None:
-        config = dataclasses.replace(mind.config, **wanted.settings)
-        super().__init__(memory, mind._replace(config=config), text, session, rng)
-        self.gone, self.stays, self.told_here = gone, session != NO_SESSION, False
+    def __init__(self, wanted: Wanted, rng: random.Random, memory: Memory, mind: Mind, text: str,
+                 session: int, *_: Any) -> None:
+        mind = mind._replace(config=wanted.tuned(mind.config))
+        super().__init__(memory, mind, text, session, rng)
+        self.stays = session != NO_SESSION
         self.given = [] if self.stays else [words for role, words in wanted.turns if role != "self"]
         if not self.stays:
             self.turns = [turn for turn in wanted.turns if turn[0]]
@@ -12167,7 +12144,7 @@ class Visit(Turn):
         here = self._found_here()
         pieces = [] if here and here.source == "memory" else list(super().answer())
         if here and (not pieces or self.reply.source == "nothing"):
-            self.told_here, pieces = True, list(self._replied(here))
+            pieces = list(self._replied(here))
         elif not self.stays and self.reply.source == "nothing":
             words, asking = "".join(pieces), asks(self.text)  # no promise to keep it may be in them
             keeps = words == UNKNOWN_REPLY if asking else words not in SAD_REPLIES + CANNOT_REPLIES
@@ -12193,10 +12170,6 @@ class Visit(Turn):
         """Forget nothing for those from whom nothing is learned."""
         return super()._forgotten(wish) if self.stays else NOT_FORGOTTEN
 
-    def _drafts(self, sure: Optional[Reply]) -> Iterator[Draft]:
-        """Yield drafts as long as somebody waits for them."""
-        return itertools.takewhile(lambda _: not self.gone.is_set(), super()._drafts(sure))
-
 
 NOT_KEPT = "I have read it; nothing that is said here is kept."
 NOT_FORGOTTEN = "I forget nothing here, where nothing is learned; tell me in a chat."
@@ -12212,81 +12185,81 @@ class Answer:
     def __init__(self, organism: Organism, wanted: Wanted, learns: bool, number: int) -> None:
         self.organism, self.wanted, self.gone = organism, wanted, threading.Event()
         self.learns, self.turn = learns and bool(wanted.session), None  # type: bool, Any
-        self.rng = random.Random(f"{organism.config.seed}:{number}" if wanted.seed is None else
-                                 wanted.seed)
+        self.rng = random.Random(wanted.given.get("seed", f"{organism.config.seed}:{number}"))
         self.text, self.finish, self.usage = "", "stop", {}  # type: str, str, Dict[str, int]
 
     def make(self) -> None:
         """Make the text, up to a stop text or the last token wanted, or while somebody waits."""
-        wanted, organism = self.wanted, self.organism
-        mind = organism.speaker.mind() if wanted.chat else organism.mind()
-        with contextlib.closing(self._reply() if wanted.chat else self._free(mind)) as pieces:
-            self.finish = "stop" if wanted.chat else "length"
+        wanted, given = self.wanted, self.wanted.given
+        most = given.get("max_completion_tokens", given.get("max_tokens"))
+        mind = self.organism.speaker.mind() if wanted.chat else self.organism.mind()
+        self.finish = "stop" if wanted.chat else "length"
+        with contextlib.closing(self._reply() if wanted.chat else self._free(mind, most or 16)) as (
+                pieces):
             for piece in pieces:
                 self.text += piece
-                found = [at for at in map(self.text.find, wanted.stops) if at >= 0]
+                found = [at for at in map(self.text.find, given["stop"]) if at >= 0]
                 if found or self.gone.is_set():
                     self.text, self.finish = self.text[:min(found, default=None)], "stop"
                     break
         encode = mind.tokenizer.encode
         said, asked = encode(self.text), (*(words for _, words in wanted.turns), wanted.text)
-        if wanted.most_tokens and len(said) > wanted.most_tokens:
-            said, self.finish = said[:wanted.most_tokens], "length"
+        if most and len(said) > most:
+            said, self.finish = said[:most], "length"
             self.text = mind.tokenizer.decode(said).rstrip("\ufffd")
-        given, made = sum(len(encode(words)) for words in asked), len(said)
-        self.usage = {"prompt_tokens": given, "completion_tokens": made,
-                      "total_tokens": given + made}
+        count = sum(len(encode(words)) for words in asked)
+        self.usage = {"prompt_tokens": count, "completion_tokens": len(said),
+                      "total_tokens": count + len(said)}
 
-    def _free(self, mind: Mind) -> Iterator[str]:
+    def _free(self, mind: Mind, most: int) -> Iterator[str]:
         """Yield free text after a prompt."""
-        config = dataclasses.replace(mind.config, **self.wanted.settings)
+        config = self.wanted.tuned(mind.config)
         ids = [END_OF_TEXT, *mind.tokenizer.encode(self.wanted.text)][-config.block_size:]
         with self.organism.trainer.paused():
             yield from spoken(mind.model, mind.tokenizer, ids, config, self.rng, mind.mixture(),
-                              free_tokens=min(self.wanted.most_tokens or 16, MOST_FREE_TOKENS))
+                              free_tokens=min(most, MOST_FREE_TOKENS))
 
     def _reply(self) -> Iterator[str]:
         """Yield the reply to a turn, which is remembered only where it is learned from."""
         organism, wanted = self.organism, self.wanted
 
-        def turn(memory: Memory, mind: Mind, text: str, session: int, *_: Any) -> Turn:
-            self.turn = Visit(wanted, self.gone, memory, mind, text, session, self.rng)
+        def turn(*about: Any) -> Turn:
+            self.turn = Visit(wanted, self.rng, *about)
             return self.turn
         if self.learns:
             session = organism.memory.session_id(wanted.session)
             yield from organism.reply(wanted.text, session, turn)
         else:
             with organism.trainer.paused():
-                mind = organism.speaker.mind()
-                yield from turn(organism.memory, mind, wanted.text, NO_SESSION).answer()
+                yield from turn(organism.memory, organism.speaker.mind(), wanted.text,
+                                NO_SESSION).answer()
 
     def why(self) -> Dict[str, Any]:
         """Return where it comes from: its source, and the statements that it rests on."""
         reply = self.turn.reply if self.turn else Reply("", "voice")
         found = reply.entries or ((reply.entry,) if reply.entry else ())
-        return {"source": reply.source, "score": round(reply.score, 4), "entries": [
-            {"id": None if self.turn.told_here else entry.id,
-             "text": " / ".join(entry.text.splitlines())} for entry in found]}
+        return {"source": reply.source, "score": round(reply.score, 4),
+                "entries": [" / ".join(entry.text.splitlines()) for entry in found]}
 
     def sent(self) -> Tuple[Any, Dict[str, str]]:
         """Return the body and the headers of the response: an object of the API, or a stream."""
-        wanted, why = self.wanted, {"macrogpt": self.why()}
-        usage = {"usage": self.usage}
-        always = {"id": "cmpl-" + os.urandom(12).hex(), "model": MODEL_NAME,
-                  "created": int(self.organism.memory.clock()), "object": (
-                      "chat.completion" + ".chunk" * wanted.streams if wanted.chat else
-                      "text_completion")}
+        chat, streams = self.wanted.chat, self.wanted.given.get("stream", False)
+        kind = "chat.completion" + ".chunk" * streams if chat else "text_completion"
+        always = {"id": "cmpl-" + os.urandom(12).hex(), "model": MODEL_NAME, "object": kind,
+                  "created": int(self.organism.memory.clock())}
+        why, usage = {"macrogpt": self.why()}, {"usage": self.usage}
 
         def part(text: str, ends: bool = False, **more: str) -> Dict[str, Any]:
-            name = "delta" if wanted.streams else "message"
-            said = {name: {**more, "content": text}} if wanted.chat else {"text": text}
+            said = {"delta" if streams else "message": {**more, "content": text}} if chat else {
+                "text": text}
             return {**always, "choices": [{**said, "index": 0, "logprobs": None,
                                            "finish_reason": self.finish if ends else None}]}
-        if not wanted.streams:
+        if not streams:
             return {**part(self.text, True, role="assistant"), **why, **usage}, {}
         parts = [part("", role="assistant"),
-                 *map(part, re.findall(r"\s*\S+\s*|\s+", self.text)), {**part("", True), **why},
-                 *[{**always, "choices": [], **usage}] * wanted.counts]
+                 *map(part, re.findall(r"\s*\S+\s*|\s+", self.text)), {**part("", True), **why}]
+        if self.wanted.given.get("stream_options", {}).get("include_usage"):
+            parts.append({**always, "choices": [], **usage})
         events = [f"data: {each}\n\n" for each in (*map(json.dumps, parts), "[DONE]")]
         return "".join(events).encode("ascii"), {"Content-Type": "text/event-stream"}
 
@@ -12348,10 +12321,9 @@ class Server:
         """Answer one request; return whether another may follow on this connection."""
         try:
             head = await self._head(reader)
-            handler = self._admitted(head, writer.get_extra_info("sockname"))
-            size = body_size(head, self.limits.body_bytes)
+            size = self._admitted(head, writer.get_extra_info("sockname"))
             body = await self._in_time(reader.readexactly(size))
-            await self._send(writer, 200, *await handler(head, body, reader), head.lasts)
+            await self._send(writer, 200, *await self._answer(head, body, reader), head.lasts)
             return head.lasts
         except (OSError, EOFError, asyncio.TimeoutError):
             raise
@@ -12384,27 +12356,30 @@ class Server:
         except asyncio.TimeoutError:
             raise Refused(408, f"it did not come within {self.limits.seconds:g} s") from None
 
-    def _admitted(self, head: Head, at: Any) -> Any:
-        """Return what handles a request, when it is one of the owner's.  Raises Refused."""
+    def _admitted(self, head: Head, at: Any) -> int:
+        """Return the bytes that follow the head of a request of the owner's.  Raises Refused."""
         get = head.headers.get
         if not is_ours(get("host", ""), (self.host, at[0]), at[1]):
             raise Refused(421, "the Host header names another place than this server")
         if get("origin") not in (None, f"http://{get('host')}"):
             raise Refused(403, "a page from elsewhere may not ask here")
-        method, name = ROUTES.get(head.path, ("", ""))
-        if not method:
+        if head.path not in ROUTES:
             raise Refused(404, f"{head.path[:80]} is not there", code="not_found")
-        if head.method != method:
-            raise Refused(405, f"{head.path} takes {method}", Allow=method)
+        if head.method != ROUTES[head.path]:
+            raise Refused(405, f"{head.path} takes {ROUTES[head.path]}", Allow=ROUTES[head.path])
         given = get("authorization", "").encode("latin-1")
         if self.token and head.path != "/" and not hmac.compare_digest(
                 given, f"Bearer {self.token}".encode("ascii")):
             raise Refused(401, "the token is missing or wrong", code="invalid_api_key",
                           WWW_Authenticate="Bearer")
-        kind = get("content-type", "").partition(";")[0].strip().lower()
-        if method == "POST" and kind != "application/json":
+        kind, size = get("content-type", "").partition(";")[0], get("content-length", "0")
+        if head.method == "POST" and kind.strip().lower() != "application/json":
             raise Refused(415, "send JSON, as application/json")
-        return getattr(self, name)
+        if "transfer-encoding" in head.headers or not re.fullmatch("[0-9]{1,18}", size):
+            raise Refused(411, "send the body in one piece, with a Content-Length")
+        if int(size) > self.limits.body_bytes:
+            raise Refused(413, f"a body has at most {self.limits.body_bytes:,} bytes")
+        return int(size)
 
     async def _send(self, writer: Any, status: int, body: Any, headers: Dict[str, str],
                     lasts: bool) -> None:
@@ -12419,29 +12394,28 @@ class Server:
         writer.write("\r\n".join(lines).encode("latin-1") + raw)
         await asyncio.wait_for(writer.drain(), self.limits.seconds)
 
-    # what is at each path: a body, and headers of its own
-
-    async def _page(self, head: Head, body: bytes, reader: Any) -> Tuple[Any, Dict[str, str]]:
-        return self._chat_page
-
-    async def _models(self, head: Head, body: bytes, reader: Any) -> Tuple[Any, Dict[str, str]]:
-        return {"object": "list", "data": [{"id": MODEL_NAME, "object": "model", "created": 0,
-                                            "owned_by": "its owner"}]}, {}
-
-    async def _status(self, head: Head, body: bytes, reader: Any) -> Tuple[Any, Dict[str, str]]:
-        growth = await asyncio.to_thread(lambda: self.organism.growth)  # the store may be busy
-        trainer = self.organism.trainer
-        return {"phase": trainer.phase.value, "age": growth.phase, "generation": growth.generation,
-                "step": growth.step, "bpc": growth.bpc, "share": trainer.progress.get("share"),
-                "learns": self.learns}, {}
-
     async def _answer(self, head: Head, body: bytes, reader: Any) -> Tuple[Any, Dict[str, str]]:
-        """Return an answer, made when its turn comes; whoever hangs up ends it."""
+        """Return what is at a path: its body, and headers of its own."""
+        trainer = self.organism.trainer
+        if head.path == "/":
+            return self._chat_page
+        if head.path == "/v1/models":
+            return {"object": "list", "data": [{"id": MODEL_NAME, "object": "model", "created": 0,
+                                                "owned_by": "its owner"}]}, {}
+        if head.path == "/status":
+            growth = await asyncio.to_thread(lambda: self.organism.growth)  # the store may be busy
+            return {"phase": trainer.phase.value, "age": growth.phase, "step": growth.step,
+                    "generation": growth.generation, "bpc": growth.bpc, "learns": self.learns,
+                    "share": trainer.progress.get("share")}, {}
         session = head.headers.get("x-session", "").encode("latin-1").decode("utf-8", "replace")
         try:
             wanted = wanted_of(json.loads(body), "chat" in head.path, session)
         except (ValueError, RecursionError):
             raise Refused(400, "the body is no JSON") from None
+        return await self._replied(wanted, reader)
+
+    async def _replied(self, wanted: Wanted, reader: Any) -> Tuple[Any, Dict[str, str]]:
+        """Return an answer, made when its turn comes; whoever hangs up ends it."""
         answer = Answer(self.organism, wanted, self.learns, next(self._numbers))
         work = asyncio.ensure_future(self._in_turn(answer))
         try:
@@ -12473,15 +12447,13 @@ b, details, #state { font-size: .85rem; margin: 0 }
 form { position: sticky; bottom: 0; background: Canvas; padding: .6rem 0; display: flex; gap: .5rem;
   flex-wrap: wrap; align-items: end; border-top: 1px solid #8886 }
 label { flex: 1 1 14rem } #door { flex-basis: 100% }
-textarea, input, button { font: inherit; padding: .4rem }
 textarea, input { display: block; width: 100%; box-sizing: border-box }
-:focus-visible { outline: 3px solid #2a7ae2; outline-offset: 1px }
+textarea, input, button { font: inherit; padding: .4rem }
 """
 
 CHAT_SCRIPT = """
 const byId = id => document.getElementById(id), log = byId("log"), text = byId("text");
 const session = "page " + Date.now().toString(36), messages = [];
-let stop = null;
 const add = (parent, kind, textContent, className = "") => parent.appendChild(
   Object.assign(document.createElement(kind), {textContent, className}));
 async function ask(path, options) {
@@ -12496,22 +12468,17 @@ async function ask(path, options) {
 function tellWhy(item, why) {
   const box = add(item, "details", "");
   add(box, "summary", "Why: " + why.source + ", match " + Math.round(why.score * 100) + " %");
-  for (const entry of why.entries) add(box, "div", "“" + entry.text + "”");
-  if (!why.entries.length) add(box, "div", "No statement moved it.");
+  for (const entry of why.entries) add(box, "div", "“" + entry + "”");
 }
 async function send(words) {
-  const [mine, item] = ["user", ""].map(kind => add(log, "div", "", kind));
-  stop = new AbortController();
-  text.value = "";
-  byId("send").textContent = "Stop";
-  log.setAttribute("aria-busy", "true");
-  messages.push({role: "user", content: words});
+  const mine = add(log, "div", "", "user"), item = add(log, "div", "");
   add(mine, "b", "You");
   add(mine, "span", words);
   add(item, "b", "macrogpt");
   const span = add(item, "span", "");
+  messages.push({role: "user", content: words});
   try {
-    const answer = await ask("/v1/chat/completions", {method: "POST", signal: stop.signal,
+    const answer = await ask("/v1/chat/completions", {method: "POST",
       body: JSON.stringify({stream: true, messages: messages.slice(-40)})});
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     for (let held = "", got; !(got = await reader.read()).done;) {
@@ -12523,14 +12490,9 @@ async function send(words) {
         if (part.macrogpt) tellWhy(item, part.macrogpt);
       }
     }
-  } catch (error) {
-    if (error.name != "AbortError") add(item, "span", error.message, "error");
-  }
+  } catch (error) { add(item, "span", error.message, "error"); }
   messages.push({role: "assistant", content: span.textContent});
   item.scrollIntoView({block: "end"});
-  log.setAttribute("aria-busy", "false");
-  byId("send").textContent = "Send";
-  stop = null;
 }
 async function look() {
   try {
@@ -12543,15 +12505,20 @@ async function look() {
   } catch (error) { byId("state").textContent = error.message; }
   setTimeout(look, 2000);
 }
-byId("form").addEventListener("submit", event => {
+byId("form").addEventListener("submit", async event => {
   event.preventDefault();
-  if (stop) stop.abort(); else if (text.value.trim()) send(text.value);
+  if (!text.value.trim() || log.ariaBusy == "true") return;
+  const words = text.value;
+  text.value = "";
   text.focus();
+  log.ariaBusy = "true";
+  await send(words);
+  log.ariaBusy = "false";
 });
 text.addEventListener("keydown", event => {
   if (event.key != "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
-  if (!stop) byId("form").requestSubmit();
+  byId("form").requestSubmit();
 });
 byId("token").addEventListener("change", event =>
   sessionStorage.setItem("token", event.target.value));
@@ -12565,7 +12532,7 @@ CHAT_PAGE = """<!doctype html>
 <main><div id="log" role="log" aria-live="polite" aria-label="The talk"></div></main>
 <form id="form"><label id="door" hidden>Token<input id="token" type="password"
 autocomplete="off"></label><label>What you say<textarea id="text" rows="2" autofocus></textarea>
-</label><button id="send">Send</button></form><script>{script}</script></body></html>
+</label><button>Send</button></form><script>{script}</script></body></html>
 """
 
 
