@@ -12194,8 +12194,7 @@ class Answer:
         most = given.get("max_completion_tokens", given.get("max_tokens"))
         mind = self.organism.speaker.mind() if wanted.chat else self.organism.mind()
         self.finish = "stop" if wanted.chat else "length"
-        with contextlib.closing(self._reply() if wanted.chat else self._free(mind, most or 16)) as (
-                pieces):
+        with contextlib.closing(self._pieces(mind, most or 16)) as pieces:
             for piece in pieces:
                 self.text += piece
                 found = [at for at in map(self.text.find, given["stop"]) if at >= 0]
@@ -12211,43 +12210,40 @@ class Answer:
         self.usage = {"prompt_tokens": count, "completion_tokens": len(said),
                       "total_tokens": count + len(said)}
 
-    def _free(self, mind: Mind, most: int) -> Iterator[str]:
-        """Yield free text after a prompt."""
-        config = self.wanted.tuned(mind.config)
-        ids = [END_OF_TEXT, *mind.tokenizer.encode(self.wanted.text)][-config.block_size:]
-        with self.organism.trainer.paused():
-            yield from spoken(mind.model, mind.tokenizer, ids, config, self.rng, mind.mixture(),
-                              free_tokens=min(most, MOST_FREE_TOKENS))
-
-    def _reply(self) -> Iterator[str]:
-        """Yield the reply to a turn, which is remembered only where it is learned from."""
+    def _pieces(self, mind: Mind, most: int) -> Iterator[str]:
+        """Yield free text, or a reply, which is remembered only where it is learned from."""
         organism, wanted = self.organism, self.wanted
 
         def turn(*about: Any) -> Turn:
             self.turn = Visit(wanted, self.rng, *about)
             return self.turn
-        if self.learns:
+        if self.learns and wanted.chat:
             session = organism.memory.session_id(wanted.session)
             yield from organism.reply(wanted.text, session, turn)
-        else:
-            with organism.trainer.paused():
-                yield from turn(organism.memory, organism.speaker.mind(), wanted.text,
-                                NO_SESSION).answer()
-
-    def why(self) -> Dict[str, Any]:
-        """Return where it comes from: its source, and the statements that it rests on."""
-        reply = self.turn.reply if self.turn else Reply("", "voice")
-        found = reply.entries or ((reply.entry,) if reply.entry else ())
-        return {"source": reply.source, "score": round(reply.score, 4),
-                "entries": [" / ".join(entry.text.splitlines()) for entry in found]}
+            return
+        with organism.trainer.paused():
+            if wanted.chat:
+                yield from turn(organism.memory, mind, wanted.text, NO_SESSION).answer()
+                return
+            config = wanted.tuned(mind.config)
+            ids = [END_OF_TEXT, *mind.tokenizer.encode(wanted.text)][-config.block_size:]
+            yield from spoken(mind.model, mind.tokenizer, ids, config, self.rng, mind.mixture(),
+                              free_tokens=min(most, MOST_FREE_TOKENS))
 
     def sent(self) -> Tuple[Any, Dict[str, str]]:
-        """Return the body and the headers of the response: an object of the API, or a stream."""
+        """Return the body and the headers of the response: an object of the API, or a stream.
+
+        Beside what the API asks for it says whence a reply comes, and what statements it rests on.
+        """
         chat, streams = self.wanted.chat, self.wanted.given.get("stream", False)
         kind = "chat.completion" + ".chunk" * streams if chat else "text_completion"
         always = {"id": "cmpl-" + os.urandom(12).hex(), "model": MODEL_NAME, "object": kind,
                   "created": int(self.organism.memory.clock())}
-        why, usage = {"macrogpt": self.why()}, {"usage": self.usage}
+        reply = self.turn.reply if self.turn else Reply("", "voice")
+        found = reply.entries or ((reply.entry,) if reply.entry else ())
+        why = {"macrogpt": {"source": reply.source, "score": round(reply.score, 4),
+                            "entries": [" / ".join(each.text.splitlines()) for each in found]}}
+        usage = {"usage": self.usage}
 
         def part(text: str, ends: bool = False, **more: str) -> Dict[str, Any]:
             said = {"delta" if streams else "message": {**more, "content": text}} if chat else {
@@ -12262,176 +12258,6 @@ class Answer:
             parts.append({**always, "choices": [], **usage})
         events = [f"data: {each}\n\n" for each in (*map(json.dumps, parts), "[DONE]")]
         return "".join(events).encode("ascii"), {"Content-Type": "text/event-stream"}
-
-
-class Server:
-    """Serves one organism to many clients, until `ended` is the number of a signal."""
-
-    def __init__(self, organism: Organism, token: Optional[str], learns: bool,
-                 tell: Callable[[str], None], limits: Limits = Limits()) -> None:
-        self.organism, self.token, self.learns = organism, token, learns
-        self.tell, self.limits, self.host = tell, limits, ""
-        self.ended: Optional[int] = None
-        self._open: Set[Any] = set()  # tasks, one a connection
-        self._numbers, self._chat_page = itertools.count(), chat_page()
-
-    def stop(self, number: int) -> None:
-        """End serving; a handler of signals may call it, and give its number."""
-        self.ended = number
-
-    async def serve(self, host: str, port: int) -> int:
-        """Serve until stopped, and return the number that stop was given.
-
-        Raises MacroGPTError where nobody can listen.
-        """
-        self.host, self._mouth = host, asyncio.Lock()
-        try:
-            server = await asyncio.start_server(self._connected, host, port, backlog=256,
-                                                limit=self.limits.head_bytes)
-        except (OSError, ValueError) as error:
-            raise MacroGPTError(f"nothing can be served at {host} port {port} ({error}); choose "
-                                "another --port, or an address of this machine") from None
-        for name, at, *_ in (each.getsockname() for each in server.sockets):
-            self.tell(f"serving at http://{f'[{name}]' if ':' in name else name}:{at}/")
-        while self.ended is None:
-            while self.organism.notices:
-                self.tell(self.organism.notices.popleft())
-            await asyncio.sleep(0.1)
-        server.close()
-        for task in self._open:
-            task.cancel()
-        await asyncio.gather(*self._open, return_exceptions=True)
-        return self.ended
-
-    async def _connected(self, reader: Any, writer: Any) -> None:
-        """Serve the requests of one connection, one after another."""
-        task = asyncio.current_task()
-        self._open.add(task)
-        writer.transport.set_write_buffer_limits(0)  # so that what is drained has been sent
-        try:
-            while await self._served(reader, writer):
-                pass
-        except (OSError, EOFError, asyncio.TimeoutError, asyncio.CancelledError):
-            writer.transport.abort()  # it hung up, asks or takes nothing, or all ends
-        finally:
-            self._open.discard(task)
-            writer.close()
-
-    async def _served(self, reader: Any, writer: Any) -> bool:
-        """Answer one request; return whether another may follow on this connection."""
-        try:
-            head = await self._head(reader)
-            size = self._admitted(head, writer.get_extra_info("sockname"))
-            body = await self._in_time(reader.readexactly(size))
-            await self._send(writer, 200, *await self._answer(head, body, reader), head.lasts)
-            return head.lasts
-        except (OSError, EOFError, asyncio.TimeoutError):
-            raise
-        except Exception as error:
-            if os.environ.get("MACROGPT_DEBUG") and not isinstance(error, Refused):
-                traceback.print_exc()
-            refusal = error if isinstance(error, Refused) else Refused(
-                503 if isinstance(error, StoreError) else 500, str(as_told(error)))
-            await self._send(writer, refusal.status, refusal.body, refusal.headers, False)
-            writer.write_eof()
-            for _ in range(16):  # what it still sends would reset the connection
-                if not await asyncio.wait_for(reader.read(65_536), 0.5):
-                    break
-            return False
-
-    async def _head(self, reader: Any) -> Head:
-        """Return the head of the next request.  Raises Refused, or an error where none comes."""
-        if len(self._open) > self.limits.connections:
-            raise Refused(503, "there are too many connections", Retry_After="1")
-        first = await asyncio.wait_for(reader.readexactly(1), self.limits.idle_seconds)
-        try:
-            return parse_head(first + await self._in_time(reader.readuntil(b"\r\n\r\n")))
-        except asyncio.LimitOverrunError:
-            raise Refused(431, f"a head has at most {self.limits.head_bytes:,} bytes") from None
-
-    async def _in_time(self, reading: Any) -> bytes:
-        """Return what is read.  Raises Refused where it does not come."""
-        try:
-            return bytes(await asyncio.wait_for(reading, self.limits.seconds))
-        except asyncio.TimeoutError:
-            raise Refused(408, f"it did not come within {self.limits.seconds:g} s") from None
-
-    def _admitted(self, head: Head, at: Any) -> int:
-        """Return the bytes that follow the head of a request of the owner's.  Raises Refused."""
-        get = head.headers.get
-        if not is_ours(get("host", ""), (self.host, at[0]), at[1]):
-            raise Refused(421, "the Host header names another place than this server")
-        if get("origin") not in (None, f"http://{get('host')}"):
-            raise Refused(403, "a page from elsewhere may not ask here")
-        if head.path not in ROUTES:
-            raise Refused(404, f"{head.path[:80]} is not there", code="not_found")
-        if head.method != ROUTES[head.path]:
-            raise Refused(405, f"{head.path} takes {ROUTES[head.path]}", Allow=ROUTES[head.path])
-        given = get("authorization", "").encode("latin-1")
-        if self.token and head.path != "/" and not hmac.compare_digest(
-                given, f"Bearer {self.token}".encode("ascii")):
-            raise Refused(401, "the token is missing or wrong", code="invalid_api_key",
-                          WWW_Authenticate="Bearer")
-        kind, size = get("content-type", "").partition(";")[0], get("content-length", "0")
-        if head.method == "POST" and kind.strip().lower() != "application/json":
-            raise Refused(415, "send JSON, as application/json")
-        if "transfer-encoding" in head.headers or not re.fullmatch("[0-9]{1,18}", size):
-            raise Refused(411, "send the body in one piece, with a Content-Length")
-        if int(size) > self.limits.body_bytes:
-            raise Refused(413, f"a body has at most {self.limits.body_bytes:,} bytes")
-        return int(size)
-
-    async def _send(self, writer: Any, status: int, body: Any, headers: Dict[str, str],
-                    lasts: bool) -> None:
-        """Send a response, of JSON unless it is bytes.  Raises TimeoutError if it is not taken."""
-        raw = body if isinstance(body, bytes) else json.dumps(body).encode("ascii")
-        headers = {"Content-Type": "application/json", **headers, "Content-Length": str(len(raw)),
-                   "Connection": "keep-alive" if lasts else "close", "Cache-Control": "no-store",
-                   "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-                   "Cross-Origin-Resource-Policy": "same-origin"}
-        lines = [f"HTTP/1.1 {status} {'OK' if status == 200 else 'Refused'}",
-                 *(f"{name}: {value}" for name, value in headers.items()), "\r\n"]
-        writer.write("\r\n".join(lines).encode("latin-1") + raw)
-        await asyncio.wait_for(writer.drain(), self.limits.seconds)
-
-    async def _answer(self, head: Head, body: bytes, reader: Any) -> Tuple[Any, Dict[str, str]]:
-        """Return what is at a path: its body, and headers of its own."""
-        trainer = self.organism.trainer
-        if head.path == "/":
-            return self._chat_page
-        if head.path == "/v1/models":
-            return {"object": "list", "data": [{"id": MODEL_NAME, "object": "model", "created": 0,
-                                                "owned_by": "its owner"}]}, {}
-        if head.path == "/status":
-            growth = await asyncio.to_thread(lambda: self.organism.growth)  # the store may be busy
-            return {"phase": trainer.phase.value, "age": growth.phase, "step": growth.step,
-                    "generation": growth.generation, "bpc": growth.bpc, "learns": self.learns,
-                    "share": trainer.progress.get("share")}, {}
-        session = head.headers.get("x-session", "").encode("latin-1").decode("utf-8", "replace")
-        try:
-            wanted = wanted_of(json.loads(body), "chat" in head.path, session)
-        except (ValueError, RecursionError):
-            raise Refused(400, "the body is no JSON") from None
-        return await self._replied(wanted, reader)
-
-    async def _replied(self, wanted: Wanted, reader: Any) -> Tuple[Any, Dict[str, str]]:
-        """Return an answer, made when its turn comes; whoever hangs up ends it."""
-        answer = Answer(self.organism, wanted, self.learns, next(self._numbers))
-        work = asyncio.ensure_future(self._in_turn(answer))
-        try:
-            while not (await asyncio.wait({work}, timeout=0.1))[0]:
-                if reader.at_eof():
-                    raise EOFError
-        finally:
-            answer.gone.set()
-        work.result()
-        return answer.sent()
-
-    async def _in_turn(self, answer: Answer) -> None:
-        """Make an answer when those before it are made."""
-        async with self._mouth:
-            if not answer.gone.is_set():
-                await asyncio.to_thread(answer.make)
 
 
 # The page: nothing in it comes from elsewhere, and what it shows is text, whatever stands in it.
@@ -12528,23 +12354,186 @@ look();
 CHAT_PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>macrogpt</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
-<style>{style}</style></head><body><header><h1>macrogpt</h1><p id="state">…</p></header>
-<main><div id="log" role="log" aria-live="polite" aria-label="The talk"></div></main>
-<form id="form"><label id="door" hidden>Token<input id="token" type="password"
-autocomplete="off"></label><label>What you say<textarea id="text" rows="2" autofocus></textarea>
-</label><button>Send</button></form><script>{script}</script></body></html>
+<style>""" + CHAT_STYLE + """</style></head>
+<body><header><h1>macrogpt</h1><p id="state">…</p></header><main>
+<div id="log" role="log" aria-live="polite" aria-label="The talk"></div></main><form id="form">
+<label id="door" hidden>Token<input id="token" type="password" autocomplete="off"></label>
+<label>What you say<textarea id="text" rows="2" autofocus></textarea>
+</label><button>Send</button></form><script>""" + CHAT_SCRIPT + """</script></body></html>
 """
 
 
-def chat_page() -> Tuple[bytes, Dict[str, str]]:
-    """Return the page and its headers, by which a browser runs nothing but what stands in it."""
-    sums = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode("ascii")
-            for part in (CHAT_SCRIPT, CHAT_STYLE))
-    policy = ("default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; connect-src "
-              "'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-    page = CHAT_PAGE.format(script=CHAT_SCRIPT, style=CHAT_STYLE)
-    return page.encode(), {"Content-Type": "text/html; charset=utf-8",
-                           "Content-Security-Policy": policy.format(*sums)}
+CHAT_HEADERS = {  # by which a browser runs nothing but what stands in the page
+    "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": (
+        "default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'").format(*(
+            base64.b64encode(hashlib.sha256(part.encode()).digest()).decode("ascii")
+            for part in (CHAT_SCRIPT, CHAT_STYLE)))}
+
+
+class Server:
+    """Serves one organism to many clients, until `ended` is the number of a signal."""
+
+    def __init__(self, organism: Organism, token: Optional[str], learns: bool,
+                 tell: Callable[[str], None], limits: Limits = Limits()) -> None:
+        self.organism, self.token, self.learns = organism, token, learns
+        self.tell, self.limits, self.host = tell, limits, ""
+        self.ended: Optional[int] = None
+        self._open: Set[Any] = set()  # tasks, one a connection
+        self._numbers = itertools.count()
+
+    def stop(self, number: int) -> None:
+        """End serving; a handler of signals may call it, and give its number."""
+        self.ended = number
+
+    async def serve(self, host: str, port: int) -> int:
+        """Serve until stopped, and return the number that stop was given.
+
+        Raises MacroGPTError where nobody can listen.
+        """
+        self.host, self._mouth = host, asyncio.Lock()
+        try:
+            server = await asyncio.start_server(self._connected, host, port, backlog=256,
+                                                limit=self.limits.head_bytes)
+        except (OSError, ValueError) as error:
+            raise MacroGPTError(f"nothing can be served at {host} port {port} ({error}); choose "
+                                "another --port, or an address of this machine") from None
+        for name, at, *_ in (each.getsockname() for each in server.sockets):
+            self.tell(f"serving at http://{f'[{name}]' if ':' in name else name}:{at}/")
+        while self.ended is None:
+            while self.organism.notices:
+                self.tell(self.organism.notices.popleft())
+            await asyncio.sleep(0.1)
+        server.close()
+        for task in self._open:
+            task.cancel()
+        await asyncio.gather(*self._open, return_exceptions=True)
+        return self.ended
+
+    async def _connected(self, reader: Any, writer: Any) -> None:
+        """Serve the requests of one connection, one after another."""
+        task = asyncio.current_task()
+        self._open.add(task)
+        writer.transport.set_write_buffer_limits(0)  # so that what is drained has been sent
+        try:
+            while await self._served(reader, writer):
+                pass
+        except (OSError, EOFError, asyncio.TimeoutError, asyncio.CancelledError):
+            writer.transport.abort()  # it hung up, asks or takes nothing, or all ends
+        finally:
+            self._open.discard(task)
+            writer.close()
+
+    async def _served(self, reader: Any, writer: Any) -> bool:
+        """Answer one request; return whether another may follow on this connection."""
+        try:
+            if len(self._open) > self.limits.connections:
+                raise Refused(503, "there are too many connections", Retry_After="1")
+            first = await asyncio.wait_for(reader.readexactly(1), self.limits.idle_seconds)
+            head = parse_head(first + await self._in_time(reader.readuntil(b"\r\n\r\n")))
+            size = self._admitted(head, writer.get_extra_info("sockname"))
+            body = await self._in_time(reader.readexactly(size))
+            await self._send(writer, 200, *await self._answer(head, body, reader), head.lasts)
+            return head.lasts
+        except (OSError, EOFError, asyncio.TimeoutError):
+            raise
+        except Exception as error:
+            if os.environ.get("MACROGPT_DEBUG") and not isinstance(error, Refused):
+                traceback.print_exc()
+            refusal = error if isinstance(error, Refused) else Refused(
+                503 if isinstance(error, StoreError) else 500, str(as_told(error)))
+            await self._send(writer, refusal.status, refusal.body, refusal.headers, False)
+            writer.write_eof()
+            for _ in range(16):  # what it still sends would reset the connection
+                if not await asyncio.wait_for(reader.read(65_536), 0.5):
+                    break
+            return False
+
+    async def _in_time(self, reading: Any) -> bytes:
+        """Return what is read.  Raises Refused where it does not come, or not to an end."""
+        try:
+            return bytes(await asyncio.wait_for(reading, self.limits.seconds))
+        except asyncio.TimeoutError:
+            raise Refused(408, f"it did not come within {self.limits.seconds:g} s") from None
+        except asyncio.LimitOverrunError:
+            raise Refused(431, f"a head has at most {self.limits.head_bytes:,} bytes") from None
+
+    def _admitted(self, head: Head, at: Any) -> int:
+        """Return the bytes that follow the head of a request of the owner's.  Raises Refused."""
+        get = head.headers.get
+        if not is_ours(get("host", ""), (self.host, at[0]), at[1]):
+            raise Refused(421, "the Host header names another place than this server")
+        if get("origin") not in (None, f"http://{get('host')}"):
+            raise Refused(403, "a page from elsewhere may not ask here")
+        if head.path not in ROUTES:
+            raise Refused(404, f"{head.path[:80]} is not there", code="not_found")
+        if head.method != ROUTES[head.path]:
+            raise Refused(405, f"{head.path} takes {ROUTES[head.path]}", Allow=ROUTES[head.path])
+        given = get("authorization", "").encode("latin-1")
+        if self.token and head.path != "/" and not hmac.compare_digest(
+                given, f"Bearer {self.token}".encode("ascii")):
+            raise Refused(401, "the token is missing or wrong", code="invalid_api_key",
+                          WWW_Authenticate="Bearer")
+        kind, size = get("content-type", "").partition(";")[0], get("content-length", "0")
+        if head.method == "POST" and kind.strip().lower() != "application/json":
+            raise Refused(415, "send JSON, as application/json")
+        if "transfer-encoding" in head.headers or not re.fullmatch("[0-9]{1,18}", size):
+            raise Refused(411, "send the body in one piece, with a Content-Length")
+        if int(size) > self.limits.body_bytes:
+            raise Refused(413, f"a body has at most {self.limits.body_bytes:,} bytes")
+        return int(size)
+
+    async def _send(self, writer: Any, status: int, body: Any, headers: Dict[str, str],
+                    lasts: bool) -> None:
+        """Send a response, of JSON unless it is bytes.  Raises TimeoutError if it is not taken."""
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode("ascii")
+        headers = {"Content-Type": "application/json", **headers, "Content-Length": str(len(raw)),
+                   "Connection": "keep-alive" if lasts else "close", "Cache-Control": "no-store",
+                   "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+                   "Cross-Origin-Resource-Policy": "same-origin"}
+        lines = [f"HTTP/1.1 {status} {'OK' if status == 200 else 'Refused'}",
+                 *(f"{name}: {value}" for name, value in headers.items()), "\r\n"]
+        writer.write("\r\n".join(lines).encode("latin-1") + raw)
+        await asyncio.wait_for(writer.drain(), self.limits.seconds)
+
+    async def _answer(self, head: Head, body: bytes, reader: Any) -> Tuple[Any, Dict[str, str]]:
+        """Return what is at a path: its body, and headers of its own."""
+        trainer = self.organism.trainer
+        if head.path == "/":
+            return CHAT_PAGE.encode(), CHAT_HEADERS
+        if head.path == "/v1/models":
+            return {"object": "list", "data": [{"id": MODEL_NAME, "object": "model", "created": 0,
+                                                "owned_by": "its owner"}]}, {}
+        if head.path == "/status":
+            growth = await asyncio.to_thread(lambda: self.organism.growth)  # the store may be busy
+            return {"phase": trainer.phase.value, "age": growth.phase, "step": growth.step,
+                    "generation": growth.generation, "bpc": growth.bpc, "learns": self.learns,
+                    "share": trainer.progress.get("share")}, {}
+        session = head.headers.get("x-session", "").encode("latin-1").decode("utf-8", "replace")
+        try:
+            wanted = wanted_of(json.loads(body), "chat" in head.path, session)
+        except (ValueError, RecursionError):
+            raise Refused(400, "the body is no JSON") from None
+        return await self._replied(wanted, reader)
+
+    async def _replied(self, wanted: Wanted, reader: Any) -> Tuple[Any, Dict[str, str]]:
+        """Return an answer, made when its turn comes; whoever hangs up ends it."""
+        answer = Answer(self.organism, wanted, self.learns, next(self._numbers))
+        work = asyncio.ensure_future(self._in_turn(answer))
+        try:
+            while not (await asyncio.wait({work}, timeout=0.1))[0]:
+                if reader.at_eof():
+                    raise EOFError
+        finally:
+            answer.gone.set()
+        work.result()
+        return answer.sent()
+
+    async def _in_turn(self, answer: Answer) -> None:
+        """Make an answer when those before it are made."""
+        async with self._mouth:
+            if not answer.gone.is_set():
+                await asyncio.to_thread(answer.make)
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────

@@ -461,10 +461,11 @@ class Browser:
     def __init__(self, folder):
         (ours, its), (out, from_it) = os.pipe(), os.pipe()
         self.process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{ours} 4>&{from_it}', "sh", shutil.which("chromium"),
-             "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-             "--no-first-run", f"--user-data-dir={folder}", "--remote-debugging-pipe"],
-            pass_fds=(ours, from_it), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            [shutil.which("chromium"), "--headless=new", "--no-sandbox", "--disable-gpu",
+             "--disable-background-networking", "--no-first-run", f"--user-data-dir={folder}",
+             "--remote-debugging-pipe"],
+            preexec_fn=lambda: (os.dup2(ours, 3), os.dup2(from_it, 4)), pass_fds=(3, 4),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(ours)
         os.close(from_it)
         self.to, self.back, self.number, self.session = os.fdopen(its, "wb"), out, 0, {}
