@@ -11983,7 +11983,7 @@ MOST_GIVEN = 200         # lines of a request that facts are looked for in, the 
 LOOPBACK = re.compile(r"localhost|::1|127\.\d{1,3}\.\d{1,3}\.\d{1,3}")
 ROUTES = {"/": "GET", "/status": "GET", "/v1/models": "GET", "/v1/completions": "POST",
           "/v1/chat/completions": "POST"}
-_REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")
+_REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.[01]")
 _HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 
 
@@ -11992,8 +11992,7 @@ class Limits(NamedTuple):
 
     head_bytes: int = 16_384
     body_bytes: int = 1 << 18
-    seconds: float = 10.0       # for a head, for a body, for taking what is sent
-    idle_seconds: float = 30.0  # until a request begins
+    seconds: float = 10.0  # for a head, for a body, for taking what is sent
     connections: int = 256
 
 
@@ -12009,12 +12008,11 @@ class Refused(MacroGPTError):
 
 
 class Head(NamedTuple):
-    """The first lines of a request, and whether its connection goes on after it."""
+    """The first lines of a request."""
 
     method: str
     path: str
     headers: Dict[str, str]
-    lasts: bool
 
 
 def parse_head(raw: bytes) -> Head:
@@ -12027,8 +12025,7 @@ def parse_head(raw: bytes) -> Head:
     headers = {each[1].lower(): each[2].rstrip() for each in found if each}
     if not begun or len(headers) < len(lines):
         raise Refused(400, "this is no request of HTTP/1.1, or a header stands twice in it")
-    closes = begun[3] == "0" or "close" in headers.get("connection", "").lower()
-    return Head(begun[1], begun[2].partition("?")[0], headers, not closes)
+    return Head(begun[1], begun[2].partition("?")[0], headers)
 
 
 def check_door(host: str, token: Optional[str]) -> None:
@@ -12133,9 +12130,9 @@ class Visit(Turn):
                  session: int, *_: Any) -> None:
         mind = mind._replace(config=wanted.tuned(mind.config))
         super().__init__(memory, mind, text, session, rng)
-        self.stays = session != NO_SESSION
-        self.given = [] if self.stays else [words for role, words in wanted.turns if role != "self"]
+        self.stays, self.given = session != NO_SESSION, []  # type: bool, List[str]
         if not self.stays:
+            self.given = [words for role, words in wanted.turns if role != "self"]
             self.turns = [turn for turn in wanted.turns if turn[0]]
             self.said = {words for role, words in self.turns if role == "self"}
 
@@ -12371,6 +12368,17 @@ CHAT_HEADERS = {  # by which a browser runs nothing but what stands in the page
             for part in (CHAT_SCRIPT, CHAT_STYLE)))}
 
 
+def response(status: int, body: Any, headers: Dict[str, str]) -> bytes:
+    """Return a response as bytes; its body is JSON unless it is bytes."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode("ascii")
+    headers = {"Content-Type": "application/json", **headers, "Content-Length": str(len(raw)),
+               "Connection": "close", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
+               "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin"}
+    lines = [f"HTTP/1.1 {status} {'OK' if status == 200 else 'Refused'}",
+             *(f"{name}: {value}" for name, value in headers.items()), "\r\n"]
+    return "\r\n".join(lines).encode("latin-1") + raw
+
+
 class Server:
     """Serves one organism to many clients, until `ended` is the number of a signal."""
 
@@ -12411,43 +12419,40 @@ class Server:
         return self.ended
 
     async def _connected(self, reader: Any, writer: Any) -> None:
-        """Serve the requests of one connection, one after another."""
+        """Serve the one request of a connection."""
         task = asyncio.current_task()
         self._open.add(task)
         writer.transport.set_write_buffer_limits(0)  # so that what is drained has been sent
         try:
-            while await self._served(reader, writer):
-                pass
+            writer.write(response(*await self._served(reader, writer)))
+            await asyncio.wait_for(writer.drain(), self.limits.seconds)
+            writer.write_eof()
+            for _ in range(16):  # what it still sends would reset the connection
+                if not await asyncio.wait_for(reader.read(65_536), 0.5):
+                    break
         except (OSError, EOFError, asyncio.TimeoutError, asyncio.CancelledError):
-            writer.transport.abort()  # it hung up, asks or takes nothing, or all ends
+            writer.transport.abort()  # it hung up, or takes nothing, or all ends
         finally:
             self._open.discard(task)
             writer.close()
 
-    async def _served(self, reader: Any, writer: Any) -> bool:
-        """Answer one request; return whether another may follow on this connection."""
+    async def _served(self, reader: Any, writer: Any) -> Tuple[int, Any, Dict[str, str]]:
+        """Return what answers a request: a status, a body, headers of its own."""
         try:
             if len(self._open) > self.limits.connections:
                 raise Refused(503, "there are too many connections", Retry_After="1")
-            first = await asyncio.wait_for(reader.readexactly(1), self.limits.idle_seconds)
-            head = parse_head(first + await self._in_time(reader.readuntil(b"\r\n\r\n")))
+            head = parse_head(await self._in_time(reader.readuntil(b"\r\n\r\n")))
             size = self._admitted(head, writer.get_extra_info("sockname"))
             body = await self._in_time(reader.readexactly(size))
-            await self._send(writer, 200, *await self._answer(head, body, reader), head.lasts)
-            return head.lasts
-        except (OSError, EOFError, asyncio.TimeoutError):
+            return (200, *await self._answer(head, body, reader))
+        except (OSError, EOFError):
             raise
         except Exception as error:
             if os.environ.get("MACROGPT_DEBUG") and not isinstance(error, Refused):
                 traceback.print_exc()
             refusal = error if isinstance(error, Refused) else Refused(
                 503 if isinstance(error, StoreError) else 500, str(as_told(error)))
-            await self._send(writer, refusal.status, refusal.body, refusal.headers, False)
-            writer.write_eof()
-            for _ in range(16):  # what it still sends would reset the connection
-                if not await asyncio.wait_for(reader.read(65_536), 0.5):
-                    break
-            return False
+            return refusal.status, refusal.body, refusal.headers
 
     async def _in_time(self, reading: Any) -> bytes:
         """Return what is read.  Raises Refused where it does not come, or not to an end."""
@@ -12482,19 +12487,6 @@ class Server:
         if int(size) > self.limits.body_bytes:
             raise Refused(413, f"a body has at most {self.limits.body_bytes:,} bytes")
         return int(size)
-
-    async def _send(self, writer: Any, status: int, body: Any, headers: Dict[str, str],
-                    lasts: bool) -> None:
-        """Send a response, of JSON unless it is bytes.  Raises TimeoutError if it is not taken."""
-        raw = body if isinstance(body, bytes) else json.dumps(body).encode("ascii")
-        headers = {"Content-Type": "application/json", **headers, "Content-Length": str(len(raw)),
-                   "Connection": "keep-alive" if lasts else "close", "Cache-Control": "no-store",
-                   "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-                   "Cross-Origin-Resource-Policy": "same-origin"}
-        lines = [f"HTTP/1.1 {status} {'OK' if status == 200 else 'Refused'}",
-                 *(f"{name}: {value}" for name, value in headers.items()), "\r\n"]
-        writer.write("\r\n".join(lines).encode("latin-1") + raw)
-        await asyncio.wait_for(writer.drain(), self.limits.seconds)
 
     async def _answer(self, head: Head, body: bytes, reader: Any) -> Tuple[Any, Dict[str, str]]:
         """Return what is at a path: its body, and headers of its own."""
