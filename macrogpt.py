@@ -11416,18 +11416,14 @@ def tokenizer_json(tokenizer: EvolvingTokenizer) -> Dict[str, Any]:
     a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "version": "1.0", "decoder": level,
         "added_tokens": [{"id": END_OF_TEXT, "content": END_MARK, "special": True, **plain}],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
         "post_processor": {"type": "TemplateProcessing", "single": [first, a],
                            "pair": [first, a, b], "special_tokens": {END_MARK: {
                                "id": END_MARK, "ids": [END_OF_TEXT], "tokens": [END_MARK]}}},
-        "decoder": level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
-                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "byte_fallback": False, "ignore_merges": False,
-                  "vocab": {name: i for i, name in enumerate(token_names(tokenizer))},
-                  "merges": merge_names(tokenizer)}}
+        "model": {"type": "BPE", "merges": merge_names(tokenizer), "vocab": {
+            name: i for i, name in enumerate(token_names(tokenizer))}}}
 
 
 def llama_config(shape: Shape, vocab: int, tied: bool = True) -> Dict[str, Any]:
@@ -11449,9 +11445,7 @@ def llama_config(shape: Shape, vocab: int, tied: bool = True) -> Dict[str, Any]:
 GGUF_F32, GGUF_F16, GGUF_Q8_0 = 0, 1, 8
 GGUF_FILES = {"model.gguf": (GGUF_F32, 0), "model-f16.gguf": (GGUF_F16, 1),
               "model-q8_0.gguf": (GGUF_Q8_0, 7)}  # with the number of the kind of file
-ALIGNMENT = 32
-BLOCK = 32  # numbers of q8_0 that share a scale
-HALF_MOST = 65504.0
+ALIGNMENT, BLOCK = 32, 32  # bytes; numbers of q8_0 that share a scale
 
 
 def gguf_string(text: str) -> bytes:
@@ -11480,8 +11474,7 @@ def gguf_numbers(tensor: Tensor, kind: int) -> Tuple[int, bytes]:
     if kind == GGUF_F32 or len(tensor.shape) == 1:
         return GGUF_F32, float_bytes(data)
     if kind == GGUF_F16 or tensor.shape[-1] % BLOCK:
-        return GGUF_F16, struct.pack(f"<{len(data)}e", *(
-            max(-HALF_MOST, min(HALF_MOST, x)) for x in data))
+        return GGUF_F16, struct.pack(f"<{len(data)}e", *data)
     blocks = []
     for part in (data[at:at + BLOCK] for at in range(0, len(data), BLOCK)):
         step = max(max(part), -min(part)) / 127.0
@@ -11508,11 +11501,7 @@ def write_gguf(path: str, about: Dict[str, Any], tensors: Tensors, kind: int = G
 
 # leaving
 
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
----
-# A macrogpt that left home
+CARD = """# A macrogpt that left home
 
 Generation {generation} after {step:,} steps and {tokens:,} tokens, {bpc}: a Llama of {n_layer}
 layers, {n_embd} channels, {n_head} heads, a window of {block_size} tokens, {vocab:,} ids.
