@@ -11393,22 +11393,18 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}A:{% else %}{{ eos_token }}{% endif %}")
 
 
-def token_names(tokenizer: EvolvingTokenizer) -> List[str]:
-    """Return the ids' names, in which each byte is a visible sign, in order."""
+def bpe_names(tokenizer: EvolvingTokenizer) -> Tuple[List[str], List[str]]:
+    """Return the ids' names, in which each byte is a visible sign, and the merges as two names."""
     plain, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
     signs = [chr(byte if byte in plain else next(others)) for byte in range(256)]
-    return [END_MARK] + ["".join(signs[byte] for byte in tokenizer.token_bytes(token))
-                         for token in range(FIRST_BYTE, tokenizer.vocab_size)]
-
-
-def merge_names(tokenizer: EvolvingTokenizer) -> List[str]:
-    """Return the merges, oldest first, each two names with a space between."""
-    names = token_names(tokenizer)
-    return [f"{names[left]} {names[right]}" for left, right in tokenizer.merges]
+    names = [END_MARK] + ["".join(signs[byte] for byte in tokenizer.token_bytes(token))
+                          for token in range(FIRST_BYTE, tokenizer.vocab_size)]
+    return names, [f"{names[left]} {names[right]}" for left, right in tokenizer.merges]
 
 
 def tokenizer_json(tokenizer: EvolvingTokenizer) -> Dict[str, Any]:
     """Return what the package tokenizers reads: a text begins with the end of the one before."""
+    names, merges = bpe_names(tokenizer)
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
              "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
@@ -11422,8 +11418,8 @@ def tokenizer_json(tokenizer: EvolvingTokenizer) -> Dict[str, Any]:
         "post_processor": {"type": "TemplateProcessing", "single": [first, a],
                            "pair": [first, a, b], "special_tokens": {END_MARK: {
                                "id": END_MARK, "ids": [END_OF_TEXT], "tokens": [END_MARK]}}},
-        "model": {"type": "BPE", "merges": merge_names(tokenizer), "vocab": {
-            name: i for i, name in enumerate(token_names(tokenizer))}}}
+        "model": {"type": "BPE", "merges": merges,
+                  "vocab": {name: i for i, name in enumerate(names)}}}
 
 
 def llama_config(shape: Shape, vocab: int, tied: bool = True) -> Dict[str, Any]:
@@ -11596,15 +11592,15 @@ class Leaving(NamedTuple):
 
     def gguf_about(self, file_type: int) -> Dict[str, Any]:
         """Return the keys and values that llama.cpp asks of a model with its tokenizer."""
-        shape, vocab = self.model.shape, self.tokenizer.vocab_size
+        shape, (names, merges) = self.model.shape, bpe_names(self.tokenizer)
         llama = {"context_length": shape.block_size, "embedding_length": shape.n_embd,
                  "block_count": shape.n_layer, "feed_forward_length": shape.n_ff,
                  "attention.head_count": shape.n_head, "attention.head_count_kv": shape.n_head,
-                 "attention.layer_norm_rms_epsilon": shape.norm_eps, "vocab_size": vocab,
+                 "attention.layer_norm_rms_epsilon": shape.norm_eps, "vocab_size": len(names),
                  "rope.freq_base": shape.rope_base, "rope.dimension_count": shape.head_dim}
-        ggml = {"model": "gpt2", "pre": "gpt-2", "tokens": token_names(self.tokenizer),
-                "token_type": [3] + [1] * (vocab - 1),  # one control, the rest normal
-                "merges": merge_names(self.tokenizer), "bos_token_id": END_OF_TEXT,
+        ggml = {"model": "gpt2", "pre": "gpt-2", "tokens": names,
+                "token_type": [3] + [1] * (len(names) - 1),  # one control, the rest normal
+                "merges": merges, "bos_token_id": END_OF_TEXT,
                 "eos_token_id": END_OF_TEXT, "eot_token_id": LINE_END,
                 "padding_token_id": END_OF_TEXT, "add_bos_token": True, "add_space_prefix": False}
         return {"general.type": "model", "general.name": "macrogpt", "general.file_type": file_type,
@@ -11639,10 +11635,7 @@ def write_new(path: str, lines: Iterable[str]) -> None:
 
 
 def export_weights(folder: str, form: str, who: Leaving) -> None:
-    """Write a generation into a new folder, which appears when it is whole.
-
-    Raises GraduationError.
-    """
+    """Write a generation into a new folder, once it is whole.  Raises GraduationError."""
     folder = os.path.abspath(folder)
     if os.path.lexists(folder):
         raise GraduationError(f"{folder} is there already; name a new folder")
@@ -11662,8 +11655,7 @@ def export_weights(folder: str, form: str, who: Leaving) -> None:
 
 
 def returned_tokenizer(folder: str, live: EvolvingTokenizer) -> EvolvingTokenizer:
-    """Return the tokenizer of a folder: ours, perhaps with merges behind.  Raises GraduationError.
-    """
+    """Return a folder's tokenizer: ours, perhaps with merges behind.  Raises GraduationError."""
     path = os.path.join(folder, "tokenizer.json")
     try:
         model = read_json(path)["model"]
@@ -11672,7 +11664,7 @@ def returned_tokenizer(folder: str, live: EvolvingTokenizer) -> EvolvingTokenize
         tokenizer = EvolvingTokenizer((ids[left], ids[right]) for left, right in merges)
         if tokenizer.merges[:len(live.merges)] != live.merges:
             raise ValueError("its first merges are not ours")
-        if ids != {name: i for i, name in enumerate(token_names(tokenizer))}:
+        if ids != {name: i for i, name in enumerate(bpe_names(tokenizer)[0])}:
             raise ValueError("ids that no merge makes")
         return tokenizer
     except (ValueError, TypeError, LookupError) as error:
@@ -11773,18 +11765,6 @@ def returned_delta(folder: str, model: GPT) -> Layer:
     return pack_params(delta_matrices(made.deltas[0]))
 
 
-def live_learner(organism: Organism) -> Learner:
-    """Return the generation that lives, with its text, as its trainer has it."""
-    memory = organism.memory
-    if organism.growth.phase != "grown" or memory.lost_layers()[1]:
-        raise GraduationError("what lives here is not grown up, or damaged, so nothing can take "
-                              "its place; run `train` first")
-    live = Learner(organism.config, organism.growth, memory.layers(without=("ear",)),
-                   organism.speaker.engine)
-    live.take_text((), texts_to_learn(memory, [i for i, _ in memory.training_index()]))
-    return live
-
-
 def not_better(folder: str, probe: str, before: float, now: float) -> GraduationError:
     """Return the error that says where weights from elsewhere read worse."""
     return refused(f"{folder}, probe {probe}", f"{now:.3f} bits per character",
@@ -11842,13 +11822,19 @@ def import_weights(organism: Organism, folder: str) -> Learner:
     Nothing changes unless all of it fits, and it reads no probe worse.  Raises GraduationError, or
     TrainerError where another process trains.
     """
+    memory = organism.memory
     with organism.trainer.holding():
-        learner, read = live_learner(organism), []
+        if organism.growth.phase != "grown" or memory.lost_layers()[1]:
+            raise GraduationError("what lives here is not grown up, or damaged, so nothing can "
+                                  "take its place; run `train` first")
+        learner, read = Learner(organism.config, organism.growth, memory.layers(without=("ear",)),
+                                organism.speaker.engine), []
+        learner.take_text((), texts_to_learn(memory, [i for i, _ in memory.training_index()]))
         before = learner.probe_losses()
         if os.path.isfile(os.path.join(folder, "adapter_config.json")):
             append_returned(learner, folder)
         else:
-            learner = new_generation(learner, folder, organism.memory)
+            learner = new_generation(learner, folder, memory)
             read = [text.key for text in learner.texts.values() if not text.probe]
         for name, bpc in learner.growth.probes.items():
             if not isfinite(bpc):
@@ -11860,7 +11846,7 @@ def import_weights(organism: Organism, folder: str) -> Learner:
 # words
 
 TOLD_TITLE, TALK_TITLE = "# What it was told", "# The talk "
-SPEAKERS = {"you": "owner", "macrogpt": "self"}
+SPEAKERS = {"owner": "you", "self": "macrogpt"}
 ROLES = {"user": "owner", "assistant": "self", "system": "", "developer": "", "tool": ""}
 
 
@@ -11882,7 +11868,6 @@ def as_markdown(memory: Memory) -> Iterator[str]:
 
     Later lines of a text are moved in, so that all can be read back.
     """
-    names = {role: name for name, role in SPEAKERS.items()}
     yield TOLD_TITLE
     for day, told in itertools.groupby(memory.told(), told_day):
         yield f"\n## {day}\n"
@@ -11891,7 +11876,7 @@ def as_markdown(memory: Memory) -> Iterator[str]:
         yield f"\n{TALK_TITLE}{session['name']}\n"
         for m in memory.messages_of(session["name"]):
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(m.said_at))
-            yield f"- {when}  {names[m.role]}: " + m.text.replace("\n", "\n  ")
+            yield f"- {when}  {SPEAKERS[m.role]}: " + m.text.replace("\n", "\n  ")
 
 
 class Heard(NamedTuple):
@@ -11941,7 +11926,8 @@ def _words_of_markdown(text: str) -> List[Heard]:
         elif talk is None and item.startswith("- "):
             told.append(Heard(None, "owner", words, day))
         elif talk is not None and turn:
-            said.append(Heard(talk, SPEAKERS[turn[2]], turn[3], _moment(turn[1])))
+            role = "owner" if turn[2] == SPEAKERS["owner"] else "self"
+            said.append(Heard(talk, role, turn[3], _moment(turn[1])))
     spoken = {line.strip() for m in said for line in (m.text, *m.text.split("\n"))}
     return [m for m in told if m.text.strip() not in spoken] + said
 
@@ -11967,6 +11953,9 @@ def _moment(text: str) -> Optional[float]:
 # ours, and what is asked must be JSON.
 
 MODEL_NAME, NO_SESSION = "macrogpt", 0
+MOST_HEAD_BYTES, MOST_BODY_BYTES = 16_384, 1 << 18
+MOST_CONNECTIONS = 256   # each of which asks once
+CLIENT_SECONDS = 10.0    # for a head, for a body, for taking what is sent
 MOST_FREE_TOKENS = 4096  # of one completion
 MOST_GIVEN = 200         # lines of a request that facts are looked for in, the newest
 LOOPBACK = re.compile(r"localhost|::1|127\.\d{1,3}\.\d{1,3}\.\d{1,3}")
@@ -11974,15 +11963,6 @@ ROUTES = {"/": "GET", "/status": "GET", "/v1/models": "GET", "/v1/completions": 
           "/v1/chat/completions": "POST"}
 _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.[01]")
 _HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
-
-
-class Limits(NamedTuple):
-    """What clients may take of a server: bytes, seconds, connections, of which each asks once."""
-
-    head_bytes: int = 16_384
-    body_bytes: int = 1 << 18
-    seconds: float = 10.0  # for a head, for a body, for taking what is sent
-    connections: int = 256
 
 
 class Refused(MacroGPTError):
@@ -11996,16 +11976,8 @@ class Refused(MacroGPTError):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class Head(NamedTuple):
-    """The first lines of a request."""
-
-    method: str
-    path: str
-    headers: Dict[str, str]
-
-
-def parse_head(raw: bytes) -> Head:
-    """Return the head of a request from its bytes, blank line included.  Raises Refused.
+def parse_head(raw: bytes) -> Dict[str, str]:
+    """Return the headers of a request, among them :method and :path.  Raises Refused.
 
     What can be read in two ways, by us and by whatever stands before us, is not read at all.
     """
@@ -12014,7 +11986,7 @@ def parse_head(raw: bytes) -> Head:
     headers = {each[1].lower(): each[2].rstrip() for each in found if each}
     if not begun or len(headers) < len(lines):
         raise Refused(400, "this is no request of HTTP/1.1, or a header stands twice in it")
-    return Head(begun[1], begun[2].partition("?")[0], headers)
+    return {":method": begun[1], ":path": begun[2].partition("?")[0], **headers}
 
 
 def check_door(host: str, token: Optional[str]) -> None:
@@ -12112,8 +12084,7 @@ def wanted_of(asked: Any, chat: bool, session: str = "") -> Wanted:
 
 
 class Visit(Turn):
-    """A turn of a request: with its settings and, outside a session, with its own talk before it.
-    """
+    """A turn of a request: with its settings and, outside a session, its own talk before it."""
 
     def __init__(self, wanted: Wanted, rng: random.Random, memory: Memory, mind: Mind, text: str,
                  session: int, *_: Any) -> None:
@@ -12372,9 +12343,8 @@ class Server:
     """Serves one organism to many clients, until `ended` is the number of a signal."""
 
     def __init__(self, organism: Organism, token: Optional[str], learns: bool,
-                 tell: Callable[[str], None], limits: Limits = Limits()) -> None:
-        self.organism, self.token, self.learns = organism, token, learns
-        self.tell, self.limits, self.host = tell, limits, ""
+                 tell: Callable[[str], None]) -> None:
+        self.organism, self.token, self.learns, self.tell = organism, token, learns, tell
         self.ended: Optional[int] = None
         self._open: Set[Any] = set()  # tasks, one a connection
         self._numbers = itertools.count()
@@ -12391,7 +12361,7 @@ class Server:
         self.host, self._mouth = host, asyncio.Lock()
         try:
             server = await asyncio.start_server(self._connected, host, port, backlog=256,
-                                                limit=self.limits.head_bytes)
+                                                limit=MOST_HEAD_BYTES)
         except (OSError, ValueError) as error:
             raise MacroGPTError(f"nothing can be served at {host} port {port} ({error}); choose "
                                 "another --port, or an address of this machine") from None
@@ -12414,7 +12384,7 @@ class Server:
         writer.transport.set_write_buffer_limits(0)  # so that what is drained has been sent
         try:
             writer.write(response(*await self._served(reader, writer)))
-            await asyncio.wait_for(writer.drain(), self.limits.seconds)
+            await asyncio.wait_for(writer.drain(), CLIENT_SECONDS)
             writer.write_eof()
             for _ in range(16):  # what it still sends would reset the connection
                 if not await asyncio.wait_for(reader.read(65_536), 0.5):
@@ -12428,12 +12398,12 @@ class Server:
     async def _served(self, reader: Any, writer: Any) -> Tuple[int, Any, Dict[str, str]]:
         """Return what answers a request: a status, a body, headers of its own."""
         try:
-            if len(self._open) > self.limits.connections:
+            if len(self._open) > MOST_CONNECTIONS:
                 raise Refused(503, "there are too many connections", Retry_After="1")
-            head = parse_head(await self._in_time(reader.readuntil(b"\r\n\r\n")))
-            size = self._admitted(head, writer.get_extra_info("sockname"))
+            headers = parse_head(await self._in_time(reader.readuntil(b"\r\n\r\n")))
+            size = self._admitted(headers, writer.get_extra_info("sockname"))
             body = await self._in_time(reader.readexactly(size))
-            return (200, *await self._answer(head, body, reader))
+            return (200, *await self._answer(headers, body, reader))
         except (OSError, EOFError):
             raise
         except Exception as error:
@@ -12446,53 +12416,54 @@ class Server:
     async def _in_time(self, reading: Any) -> bytes:
         """Return what is read.  Raises Refused where it does not come, or not to an end."""
         try:
-            return bytes(await asyncio.wait_for(reading, self.limits.seconds))
+            return bytes(await asyncio.wait_for(reading, CLIENT_SECONDS))
         except asyncio.TimeoutError:
-            raise Refused(408, f"it did not come within {self.limits.seconds:g} s") from None
+            raise Refused(408, f"it did not come within {CLIENT_SECONDS:g} s") from None
         except asyncio.LimitOverrunError:
-            raise Refused(431, f"a head has at most {self.limits.head_bytes:,} bytes") from None
+            raise Refused(431, f"a head has at most {MOST_HEAD_BYTES:,} bytes") from None
 
-    def _admitted(self, head: Head, at: Any) -> int:
+    def _admitted(self, headers: Dict[str, str], at: Any) -> int:
         """Return the bytes that follow the head of a request of the owner's.  Raises Refused."""
-        get = head.headers.get
+        get, method, path = headers.get, headers[":method"], headers[":path"]
         if not is_ours(get("host", ""), (self.host, at[0]), at[1]):
             raise Refused(421, "the Host header names another place than this server")
         if get("origin") not in (None, f"http://{get('host')}"):
             raise Refused(403, "a page from elsewhere may not ask here")
-        if head.path not in ROUTES:
-            raise Refused(404, f"{head.path[:80]} is not there", code="not_found")
-        if head.method != ROUTES[head.path]:
-            raise Refused(405, f"{head.path} takes {ROUTES[head.path]}", Allow=ROUTES[head.path])
+        if path not in ROUTES:
+            raise Refused(404, f"{path[:80]} is not there", code="not_found")
+        if method != ROUTES[path]:
+            raise Refused(405, f"{path} takes {ROUTES[path]}", Allow=ROUTES[path])
         given = get("authorization", "").encode("latin-1")
-        if self.token and head.path != "/" and not hmac.compare_digest(
+        if self.token and path != "/" and not hmac.compare_digest(
                 given, f"Bearer {self.token}".encode("ascii")):
             raise Refused(401, "the token is missing or wrong", code="invalid_api_key",
                           WWW_Authenticate="Bearer")
         kind, size = get("content-type", "").partition(";")[0], get("content-length", "0")
-        if head.method == "POST" and kind.strip().lower() != "application/json":
+        if method == "POST" and kind.strip().lower() != "application/json":
             raise Refused(415, "send JSON, as application/json")
-        if "transfer-encoding" in head.headers or not re.fullmatch("[0-9]{1,18}", size):
+        if "transfer-encoding" in headers or not re.fullmatch("[0-9]{1,18}", size):
             raise Refused(411, "send the body in one piece, with a Content-Length")
-        if int(size) > self.limits.body_bytes:
-            raise Refused(413, f"a body has at most {self.limits.body_bytes:,} bytes")
+        if int(size) > MOST_BODY_BYTES:
+            raise Refused(413, f"a body has at most {MOST_BODY_BYTES:,} bytes")
         return int(size)
 
-    async def _answer(self, head: Head, body: bytes, reader: Any) -> Tuple[Any, Dict[str, str]]:
+    async def _answer(self, headers: Dict[str, str], body: bytes,
+                      reader: Any) -> Tuple[Any, Dict[str, str]]:
         """Return what is at a path: its body, and headers of its own."""
-        trainer = self.organism.trainer
-        if head.path == "/":
+        path, trainer = headers[":path"], self.organism.trainer
+        if path == "/":
             return CHAT_PAGE.encode(), CHAT_HEADERS
-        if head.path == "/v1/models":
+        if path == "/v1/models":
             return {"object": "list", "data": [{"id": MODEL_NAME, "object": "model", "created": 0,
                                                 "owned_by": "its owner"}]}, {}
-        if head.path == "/status":
+        if path == "/status":
             growth = await asyncio.to_thread(lambda: self.organism.growth)  # the store may be busy
             return {"phase": trainer.phase.value, "age": growth.phase, "step": growth.step,
                     "generation": growth.generation, "bpc": growth.bpc, "learns": self.learns,
                     "share": trainer.progress.get("share")}, {}
-        session = head.headers.get("x-session", "").encode("latin-1").decode("utf-8", "replace")
+        session = headers.get("x-session", "").encode("latin-1").decode("utf-8", "replace")
         try:
-            wanted = wanted_of(json.loads(body), "chat" in head.path, session)
+            wanted = wanted_of(json.loads(body), "chat" in path, session)
         except (ValueError, RecursionError):
             raise Refused(400, "the body is no JSON") from None
         return await self._replied(wanted, reader)

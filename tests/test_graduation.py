@@ -591,10 +591,12 @@ class Returning(GraduationCase):
 
     def test_what_reads_nothing_at_all_or_comes_too_late_is_refused(self):
         organism = mock.Mock(growth=m.Growth(phase="grown"))
+        organism.memory.lost_layers.return_value = None, []
+        organism.memory.training_index.return_value = organism.memory.entries_by_id.return_value = ()
         learner = mock.Mock(texts={}, growth=m.Growth(probes={"0": math.nan}))
         learner.probe_losses.return_value = {"0": 2.0}
         organism.trainer.holding.return_value = mock.MagicMock()
-        with mock.patch.multiple(m, live_learner=lambda _: learner,
+        with mock.patch.multiple(m, Learner=lambda *_: learner,
                                  new_generation=lambda *_: learner):
             self.refusal("probe 0", "nan", call=lambda: m.import_weights(
                 organism, self.path("hf")))

@@ -377,8 +377,11 @@ class Bounds(Serving, unittest.TestCase):
         memory = m.Memory(":memory:")
         organism = m.Organism(m.Config().replace(TINY[1::2]), memory, m.reference_engine())
         told, started = [], threading.Event()
-        server = m.Server(organism, None, False, lambda line: (told.append(line), started.set()),
-                          m.Limits(**limits))
+        server = m.Server(organism, None, False, lambda line: (told.append(line), started.set()))
+        if limits:
+            bounds = mock.patch.multiple(m, **limits)
+            bounds.start()
+            self.addCleanup(bounds.stop)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve("127.0.0.1", 0)))
         thread.start()
         self.addCleanup(memory.close)
@@ -388,7 +391,7 @@ class Bounds(Serving, unittest.TestCase):
         return int(told[0].rsplit(":", 1)[1].strip("/"))
 
     def test_who_is_slow_is_hung_up_on(self):
-        port = self.serve_within(seconds=0.1)
+        port = self.serve_within(CLIENT_SECONDS=0.1)
         host = b"Host: 127.0.0.1:%d\r\n" % port
         post = (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Type: application/json\r\n" + host
                 + b"Content-Length: 100\r\n\r\n{")
@@ -401,7 +404,7 @@ class Bounds(Serving, unittest.TestCase):
             self.assertLess(time.monotonic() - begun, 2.0)
 
     def test_beyond_so_many_connections_one_is_told_to_come_again(self):
-        port = self.serve_within(connections=3)
+        port = self.serve_within(MOST_CONNECTIONS=3)
         with contextlib.ExitStack() as idle:
             for _ in range(3):
                 idle.enter_context(socket.create_connection(("127.0.0.1", port), 5))
@@ -436,7 +439,7 @@ class Bounds(Serving, unittest.TestCase):
         self.assertEqual(self.ask(port, CHAT, said("Hi."))[0], 200)
 
     def test_hostile_bytes_of_every_kind_leave_it_well(self):
-        port, rng = self.serve_within(seconds=0.1), random.Random(5)
+        port, rng = self.serve_within(CLIENT_SECONDS=0.1), random.Random(5)
         body = json.dumps(said("Hi.")).encode()
         good = (b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: "
                 b"application/json\r\nContent-Length: %d\r\n\r\n" % (port, len(body)) + body)
