@@ -510,9 +510,14 @@ class Browser:
                     windowsVirtualKeyCode=13)
 
     def end(self):
-        """End it."""
-        self.process.kill()
-        self.process.wait()
+        """End it, in such a way that nothing of it still writes into its folder."""
+        self.session = {}
+        try:
+            self.do("Browser.close")
+            self.process.wait(PATIENCE_SECONDS)
+        finally:
+            self.process.kill()
+            self.process.wait()
         self.to.close()
         os.close(self.back)
 
