@@ -11722,9 +11722,9 @@ def returned_scale(path: str) -> Tuple[int, float]:
     for name, value in PLAIN_LORA.items():
         if config.get(name) not in (None, value):
             raise refused(path, f"{name} {config[name]!r}", repr(value), "train a plain LoRA")
-    if type(rank) is not int or not 0 < rank <= 1024 or (
+    if type(rank) is not int or not 0 < rank <= 256 or (
             type(alpha) not in (int, float) or not abs(alpha) < 1e6):
-        raise refused(path, f"r {rank!r}, lora_alpha {alpha!r}", "numbers, r from 1 to 1024",
+        raise refused(path, f"r {rank!r}, lora_alpha {alpha!r}", "numbers, r from 1 to 256",
                       "train a plain LoRA")
     return rank, alpha / rank
 
@@ -11738,7 +11738,7 @@ def returned_delta(folder: str, model: GPT) -> Layer:
     rank, scale = returned_scale(os.path.join(folder, "adapter_config.json"))
     path = os.path.join(folder, "adapter_model.safetensors")
     made = GPT(model.shape, model.vocab_size, reference_engine(), None)
-    for ranks in (3 * rank, rank):
+    for ranks in (3 * rank, rank):  # what comes of it, and what is expected there
         made.append_delta(ranks, random.Random(0))
     shapes = {name: tensor.shape for name, tensor in lora_tensors(made, made.deltas[1:]).items()}
     found, pairs = read_safetensors(path, shapes), {}
@@ -11822,7 +11822,10 @@ def import_weights(organism: Organism, folder: str) -> Learner:
     Nothing changes unless all of it fits, and it reads no probe worse.  Raises GraduationError, or
     TrainerError where another process trains.
     """
-    memory = organism.memory
+    memory, about = organism.memory, os.path.join(folder, "adapter_config.json")
+    adapts = os.path.isfile(about)
+    # before all that takes long
+    read_json(about if adapts else os.path.join(folder, "config.json"))
     with organism.trainer.holding():
         if organism.growth.phase != "grown" or memory.lost_layers()[1]:
             raise GraduationError("what lives here is not grown up, or damaged, so nothing can "
@@ -11831,7 +11834,7 @@ def import_weights(organism: Organism, folder: str) -> Learner:
                                 organism.speaker.engine), []
         learner.take_text((), texts_to_learn(memory, [i for i, _ in memory.training_index()]))
         before = learner.probe_losses()
-        if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        if adapts:
             append_returned(learner, folder)
         else:
             learner = new_generation(learner, folder, memory)
