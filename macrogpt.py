@@ -11916,8 +11916,7 @@ def words_of(path: str) -> List[Heard]:
 
 def _words_of_markdown(text: str) -> List[Heard]:
     """Return what was told, unless it was said in a talk as well, and then every talk."""
-    told: List[Heard] = []
-    said: List[Heard] = []
+    heard: List[Heard] = []
     talk, day = None, None
     for item in re.findall(r"(?m)^(?:- .*(?:\n  .*)*|#.*)", text):
         words = tidied(item[2:].replace("\n  ", "\n"))
@@ -11926,13 +11925,14 @@ def _words_of_markdown(text: str) -> List[Heard]:
             talk = item[len(TALK_TITLE):].strip()
         elif item.startswith("## "):
             day = _moment(item[3:].strip())
-        elif talk is None and item.startswith("- "):
-            told.append(Heard(None, "owner", words, day))
-        elif talk is not None and turn:
+        elif item.startswith("- ") and talk is None:
+            heard.append(Heard(None, "owner", words, day))
+        elif turn and talk is not None:
             role = "owner" if turn[2] == SPEAKERS["owner"] else "self"
-            said.append(Heard(talk, role, turn[3], _moment(turn[1])))
-    spoken = {line.strip() for m in said for line in (m.text, *m.text.split("\n"))}
-    return [m for m in told if m.text.strip() not in spoken] + said
+            heard.append(Heard(talk, role, turn[3], _moment(turn[1])))
+    spoken = {line.strip() for m in heard if m.talk is not None
+              for line in (m.text, *m.text.split("\n"))}
+    return [m for m in heard if m.talk is not None or m.text.strip() not in spoken]
 
 
 def _moment(text: str) -> Optional[float]:
@@ -11999,13 +11999,6 @@ def check_door(host: str, token: Optional[str]) -> None:
     if not LOOPBACK.fullmatch(host) and not token:
         raise UsageError(f"--host {host or repr(host)} can be reached from other machines; add "
                          "--token with a secret that all are asked for, or leave --host out")
-
-
-def is_ours(host: str, names: Iterable[str], port: int) -> bool:
-    """Return whether a Host header names this server: by an address, or as this machine does."""
-    own = {f"[{name}]" if ":" in name else name.lower()
-           for name in ("localhost", "127.0.0.1", "::1", *names)}
-    return host.lower() in {f"{name}:{port}" for name in own} | (own if port == 80 else set())
 
 
 # What a request asks for, read strictly: what is not there is said, and not passed over.
@@ -12253,8 +12246,10 @@ async function ask(path, options) {
 }
 function tellWhy(item, why) {
   const box = add(item, "details", "");
-  add(box, "summary", "Why: " + why.source + ", match " + Math.round(why.score * 100) + " %");
-  for (const entry of why.entries) add(box, "div", "“" + entry + "”");
+  const match = why.score ? ", match " + Math.round(why.score * 100) + " %" : "";
+  add(box, "summary", "Why: " + why.source + match);
+  add(box, "div", why.entries.map(entry => "“" + entry + "”").join("\\n")
+    || "No statement moved it.");
 }
 async function send(words) {
   const mine = add(log, "div", "", "user"), item = add(log, "div", "");
@@ -12428,7 +12423,10 @@ class Server:
     def _admitted(self, headers: Dict[str, str], at: Any) -> int:
         """Return the bytes that follow the head of a request of the owner's.  Raises Refused."""
         get, method, path = headers.get, headers[":method"], headers[":path"]
-        if not is_ours(get("host", ""), (self.host, at[0]), at[1]):
+        own = {f"[{name}]" if ":" in name else name.lower()
+               for name in ("localhost", "127.0.0.1", "::1", self.host, at[0])}
+        if get("host", "").lower() not in {f"{name}:{at[1]}" for name in own} | (
+                own if at[1] == 80 else set()):
             raise Refused(421, "the Host header names another place than this server")
         if get("origin") not in (None, f"http://{get('host')}"):
             raise Refused(403, "a page from elsewhere may not ask here")
