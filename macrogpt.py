@@ -11573,7 +11573,7 @@ class Leaving(NamedTuple):
 
         A delta changes the table both as embedding and as head, so the base's head is not tied.
         """
-        model, names = self.model, {name for _, _, name, _ in LLAMA_NAMES}
+        model, parts = self.model, parts_of(self.model.shape, 1)
         adapters = {f"delta-{n}": [delta] for n, delta in enumerate(model.deltas, 1)}
         if model.router is None and len(model.deltas) > 1:
             adapters["all"] = model.deltas
@@ -11586,7 +11586,7 @@ class Leaving(NamedTuple):
                 "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
                 "base_model_name_or_path": "../base", "bias": "none", "fan_in_fan_out": False,
                 "inference_mode": True, "lora_dropout": 0.0, "target_modules": sorted(
-                    name.rpartition(".")[2] for name in (TABLE[0], HEAD[0], *names))})])
+                    {part.name.rpartition(".")[2] for part in parts})})])
             write_safetensors(os.path.join(folder, name, "adapter_model.safetensors"),
                               lora_tensors(model, deltas))
 
@@ -12472,7 +12472,12 @@ class Server:
     async def _replied(self, wanted: Wanted, reader: Any) -> Tuple[Any, Dict[str, str]]:
         """Return an answer, made when its turn comes; whoever hangs up ends it."""
         answer = Answer(self.organism, wanted, self.learns, next(self._numbers))
-        work = asyncio.ensure_future(self._in_turn(answer))
+
+        async def made() -> None:
+            async with self._mouth:
+                if not answer.gone.is_set():
+                    await asyncio.to_thread(answer.make)
+        work = asyncio.ensure_future(made())
         try:
             while not (await asyncio.wait({work}, timeout=0.1))[0]:
                 if reader.at_eof():
@@ -12481,12 +12486,6 @@ class Server:
             answer.gone.set()
         work.result()
         return answer.sent()
-
-    async def _in_turn(self, answer: Answer) -> None:
-        """Make an answer when those before it are made."""
-        async with self._mouth:
-            if not answer.gone.is_set():
-                await asyncio.to_thread(answer.make)
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
