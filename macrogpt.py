@@ -5192,8 +5192,6 @@ class Memory:
         self._depth = 0
         with _told(path, OSError):
             _judge_file(path)
-            if not writable:
-                _take_back(path)
             self._db = _connect(path) if writable else _connect_to_read(path)
             try:
                 with self.transaction() if writable else contextlib.nullcontext():
@@ -5346,7 +5344,7 @@ class Memory:
 
     def last_session(self) -> str:
         """Return the name of the session that was talked in last, or "main" where it is gone."""
-        name = self._one("SELECT name FROM sessions WHERE id = ?", self.setting("session"))
+        name = self._one("SELECT name FROM sessions WHERE id = ?", self.setting("session", 0))
         return name or "main"
 
     def rename_session(self, old: str, new: str) -> None:
@@ -5966,7 +5964,7 @@ def _decoded(text: Any, default: Any = None) -> Any:
     """Return a stored value, or the default where there is none, or none of its kind."""
     with contextlib.suppress(TypeError, ValueError):
         value = json.loads(text)
-        if not isinstance(default, (dict, list)) or type(value) is type(default):
+        if not isinstance(default, (dict, list, int)) or type(value) is type(default):
             return value
     return default
 
@@ -5997,8 +5995,11 @@ def _take_back(path: str) -> None:
                 db.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
 
-def _connect_to_read(path: str, how: str = "mode=ro") -> sqlite3.Connection:
-    """Return a connection that changes nothing; to a copy, where there is more to do than read."""
+def _connect_to_read(path: str, how: str = "mode=ro", tries: int = 20) -> sqlite3.Connection:
+    """Return a connection that changes nothing; to a copy, where there is more to do than read.
+
+    A half commit is taken back first, once whoever was killed in it is gone.
+    """
     if path == ":memory:":
         return _connect(path)
     name = f"file:{urllib.parse.quote(os.path.abspath(path))}?{how}"
@@ -6008,9 +6009,13 @@ def _connect_to_read(path: str, how: str = "mode=ro") -> sqlite3.Connection:
         version = db.execute("PRAGMA user_version").fetchone()[0]
     except sqlite3.OperationalError:
         db.close()
-        if "immutable" in how or os.path.exists(path + "-journal"):
+        if "immutable" in how or not tries:
             raise
-        return _connect_to_read(path, "immutable=1")  # left in WAL mode, where nobody may write
+        if not os.path.exists(path + "-journal"):  # left in WAL mode, where nobody may write
+            return _connect_to_read(path, "immutable=1")
+        _take_back(path)
+        time.sleep(0.1 * (tries < 20))
+        return _connect_to_read(path, how, tries - 1)
     if how == "mode=ro" and 0 < version < len(MIGRATIONS):
         with contextlib.closing(db):
             copy = _connect(":memory:")
@@ -10892,7 +10897,7 @@ class Organism:
     def session_id(self) -> int:
         """Return the id of the session that is talked in, made at its first use."""
         session = self.memory.session_id(self.session)
-        if self.memory.setting("session") != session:
+        if self.memory.setting("session", 0) != session:
             self.memory.set_setting("session", session)  # where the next chat goes on
         return session
 
