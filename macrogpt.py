@@ -11872,14 +11872,19 @@ def chat_records(memory: Memory, mine: bool) -> Iterator[Dict[str, Any]]:
 
 
 def as_markdown(memory: Memory) -> Iterator[str]:
-    """Yield the lines of what it was told, by day, and of every talk, for people.
+    """Yield the lines of what it was told, by subject and day, and of every talk, for people.
 
     Later lines of a text are moved in, so that all can be read back.
     """
+    lex, told = lexicon_of(memory), defaultdict(list)  # type: Lexicon, DefaultDict[str, List[str]]
+    for entry in memory.told():
+        named = things_named(lex, lex.line(entry.about or entry.text))
+        subject = next((name for _, name in named), "all else")
+        told[subject].append(f"- {told_day(entry)}  " + entry.text.strip().replace("\n", "\n  "))
     yield TOLD_TITLE
-    for day, told in itertools.groupby(memory.told(), told_day):
-        yield f"\n## {day}\n"
-        yield from ("- " + entry.text.strip().replace("\n", "\n  ") for entry in told)
+    for subject, lines in told.items():
+        yield f"\n## {subject}\n"
+        yield from lines
     for session in memory.sessions():
         yield f"\n{TALK_TITLE}{session['name']}\n"
         for m in memory.messages_of(session["name"]):
@@ -11922,16 +11927,15 @@ def words_of(path: str) -> List[Heard]:
 def _words_of_markdown(text: str) -> List[Heard]:
     """Return what was told, unless it was said in a talk as well, and then every talk."""
     heard: List[Heard] = []
-    talk, day = None, None
+    talk = None
     for item in re.findall(r"(?m)^(?:- .*(?:\n  .*)*|#.*)", text):
         words = tidied(item[2:].replace("\n  ", "\n"))
         turn = re.fullmatch(r"(\d{4}-\d\d-\d\d \d\d:\d\d)  (you|macrogpt): (?s:(.*))", words)
+        told = re.fullmatch(r"(\d{4}-\d\d-\d\d)  (?s:(.*))", words)
         if item.startswith(TALK_TITLE):
             talk = item[len(TALK_TITLE):].strip()
-        elif item.startswith("## "):
-            day = _moment(item[3:].strip())
-        elif item.startswith("- ") and talk is None:
-            heard.append(Heard(None, "owner", words, day))
+        elif told and talk is None:
+            heard.append(Heard(None, "owner", told[2], _moment(told[1])))
         elif turn and talk is not None:
             role = "owner" if turn[2] == SPEAKERS["owner"] else "self"
             heard.append(Heard(talk, role, turn[3], _moment(turn[1])))
