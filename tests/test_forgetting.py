@@ -36,8 +36,8 @@ class Bursts(Pupils, unittest.TestCase):
 
     def test_a_burst_ends_when_the_loss_of_what_is_new_stops_falling(self):
         learner = self.grown("burst_passes=1000", told=SUMS)
-        with mock.patch.object(m.Learner, "fresh_nats", side_effect=itertools.chain(
-                [5.0, 4.0, 3.0, 2.9999], itertools.repeat(0.0))):
+        with mock.patch.object(m.Learner, "fresh_bpc", side_effect=itertools.chain(
+                [6.0, 5.0, 4.0, 3.0, 2.9999], itertools.repeat(0.0))):
             job, _ = self.work(learner)
         self.assertEqual(job.done_steps, 4 * job.lap_steps)
         self.assertLess(job.done_steps, job.steps)
@@ -59,10 +59,10 @@ class Bursts(Pupils, unittest.TestCase):
     def test_what_is_learned_is_called_for_and_old_text_is_read_as_before(self):
         learner = self.grown(told=SUMS)
         before, job = learner.probe_losses(), self.job(learner, 20)
-        fresh = learner.fresh_nats()
+        fresh = learner.fresh_bpc()
         while not job.finished():
             job.advance()
-        self.assertLess(learner.fresh_nats(), fresh)
+        self.assertLess(learner.fresh_bpc(), fresh)
         self.assertEqual((job.harm(), len(job.close())), (None, 6))
         self.assertEqual(learner.router.choose(text_of("sums", 3, 50).encode()), 1)
         self.assertEqual(learner.probe_losses(), before)

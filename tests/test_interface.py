@@ -430,7 +430,8 @@ class Piped(ProcessCase):
         self.good("export", "all.jsonl", "--format", "jsonl")
         self.assertGreater(len(m.read_text(self.path("all.jsonl")).splitlines()), 1)
         self.good("export", "told.md", "--format", "markdown")
-        self.assertIn("- My cat is called Biscuit.\n", m.read_text(self.path("told.md")))
+        self.assertRegex(m.read_text(self.path("told.md")),
+                         r"## my cat\n\n- \d{4}-\d\d-\d\d  My cat is called Biscuit\.\n")
         self.mistake(2, "export", "told.md", "--format", "markdown", signs=("name a new file",))
 
     def test_ask_answers_from_what_is_piped_into_it_and_keeps_nothing_of_that(self):
