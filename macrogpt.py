@@ -48,6 +48,21 @@ if __name__ == "__main__":  # what happens before `main` is ready to see to it
     if sys.version_info < (3, 9):
         sys.exit(f"macrogpt: Python {sys.version.split()[0]} is too old; use 3.9 or later")
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    _given = getattr(sys, "orig_argv", [])  # of Python 3.10 and later, with its own options
+    _own = _given[1:_given.index(sys.argv[0])] if sys.argv[0] in _given else ["-m"]
+    if os.name == "posix" and "-m" not in _own and os.path.basename(__file__).count(".") == 1:
+        # Python keeps the syntax tree of a script while it runs, and not that of a module: 40 MB.
+        # An interrupt that comes meanwhile waits until it is seen to again.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        os.execv(sys.executable, [sys.executable, *_own, "-c", """if True:
+            import os, signal, sys
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+            import importlib
+            folder, name = os.path.split(sys.argv.pop(1))
+            sys.path.insert(0, folder)
+            sys.exit(importlib.import_module(name[:-3]).main())
+            """, os.path.abspath(__file__), *sys.argv[1:]])
 
 import argparse
 import ast

@@ -267,6 +267,13 @@ class Piped(ProcessCase):
         self.write("odd.jsonl", '{"messages": [{"role": "pirate", "content": "Ahoy"}]}\n')
         self.mistake(2, "import", "odd.jsonl", *there, signs=["line 1", "messages"])
 
+    def test_as_a_script_it_keeps_the_options_of_python_and_its_own(self):
+        for options in ((), ("-O", "-W", "error"), ("-I",)):
+            done = subprocess.run([sys.executable, *options, PROGRAM, "nosuch"], timeout=30,
+                                  env=environment(self.folder), capture_output=True, check=False)
+            self.assertEqual((done.returncode, done.stdout), (2, b""))
+            self.assertRegex(done.stderr, rb"\Amacrogpt: there is no command 'nosuch'.*\n\Z")
+
     def test_help_completion_and_a_page_of_stats(self):
         self.assertIn("example: macrogpt log --last 20", self.good("log", "--help"))
         for shell in ("bash", "zsh", "fish"):

@@ -244,7 +244,7 @@ class Layout(unittest.TestCase):
                    for node in self.nodes
                    if (isinstance(node, ast.Name) and node.id in ("print", "input")
                        or isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.argv")
-                   and self.section_at(node.lineno) is not self.sections[-1]])
+                   and self.section_at(node.lineno) not in (None, self.sections[-1])])
 
     def test_of_the_network_it_knows_its_host_how_a_path_is_quoted_and_in_one_place_listens(self):
         used = [ast.unparse(node) for node in self.nodes if isinstance(node, ast.Attribute)]
