@@ -26,4 +26,4 @@ class Torture(unittest.TestCase):
         self.bears("chats", 2, messages=5)
 
     def test_odd_lines_words_and_files_have_a_reply_each_and_no_control_comes_back(self):
-        self.bears("fuzz", 1)
+        self.bears("fuzz", 1, count=20)
