@@ -6515,7 +6515,7 @@ class Lexicon:
         self.mates: Dict[str, List[str]] = defaultdict(list)  # of a relation or a kind
         self.senses: Dict[str, Set[str]] = defaultdict(set)
         self.kinds: Dict[str, Set[str]] = defaultdict(set)
-        self.rivals: Dict[str, Set[str]] = defaultdict(set)  # opposites, others of a kind
+        self.rivals: Dict[str, List[Set[str]]] = defaultdict(list)  # opposites, others of a kind
         self.closed: Dict[str, Dict[str, Set[str]]] = defaultdict(lambda: defaultdict(set))
         self.phrases: Dict[Tuple[str, str], Dict[str, List[Tuple[str, ...]]]] = defaultdict(
             lambda: defaultdict(list))  # of a kind and a language, by their first words
@@ -6540,10 +6540,10 @@ class Lexicon:
         self.known = {*self.senses, *self.kinds}.union(*self.kinds.values())
         for pair in self.pairs["opposite", ""].items():
             for one, other in (pair, pair[::-1]):
-                self.rivals[self.stem(one, "en")].add(self.stem(other, "en"))
+                self.rivals[self.stem(one, "en")].append({self.stem(other, "en")})
         for name in self.kinds.keys() - self.loose:
             for stem in self.kinds[name]:
-                self.rivals[stem] |= self.kinds[name]
+                self.rivals[stem].append(self.kinds[name])
         self.opened = functools.lru_cache(1 << 12)(functools.partial(opened, self))
         self.line = functools.lru_cache(1 << 10)(functools.partial(Line, self))
 
@@ -7460,7 +7460,8 @@ def _verdict(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: D
 
 def _has_rival(lex: Lexicon, asked: Word, line: Line) -> bool:
     """Return whether a statement has the opposite of a word, or another of its kind."""
-    return any(word.stem in lex.rivals.get(asked.stem, ()) for word in line.words)
+    return any(word.stem in rivals for rivals in lex.rivals.get(asked.stem, ())
+               for word in line.words)
 
 
 def _role_clash(asked: Asked, line: Line, near: Dict[int, int], at: Dict[int, int]) -> bool:
@@ -8456,7 +8457,8 @@ def _same_sort(lex: Lexicon, one: Line, i: int, other: Line, j: int) -> bool:
     timely = [_is_number(lex, w) or w.stem in lex.kinds["ordinal"] | lex.kinds["time"]
               for w in (a, b)]
     return a.stem != b.stem and (all(timely) or not any(timely) and (
-        one.caps[i] and other.caps[j] or b.stem in lex.rivals.get(a.stem, ())))
+        one.caps[i] and other.caps[j] or any(
+            b.stem in rivals for rivals in lex.rivals.get(a.stem, ()))))
 
 
 def asks_for_a_fact(text: str) -> bool:
