@@ -2936,14 +2936,14 @@ class MatrixParam(VectorValue):
     `decays` tells whether weight decay applies, `changes` how often its numbers were written to.
     """
 
-    __slots__ = ("name", "m", "v", "steps", "decays", "changes", "_packed")
+    __slots__ = ("name", "steps", "decays", "changes", "_moments", "_packed")
 
     def __init__(self, engine: Engine, name: str, rows: int, dim: int,
                  data: Optional[array] = None, decays: bool = True) -> None:
         super().__init__(engine, rows, dim, data, needs_grad=True)
         self.name, self.decays, self.changes = name, decays, 0
-        self.m, self.v, self.steps = engine.buffer(rows * dim), engine.buffer(rows * dim), 0
-        self._packed: Any = None
+        self._moments: Optional[Tuple[array, array]] = None
+        self.steps, self._packed = 0, None  # type: int, Any
 
     @classmethod
     def normal(cls, engine: Engine, name: str, rows: int, dim: int, sigma: float,
@@ -2951,6 +2951,19 @@ class MatrixParam(VectorValue):
         """Return a matrix of normal numbers with standard deviation sigma."""
         data = engine.buffer_of([rng.gauss(0.0, sigma) for _ in range(rows * dim)])
         return cls(engine, name, rows, dim, data, decays)
+
+    @property
+    def moments(self) -> Tuple[array, array]:
+        """m and v, made when they are first asked for: what only speaks has none."""
+        if self._moments is None:
+            size = self.rows * self.dim
+            self._moments = self.engine.buffer(size), self.engine.buffer(size)
+        return self._moments
+
+    @moments.setter
+    def moments(self, moments: Tuple[array, array]) -> None:
+        """Go on from other moments."""
+        self._moments = moments
 
     def packed(self) -> Any:
         """Return the data as the engine's matmul_nt likes it, kept until the data changes."""
@@ -3600,7 +3613,7 @@ def load_params(params: Sequence[MatrixParam], layer: Layer) -> None:
 def pack_moments(params: Sequence[MatrixParam]) -> Layer:
     """Return the optimizer's state of the matrices as one layer."""
     return Layer([[p.name, p.rows, p.dim, p.steps] for p in params],
-                 b"".join(float_bytes(p.m) + float_bytes(p.v) for p in params))
+                 b"".join(float_bytes(moment) for p in params for moment in p.moments))
 
 
 def load_moments(params: Sequence[MatrixParam], layer: Layer) -> None:
@@ -3610,7 +3623,7 @@ def load_moments(params: Sequence[MatrixParam], layer: Layer) -> None:
     for name, rows, dim, steps in layer.manifest:
         size, param = rows * dim, by_name.get(name)
         if param is not None and (param.rows, param.dim) == (rows, dim):
-            param.m, param.v = numbers[at:at + size], numbers[at + size:at + 2 * size]
+            param.moments = numbers[at:at + size], numbers[at + size:at + 2 * size]
             param.steps = steps
         at += 2 * size
 
@@ -3656,7 +3669,7 @@ class AdamW:
         param.steps += 1
         decay = self.weight_decay if param.decays else 0.0
         param.engine.adamw_step(
-            param.data, param.grad, param.m, param.v, 0,
+            param.data, param.grad, *param.moments, 0,
             param.rows * param.dim, rate, self.beta1, self.beta2, self.eps, decay,
             1.0 / (1.0 - self.beta1 ** param.steps), 1.0 / (1.0 - self.beta2 ** param.steps), clip)
         param.changed()
@@ -6311,7 +6324,7 @@ colour color farbe couleur: red orange yellow green blue purple violet pink brow
  once one seven seventeen seventy six sixteen sixty ten thirteen thirty thousand three twelve
  twenty twice two zero first third fourth fifth ein eins zwei drei vier fünf sechs sieben acht neun
  zehn elf zwölf uno dos tres cuatro cinco seis siete ocho nueve diez doce deux trois quatre cinq
- sept huit neuf dix onze douze, since: since until till seit bis desde hasta depuis, reason:
+ sept huit neuf dix onze douze, since: since until till til seit bis desde hasta depuis, reason:
  because since so for to weil denn um porque para parce pour, aged: age edad old turn alt ans años,
  work: job employ profession teach drive study, ordinal: first second third fourth fifth sixth
  last, opposite: like/hate open/close left/right hot/cold first/last next/last old/new before/after
@@ -6321,56 +6334,57 @@ own me.en: my our mine ours, mein meine meinen meinem meiner meines unser unsere
  nuestro nuestra, mon ma mes notre nos, subject me.en: i we, ich wir, yo nosotros, je j nous, which
  question.en: what which, welche welcher welches welchen welchem was, qué cuál cuáles, quel quelle
  quels quelles, indefinite det.en: a an some, ein eine einen, un una, un une, prep function.en: at
- by from in into off on onto over through to under with for of about until till since, in im an am
- auf aus bei mit nach von vom zu zum zur für über unter vor, en de a con por para sobre, de à au en
- dans avec pour sur sous par chez, opening function.en: hi hey hello oh ok okay well so and but
- please now then btw also just yes right again, und aber bitte, y pero sí, et mais, lost frame.en:
- forgot forgotten wonder wondering idea clue, vergessen, olvidé, advice aux.en: should shall could
- would, idle frame.en: forget give know remember remind say tell, tells function.de: dass, que,
- function.en: ago all already always another anybody anyone anything as be because been being best
- better bit both currently doing done down ever everything exactly having here hers him kind let
- lot lots many matter maybe might more most much often one ones only or other ought out perhaps
- quite rather really same somebody someone something sort still such than theirs them thing things
- today too type up very whatever while wrong yet hm moment left, oder sich euch unseren unserer
- ihren ihrem seinen seinem wurde werden hatte können um auch noch schon sehr da wenn so als denn
- mal viel viele gegen jetzt man seit bis alle, unos unas o él ella se era estás fue ni muy ya
- también lo le esta este eso ese como más, ou on se était été aux c cette ces y très plus aussi d
- qu, me.en: me us myself, mich mir uns, me nos soy estoy tengo, me m moi, you.en: you your yours
- yourself, du dich dir dein deine deinen deinem deiner, tú te tu tus eres, tu te t toi ton ta tes
- vous votre vos, other.en: his her their its, sein seine ihr ihre, su sus, son sa ses, det.en: the
- this that these those any no each every, der die das den dem des einem einer eines, el la los las
- del al, le la les des l du, prep.en: above across along around behind below beside between inside
- near next opposite outside during, hinter neben zwischen, bajo debajo detrás junto, derrière,
- not.en: not no never nobody nothing none without cannot nor, nicht kein keine keinen nie nichts,
- no nunca nada nadie, pas jamais rien ne n, aux.en: am is are was were do does did can will have
- has had may must, bin bist ist sind war waren habe hast hat haben kann kannst wird muss darf, es
- está son están soy estoy eres tengo tiene hay ha he puede, est es sont suis ai as a ont peut,
- question.en: who whom whose where when why how, wer wem wen wessen wo wann warum wieso wie wohin
- woher wogegen womit, quién quiénes dónde cuándo cómo cuánto cuánta cuántos cuántas, qui que quoi
- où quand comment combien pourquoi, pronoun.en: there it he she they this, es er sie das,
- pronoun.fr: il elle ce, leans.en: he she it they him them his her its their then but and so,
- idle.en: able ask be big come dear find folk get go good got guy happen have high keep little long
- look lovely make man mean need new nice originally own part person put take try use usual usually
- way whole, machen gehen kommen, hacer, faire
+ by from in into off on onto over through to under with for of about until till til since, in im
+ an am auf aus bei mit nach von vom zu zum zur für über unter vor, en de a con por para sobre, de
+ à au en dans avec pour sur sous par chez, opening function.en: hi hey hello oh ok okay well so
+ and but please now then btw also just yes right again, und aber bitte, y pero sí, et mais, lost
+ frame.en: forgot forgotten wonder wondering idea clue, vergessen, olvidé, advice aux.en: should
+ shall could would, idle frame.en: forget give know remember remind say tell, tells function.de:
+ dass, que, function.en: ago all already always another anybody anyone anything as be because been
+ being best better bit both currently doing done down ever everything exactly having here hers him
+ kind let lot lots many matter maybe might more most much often one ones only or other ought out
+ perhaps quite rather really same somebody someone something sort still such than theirs them
+ thing things today too type up very whatever while wrong yet hm moment left, oder sich euch
+ unseren unserer ihren ihrem seinen seinem wurde werden hatte können um auch noch schon sehr da
+ wenn so als denn mal viel viele gegen jetzt man seit bis alle, unos unas o él ella se era estás
+ fue ni muy ya también lo le esta este eso ese como más, ou on se était été aux c cette ces y très
+ plus aussi d qu, me.en: me us myself, mich mir uns, me nos soy estoy tengo, me m moi, you.en: you
+ your yours yourself, du dich dir dein deine deinen deinem deiner, tú te tu tus eres, tu te t toi
+ ton ta tes vous votre vos, other.en: his her their its, sein seine ihr ihre, su sus, son sa ses,
+ det.en: the this that these those any no each every, der die das den dem des einem einer eines,
+ el la los las del al, le la les des l du, prep.en: above across along around behind below beside
+ between inside near next opposite outside during, hinter neben zwischen, bajo debajo detrás
+ junto, derrière, not.en: not no never nobody nothing none without cannot nor, nicht kein keine
+ keinen nie nichts, no nunca nada nadie, pas jamais rien ne n, aux.en: am is are was were do does
+ did can will have has had may must, bin bist ist sind war waren habe hast hat haben kann kannst
+ wird muss darf, es está son están soy estoy eres tengo tiene hay ha he puede, est es sont suis ai
+ as a ont peut, question.en: who whom whose where when why how, wer wem wen wessen wo wann warum
+ wieso wie wohin woher wogegen womit, quién quiénes dónde cuándo cómo cuánto cuánta cuántos
+ cuántas, qui que quoi où quand comment combien pourquoi, pronoun.en: there it he she they this,
+ es er sie das, pronoun.fr: il elle ce, leans.en: he she it they him them his her its their then
+ but and so, idle.en: able ask be big come dear find folk get go good got guy happen have high
+ keep little long look lovely make man mean need new nice originally own part person put take try
+ use usual usually way whole, machen gehen kommen, hacer, faire
 asks.name.en: name names named called nickname, name heißt heiße heißen, llama llamo llaman nombre,
  appelle appelles nom, asks.job.en: job profession occupation breed brand for_a_living for_work
  as_what do_$, als_was von_beruf beruf, en_qué_trabaja en_qué_trabajo de_qué_trabaja profesión,
  quel_métier métier profession, asks.reason.en: why how_come, warum wieso, por_qué, pourquoi,
  asks.age.en: how_old age, wie_alt, qué_edad cuántos_años edad, quel_âge, asks.span.en: how_long
- since_when until_when till_when how_many_years how_many_months how_many_weeks how_many_days
- how_many_hours how_many_minutes since_which, wie_lange seit_wann bis_wann, cuánto_tiempo
- desde_cuándo, combien_de_temps depuis_quand, asks.time.en: how_often when what_time which_time
- what_day which_day what_date which_date what_month which_month what_year which_year what_hour
- which_weekday birthday date_of time_of, wann wie_oft wie_viel_uhr welchem_tag welchem_jahr
- welchen_tag geburtstag, cuándo qué_hora qué_día qué_año qué_fecha cumpleaños, quand quelle_heure
- quel_jour quelle_année quelle_date anniversaire, asks.number.en: how_many, wie_viele, cuántos
- cuántas, combien_de, asks.amount.en: how_much how_far cost costs price fee, wie_viel wie_weit
- kostet, cuánto cuánta cuesta, combien coûte, asks.measure.en: how_tall how_heavy how_high how_big
- how_wide how_deep how_thick how_hot how_cold how_fast how_strong how_large what_temperature,
- wie_groß wie_schwer wie_hoch wie_tief, asks.place.en: where address what_city which_city what_town
- which_town what_country which_country which_street which_room which_shop which_village what_place
- which_place which_building, wo wohin woher welcher_stadt adresse, dónde qué_ciudad dirección, où
- quelle_ville adresse, asks.person.en: who whom whose, wer wem wen wessen, quién quiénes, qui
+ since_when until_when till_when til_when how_many_years how_many_months how_many_weeks
+ how_many_days how_many_hours how_many_minutes since_which, wie_lange seit_wann bis_wann,
+ cuánto_tiempo desde_cuándo, combien_de_temps depuis_quand, asks.time.en: how_often when what_time
+ which_time what_day which_day what_date which_date what_month which_month what_year which_year
+ what_hour which_weekday birthday date_of time_of, wann wie_oft wie_viel_uhr welchem_tag
+ welchem_jahr welchen_tag geburtstag, cuándo qué_hora qué_día qué_año qué_fecha cumpleaños, quand
+ quelle_heure quel_jour quelle_année quelle_date anniversaire, asks.number.en: how_many,
+ wie_viele, cuántos cuántas, combien_de, asks.amount.en: how_much how_far cost costs price fee,
+ wie_viel wie_weit kostet, cuánto cuánta cuesta, combien coûte, asks.measure.en: how_tall
+ how_heavy how_high how_big how_wide how_deep how_thick how_hot how_cold how_fast how_strong
+ how_large what_temperature, wie_groß wie_schwer wie_hoch wie_tief, asks.place.en: where address
+ what_city which_city what_town which_town what_country which_country which_street which_room
+ which_shop which_village what_place which_place which_building, wo wohin woher welcher_stadt
+ adresse, dónde qué_ciudad dirección, où quelle_ville adresse, asks.person.en: who whom whose, wer
+ wem wen wessen, quién quiénes, qui
 unreal.en: used_to stopped quit almost nearly doubt if unless would wanted wants want hope hopes
  plan will shall might may maybe perhaps wish never former, früher fast wenn würde möchte werde
  vielleicht bezweifle, solía casi si quería quizás, presque si voulais, changed.en: now new
@@ -6442,8 +6456,8 @@ refers.en: he she it they him them his her its their, er ihn ihm sein seine sein
 ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, reckon.en: plus/+
  and_add/+ added_to/+ minus/- less/- take_away/- times/* multiplied_by/* divided_by// over//
  percent_of/%, plus/+ minus/- mal/* geteilt_durch// prozent_von/%, más/+ menos/- por/* entre//
- dividido_por//, plus/+ moins/- fois/* divisé_par//, until.en: since until till from by, seit bis
- ab, desde hasta, depuis dès, agenda.en: happen happened happening plan plans planned going
+ dividido_por//, plus/+ moins/- fois/* divisé_par//, until.en: since until till til from by, seit
+ bis ab, desde hasta, depuis dès, agenda.en: happen happened happening plan plans planned going
  scheduled, dated.en: on in, am im, el en, le en
 sad.en: died dies dying dead death funeral buried grief cancer hospital surgery diagnosed ill sick
  hurt hurts pain crying cry cried lonely alone scared afraid worried anxious sad depressed miss
@@ -7095,7 +7109,8 @@ def sentences_of(text: str) -> List[str]:
 def leans(lex: Lexicon, line: Line) -> bool:
     """Return whether a sentence needs the one before it: she teaches; the red one; in the barn."""
     for at, word in enumerate(line.words):
-        if "refers" in word.classes or "stands" in word.classes and at - 1 in line.telling:
+        if "refers" in word.classes or "stands" in word.classes and at - 1 in line.telling and (
+                lex.kinds["number"].isdisjoint(line.words[at - 1][1:3])):  # thirty-one is a number
             return True
         if at in line.telling and (line.caps[at] or line.owners[at]) and (
                 word.stem not in lex.kinds["time"]):
@@ -7290,11 +7305,18 @@ def _counted(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
     """Return how surely a word is a count, an amount, a size, an age, a span of time."""
     if not _is_number(lex, word):
         return 2 * (slot == "span" and word.stem in lex.kinds["since"])
+    if _is_number(lex, after):  # forty-eight: the last word decides
+        return 0
     unit, ends = after.stem in lex.kinds["unit"], after is _NO_WORD
     timely = after.stem in lex.kinds["time"] or before.word == "at"
     aged = any(w.stem in lex.kinds["aged"] for w in line.words[max(0, at - 2):at + 4])
     told = "aux" in before.classes and (unit or ends)
-    return {"number": 1 + any(i in used for i in range(at - 2, at + 4)), "amount": 2 - timely,
+    counts = any(i in used for i in range(at + 1, at + 4))  # a count stands before its things,
+    labels = not counts and not ends and (at - 1 in used or at - 2 in used)  # room 12 is a name
+    other = not counts and at + 1 in line.telling
+    return {"number": 2 if counts else 0 if labels or other else 1 + any(
+                i in used for i in range(at - 2, at)),
+            "amount": 2 - (timely or at + 1 in used and not unit),
             "measure": 1 + (ends or unit and not timely), "span": 1 + unit,
             "age": 2 if aged or told else int("prep" in before.classes)}[slot]
 
@@ -8379,6 +8401,10 @@ def _quotation(lex: Lexicon, text: str, told: Sequence[Recall], factual: bool) -
         near = near[:1]
     if not near:
         return None
+    spans = [(at, at + len(fit.told)) for fit in near for at in [near[0].entry.text.find(fit.told)]]
+    if len(spans) > 1 and near[0].entry == near[1].entry and min(spans)[0] >= 0:
+        whole = near[0].entry.text[min(spans)[0]:max(spans)[1]]  # two clauses, as they were told
+        near = [near[0]._replace(quote=f'"{" ".join(whole.split())}"')]
     lead = "you told me" if near[0].entry.source in TOLD else "I have read"
     return Reply(f"I am not sure, but {lead}: {' and '.join(fit.quote for fit in near)}", "quote",
                  near[0].entry, near[0].score, tuple(fit.entry for fit in near))
@@ -9188,6 +9214,8 @@ class Speaker:
             wanted = config.mix and (counted or now[1].trusted)
             done = not wanted or now[2].catch_up(most_chars)
             self._kept, self._next = (now, None) if done or kept is None else (kept, now)
+            if done and now is not kept:  # what the last mind had lies between what this one has
+                keep_freed_memory(False)
             return done
 
     def _made(self, state: Any, last: Optional[Ready]) -> Ready:

@@ -35,7 +35,7 @@ class NaiveAdamW:
 
 
 def state(params):
-    return [(p.data[:], p.m[:], p.v[:], p.steps) for p in params]
+    return [(p.data[:], *(moment[:] for moment in p.moments), p.steps) for p in params]
 
 
 class AdamWIsItsPaper(NearCase):
@@ -61,7 +61,7 @@ class AdamWIsItsPaper(NearCase):
                     found, expected = optimizer.step(params, 0.03), twin.step(grads, 0.03)
                     self.assertAlmostEqual(found, expected, delta=1e-5 * expected)
                     for i, p in enumerate(params):
-                        for a, b in ((p.data, twin.w[i]), (p.m, twin.m[i]), (p.v, twin.v[i])):
+                        for a, b in zip((p.data, *p.moments), (twin.w[i], twin.m[i], twin.v[i])):
                             self.assert_near(a, b, tolerance, (code, step, p.name))
                         self.assertEqual((p.steps, p.grad), (step + 1, None))
 

@@ -19,7 +19,7 @@ def small_model(engine=None):
 
 
 def weights(model):
-    return {name: (p.data[:], p.m[:], p.v[:], p.steps) for name, p in model.params.items()}
+    return {name: (p.data[:], *(moment[:] for moment in p.moments), p.steps) for name, p in model.params.items()}
 
 
 class TextBecomesAStreamWithoutLoss(unittest.TestCase):
