@@ -3302,7 +3302,7 @@ class Angles:
 Delta = Dict[str, DeltaAdapter]
 EMBEDDING_SIGMA = 0.05
 MATRIX_GAIN = 0.2  # of 1/√fan_in; 0.2 measured 0.1 bits per character better than 1 in short runs
-KEPT_NUMBERS = 2_000_000  # in models with one delta folded in; to fold one takes a millisecond
+KEPT_NUMBERS = 1_000_000  # in models with one delta folded in; to fold one takes a millisecond
 
 
 def delta_matrices(delta: Delta) -> List[MatrixParam]:
