@@ -12569,6 +12569,12 @@ def folded(line: str, columns: int, at: int = 0) -> str:
     return "".join(parts)
 
 
+def terminal_size() -> Tuple[int, int]:
+    """Return columns and lines of the terminal; 80 and 24, as later Pythons say, if it has none."""
+    columns, lines = shutil.get_terminal_size()
+    return columns or 80, lines or 24
+
+
 STATUS_SECONDS = 10.0  # between two lines of status
 PLOTTED = str.maketrans("▁▂▃▄▅▆▇█·→–—»…", "_.,-=+*#.>---.")  # where a locale knows no other signs
 
@@ -12606,7 +12612,7 @@ class Terminal:
         """Return the columns of the terminal that a stream goes to, or 0 where it goes elsewhere.
         """
         wide = self.folds and stream.isatty()  # JSON is one line however long
-        return shutil.get_terminal_size().columns if wide else 0
+        return terminal_size()[0] if wide else 0
 
     def note(self, text: str) -> None:
         """Write a notice to stderr, unless quiet."""
@@ -12625,7 +12631,7 @@ class Terminal:
         """Say the lines; what a terminal cannot hold at once goes through the owner's pager."""
         text, width = "\n".join(map(tidied, lines)), self.width(self.out)
         rows = [folded(line, width) for line in text.split("\n")]
-        if width and "\n".join(rows).count("\n") + 2 > shutil.get_terminal_size().lines:
+        if width and "\n".join(rows).count("\n") + 2 > terminal_size()[1]:
             import pydoc  # 30 ms that no other start should pay
             pydoc.pager("\n".join(rows))
         elif text:
@@ -12638,7 +12644,7 @@ class Terminal:
         """
         if self.quiet or not self.err.isatty() or text == self._status:
             return
-        shown = self.drawn(text)[:shutil.get_terminal_size().columns - 1]
+        shown = self.drawn(text)[:terminal_size()[0] - 1]
         if self.redraws:  # save the cursor, go up a row; clear to the end; back again
             start, end = ("\0337\033[A\r", "\033[K\0338") if above else ("\r", "\033[K")
             self._tell(start + self.dim(shown) + end, "")
@@ -12885,7 +12891,7 @@ class LearningLine:
             else:
                 self.app.terminal.status("getting ready to learn")
             self.app.terminal.end_status()
-            self._width = shutil.get_terminal_size().columns
+            self._width = terminal_size()[0]
             bind_key("C-l", "redraw-current-line")  # a cleared screen has no row above the prompt
 
     def leave(self) -> None:
@@ -12917,7 +12923,7 @@ class LearningLine:
     def _stands(self) -> bool:
         """Return whether the line is where it was: one row above, in a terminal as wide as then."""
         typed = typed_line()
-        return (self._width == shutil.get_terminal_size().columns and "\n" not in typed
+        return (self._width == terminal_size()[0] and "\n" not in typed
                 and width_of(PROMPT + typed) < self._width and is_typing())
 
     def pause(self, *_: Any) -> None:
