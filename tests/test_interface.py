@@ -678,7 +678,8 @@ class InATerminal(TerminalCase):
         self.assertEqual(self.owner_said(), ["Who are you?"])
 
 
-@unittest.skipUnless(importlib.util.find_spec("readline"), "nothing tells here what is typed")
+@unittest.skipUnless(importlib.util.find_spec("readline") and shutil.which("sh"),
+                     "nothing tells here what is typed, or there is no shell")
 class Resumed(TerminalCase):
     SHELL = ("sh", "-c", 'set -m; "$@"; echo stopped; fg', "sh")
 
