@@ -50,11 +50,14 @@ if __name__ == "__main__":  # what happens before `main` is ready to see to it
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     _given = getattr(sys, "orig_argv", [])  # of Python 3.10 and later, with its own options
     _own = _given[1:_given.index(sys.argv[0])] if sys.argv[0] in _given else ["-m"]
-    if os.name == "posix" and "-m" not in _own and os.path.basename(__file__).count(".") == 1:
-        # Python keeps the syntax tree of a script while it runs, and not that of a module: 40 MB.
-        # An interrupt that comes meanwhile waits until it is seen to again.
+    if (os.name == "posix" and "-m" not in _own and os.path.basename(__file__).count(".") == 1
+            and not sys.dont_write_bytecode
+            and os.access(os.path.dirname(os.path.abspath(__file__)), os.W_OK)):
+        # Python keeps the syntax tree of a script while it runs, 40 MB, and not that of a module,
+        # which need not be compiled again, either. An interrupt that comes meanwhile waits until
+        # it is seen to. Of the packages that are installed here none is used, nor looked for.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        os.execv(sys.executable, [sys.executable, *_own, "-c", """if True:
+        os.execv(sys.executable, [sys.executable, *_own, "-S", "-c", """if True:
             import os, signal, sys
             signal.signal(signal.SIGINT, lambda *_: os._exit(130))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -6600,7 +6603,7 @@ class Lexicon:
         return Word(text, word, self.stem(word, language),
                     frozenset(self.closed[language].get(word, ())))
 
-    @functools.lru_cache(1 << 14)
+    @functools.lru_cache(1 << 12)
     def nearness(self, asked: Word, told: Word) -> int:
         """Return how two words are near: 4 the same, 3 one relation, 2 of the kind, 1 alike, 0."""
         a, b = asked.stem, told.stem
