@@ -12766,10 +12766,12 @@ class App:
 
     def close(self) -> None:
         """Put everything to rest; what was learned and said is committed."""
-        if self._organism is not None:
-            self._organism.sleep()
-        if self._memory is not None:
-            self._memory.close()
+        try:
+            if self._organism is not None:
+                self._organism.sleep()
+        finally:
+            if self._memory is not None:
+                self._memory.close()
 
     def report(self, facts: Dict[str, Any], lines: Iterable[str]) -> None:
         """Say the facts as one JSON object, or the lines for people."""

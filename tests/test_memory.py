@@ -16,7 +16,8 @@ from unittest import mock
 import macrogpt as m
 from support import ROOT, Folder, entries_with, passage
 
-HAS_FTS = m.Memory(":memory:").has_fts
+with contextlib.closing(m.Memory(":memory:")) as _memory:
+    HAS_FTS = _memory.has_fts
 ODD_TEXTS = [
     "", " ", '"', '""', "'", "''", "AND", "OR", "NOT", "NEAR", "a AND b", "a OR", "NEAR(a b)",
     "NEAR/3", "*", "^", ":", "(", ")", "-", "-a", "a-b", "text:a", "{a b}", "a + b", "a*", "^a",
