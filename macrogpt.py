@@ -6603,6 +6603,10 @@ class Lexicon:
         return Word(text, word, self.stem(word, language),
                     frozenset(self.closed[language].get(word, ())))
 
+    def are_rivals(self, one: Word, other: Word) -> bool:
+        """Return whether two words are opposites, or of one kind."""
+        return any(other.stem in rivals for rivals in self.rivals.get(one.stem, ()))
+
     @functools.lru_cache(1 << 12)
     def nearness(self, asked: Word, told: Word) -> int:
         """Return how two words are near: 4 the same, 3 one relation, 2 of the kind, 1 alike, 0."""
@@ -6632,14 +6636,11 @@ class Lexicon:
         signs = [*sorted(self.senses.get(word.stem, ())), "kind " + word.stem]
         found = [form for text in (word.word, word.stem, *(
             mate for sign in signs for mate in self.mates.get(sign, ())))
-            for form in self._endings_of(text)]
+            for form in self.endings_of(text)]
         return list(dict.fromkeys(found))[:MOST_FORMS]
 
-    def own_forms(self, word: Word) -> List[str]:
-        """Return how a word is looked for without mates and members."""
-        return self._endings_of(word.word)
-
-    def _endings_of(self, text: str) -> List[str]:
+    def endings_of(self, text: str) -> List[str]:
+        """Return how a word alone is looked for, without mates and members."""
         plain = " ".join(folded_words(text))
         odd = self.forms_of.get(self.odd.get(text, text), [])
         if " " in plain or not _NUMBERED.isdisjoint(plain):
@@ -7485,8 +7486,7 @@ def _verdict(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: D
 
 def _has_rival(lex: Lexicon, asked: Word, line: Line) -> bool:
     """Return whether a statement has the opposite of a word, or another of its kind."""
-    return any(word.stem in rivals for rivals in lex.rivals.get(asked.stem, ())
-               for word in line.words)
+    return any(lex.are_rivals(asked, word) for word in line.words)
 
 
 def _role_clash(asked: Asked, line: Line, near: Dict[int, int], at: Dict[int, int]) -> bool:
@@ -7527,8 +7527,9 @@ def gathered(lex: Lexicon, memory: Memory, asked: Asked) -> Tuple[Asked, List[En
     for i in asked.terms:
         ids, own = _held(memory, forms[i], [f for j in asked.terms if j != i for f in forms[j]])
         if len(ids) > MOST_TOLD:  # among so many, the owner's with the very word come first
-            very.update(memory.ids_holding([lex.own_forms(words[i]), [TOLD_MARK]], MOST_HELD))
-            ids |= very.keys()
+            exact = memory.ids_holding([lex.endings_of(words[i].word), [TOLD_MARK]], MOST_HELD)
+            very.update(exact)
+            ids.update(exact)
         rare = log(1.0 + total / (len(ids) + 0.5)) / log(1.0 + 2.0 * total)
         idle = "idle" in words[i].classes or not ids and i not in asked.vital
         weights[i] = rare * rare / (1 + idle)  # halved where it hardly tells, or nobody said it
@@ -8486,8 +8487,7 @@ def _same_sort(lex: Lexicon, one: Line, i: int, other: Line, j: int) -> bool:
     timely = [_is_number(lex, w) or w.stem in lex.kinds["ordinal"] | lex.kinds["time"]
               for w in (a, b)]
     return a.stem != b.stem and (all(timely) or not any(timely) and (
-        one.caps[i] and other.caps[j] or any(
-            b.stem in rivals for rivals in lex.rivals.get(a.stem, ()))))
+        one.caps[i] and other.caps[j] or lex.are_rivals(a, b)))
 
 
 def asks_for_a_fact(text: str) -> bool:
