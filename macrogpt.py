@@ -2573,8 +2573,8 @@ def keep_freed_memory(keep: bool) -> None:
     """Have glibc keep what is freed, or give back what is large.
 
     Kept, a training step finds its memory without a page fault: 1.2 times as fast. Given back, a
-    chat whose trainer is another process stays small: 151 MB against 198 after 60 messages, and
-    what Python needed to compile this file, 32 MB, is given back at once.
+    chat whose trainer is another process stays small: 151 MB against 198 after 60 messages. What
+    lies free between what is in use is given back at once: 12 MB after 27 bursts.
     """
     with contextlib.suppress(ImportError, AttributeError, OSError):
         import ctypes
@@ -5134,11 +5134,10 @@ PARTS = """
         WHERE type != 'table' AND sql NOT LIKE '%entries_fts%'
 """
 
-# What the checksum of a row is of.
+# What the checksum of a row is of; a layer's is looked at where it is asked which are lost.
 SUMMED_UP = {"messages": "CAST(text AS BLOB), role, said_at",
              "entries": "CAST(text || words AS BLOB)",
-             "progress": "at, step, tokens, loss, held_out_bpc", "life": "at, event, detail",
-             "layers": "data, manifest"}
+             "progress": "at, step, tokens, loss, held_out_bpc", "life": "at, event, detail"}
 
 # The stages of a message: stored; its facts are entries; a line of the session's summary; out of
 # the prompt for good. It only goes forward, and its words are copied nowhere: what is forgotten is
@@ -5171,8 +5170,8 @@ NO_FULL_TEXT = """
 SQL_ERRORS = (sqlite3.Error, UnicodeDecodeError)  # a damaged schema breaks even its complaint
 MAX_LIKE_FORMS = 900  # SQLite takes expressions of up to 1,000 levels
 TOLD = ("chat", "taught")
-WORDS_MARK = "_words_"  # a word of every entry with lines of word knowledge
 GREETING_CHARS = 12  # of a first message that is no title
+WORDS_MARK = "_words_"  # a word of every entry with lines of word knowledge
 TOLD_MARK = "_told_"  # a word of every statement of the owner, found fast among millions of others
 
 
@@ -5368,6 +5367,10 @@ class Memory:
         return [dict(zip(keys, row)) for row in self._rows(
             f"SELECT s.name, s.started_at, max(m.said_at), count(m.id), ({title}) FROM sessions s "
             "LEFT JOIN messages m ON m.session_id = s.id GROUP BY s.id ORDER BY s.id")]
+
+    def session_names(self) -> List[str]:
+        """Return the names of the sessions, in the order in which they began."""
+        return [name for name, in self._rows("SELECT name FROM sessions ORDER BY id")]
 
     def messages_of(self, session: str) -> List[Message]:
         """Return all that was said in a session, by its name."""
@@ -5845,9 +5848,8 @@ class Memory:
         if lost:
             yield f"these parts are missing or damaged: {', '.join(name for name, _ in lost[:5])}"
             return
-        for table, fields in SUMMED_UP.items():
-            rows = self._rows(f"SELECT rowid FROM {table} WHERE checksum != crc32({fields}) "
-                              f"OR {self._unfit(table)}")
+        for table in (*SUMMED_UP, "layers", "sessions", "settings", "probes", "unlearning"):
+            rows = self._rows(f"SELECT rowid FROM {table} WHERE {self._unfit(table)}")
             if rows:
                 yield f"{len(rows)} of the {table} are damaged, the first has the id {rows[0][0]}"
         for name in self.lost_layers()[1]:
@@ -5857,11 +5859,13 @@ class Memory:
         yield from self._index_faults()
 
     def _unfit(self, table: str) -> str:
-        """Return, as SQL, whether a row has a value that is not of its column's type."""
-        return " OR ".join(
-            f"typeof({name}) NOT IN ('{kind.lower()}'{filler})"
-            for _, name, kind, needed, _, key in self._rows(f"PRAGMA table_info({table})") if kind
-            for filler in ["" if needed or key else ", 'null'"]) or "0"
+        """Return, as SQL, whether a row has a value that is not of its column's type, or was not.
+        """
+        unfit = [f"checksum IS NOT crc32({SUMMED_UP[table]})"] if table in SUMMED_UP else []
+        for _, name, kind, needed, _, key in self._rows(f"PRAGMA table_info({table})"):
+            kinds = f"'{kind.lower()}'" if needed or key else f"'{kind.lower()}', 'null'"
+            unfit += [f"typeof({name}) NOT IN ({kinds})"] * bool(kind)
+        return " OR ".join(unfit)
 
     def _index_faults(self) -> Iterator[str]:
         """Yield what is wrong with the full-text index, which only a copy of it can be asked."""
@@ -5915,7 +5919,7 @@ def rescue(path: str, new: str) -> Dict[str, int]:
             memory._rows("INSERT OR IGNORE INTO sessions(id, name, started_at) SELECT DISTINCT "
                          "session_id, 'rescued ' || session_id, 0 FROM messages")
             for table in ("progress", "life"):
-                memory._rows(f"DELETE FROM {table} WHERE checksum != crc32({SUMMED_UP[table]})")
+                memory._rows(f"DELETE FROM {table} WHERE {memory._unfit(table)}")
             memory.give_up_damaged()
             return rows
 
@@ -9039,7 +9043,7 @@ class Turn:
         self.fits: List[Recall] = []
         self.forgotten: Set[str] = set()  # words that went with what was to be forgotten
         self.reply, self.trace = Reply("", "nothing"), None  # type: Reply, Optional[Trace]
-        self.begun, self.seconds = time.perf_counter(), 0.0
+        self.seconds = 0.0  # that the reply took
 
     def answer(self) -> Iterator[str]:
         """Yield the reply's pieces; `reply` and `trace` then tell where they come from."""
@@ -9259,7 +9263,7 @@ class Speaker:
         What was said is stored before the first piece; a reply that is broken off is stored as far
         as it came. make makes the turn.
         """
-        memory, mind = self.memory, self.mind()
+        begun, memory, mind = time.perf_counter(), self.memory, self.mind()
         count = self.replies if self.seeded else memory.about_count("messages")
         self.replies += 1
         turn = make(memory, mind, text, session, random.Random(f"{mind.config.seed}:{count}"))
@@ -9275,7 +9279,7 @@ class Speaker:
                 answer = FORGOTTEN
             self.said_ids = (said, memory.add_message(session, "self", answer))
             turn.reply, self.turn = turn.reply._replace(text=answer), turn
-            turn.seconds = time.perf_counter() - turn.begun
+            turn.seconds = time.perf_counter() - begun
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
@@ -10214,6 +10218,7 @@ SMALL_LOSS = 20       # documents that may go without anybody's asking whether t
 LEASE_SECONDS = 120.0
 LISTEN_SECONDS = 3.0  # how often one that may not train asks whether it now may
 MOST_DEATHS = 5       # of a trainer without a step between them
+BARRED = "another macrogpt trains this memory; leave that one first"
 
 
 def first_corpus() -> str:
@@ -10386,6 +10391,7 @@ TRANSITIONS: Dict[Tuple[Phase, Phase], str] = {  # each with the method that mak
     (Phase.LEARNING, Phase.FAILED): "_fail",
     (Phase.FAILED, Phase.ASLEEP): "background_trainer",
 }
+
 
 def texts_to_learn(memory: Memory, ids: Sequence[int]) -> List[List[Any]]:
     """Return the fields of the Texts that a learner makes of entries."""
@@ -10827,7 +10833,7 @@ class Trainer:
     def holding(self) -> Iterator[None]:
         """Hold the lease meanwhile.  Raises TrainerError where another process trains."""
         if not self.memory.take_lease(self._owner, LEASE_SECONDS, holder_alive):
-            raise TrainerError("another macrogpt trains this memory; leave that one first")
+            raise TrainerError(BARRED)
         self.growth = Growth.of(self.memory.setting("growth", {}))
         try:
             yield
@@ -12632,7 +12638,7 @@ class Terminal:
 
     def page(self, lines: Iterable[str]) -> None:
         """Say the lines; what a terminal cannot hold at once goes through the owner's pager."""
-        text, width = "\n".join(map(tidied, lines)), self.width(self.out)
+        text, width = self.drawn("\n".join(lines)), self.width(self.out)
         rows = [folded(line, width) for line in text.split("\n")]
         if width and "\n".join(rows).count("\n") + 2 > terminal_size()[1]:
             import pydoc  # 30 ms that no other start should pay
@@ -12822,7 +12828,8 @@ def wake(app: App) -> Organism:
     return organism
 
 
-STRETCHES = {"warmup": "being born", "grown": "learning", "rebirth": "being born anew"}
+AGES = {"newborn": "newborn", "warmup": "being born", "grown": "grown up"}
+STRETCHES = {**AGES, "grown": "learning", "rebirth": "being born anew"}  # of learning
 
 
 class ProgressBar:
@@ -13052,18 +13059,17 @@ def _chat_terminal(app: App) -> int:
             app.terminal.tell_error(error)
 
 
-AGES = {"newborn": "newborn", "warmup": "being born", "grown": "grown up"}
-
-
 def banner(app: App) -> str:
     """Return what a chat begins with: who it is, how old, what it knows, and what it does."""
     organism, memory = app.organism(), app.memory()
-    began = min((session["started_at"] for session in memory.sessions()), default=time.time())
+    talks = {session["name"]: session for session in memory.sessions()}
+    began = min((talk["started_at"] for talk in talks.values()), default=time.time())
     days, told = int((time.time() - began) / 86400), memory.counts()["told"]
+    goes_on = talks.get(organism.session, {}).get("messages")
     parts = [AGES[organism.growth.phase], counted(days, "day") + " old" if days else "born today",
              counted(told, "statement") + " told",
-             ("going on in" if memory.messages_of(organism.session) else "in")
-             + f" session {organism.session}", f"{model_size(organism)[0]:,} parameters",
+             f"{'going on in' if goes_on else 'in'} session {organism.session}",
+             f"{model_size(organism)[0]:,} parameters",
              f"{organism.speaker.engine.name} engine", *["--no-train"] * app.options.no_train]
     return f"macrogpt {__version__} — {' · '.join(parts)}. /help for commands."
 
@@ -13198,7 +13204,7 @@ def completions(app: App, line: str, text: str) -> Iterator[str]:
     elif command in ("/set", "/show"):
         names = [f.name for f in dataclasses.fields(Config)]
     elif command in ("/session", "/new"):
-        names = [s["name"] for s in app.memory().sessions()]
+        names = app.memory().session_names()
     elif command == "/save":
         folder = os.path.dirname(text)
         with contextlib.suppress(OSError):
@@ -13367,7 +13373,7 @@ def _repl_session(app: App, rest: str) -> List[str]:
     present = app.organism().session
     if not rest:
         return [f"session {present}"]
-    known = [s["name"] for s in app.memory().sessions()]
+    known = app.memory().session_names()
     name = check_session(meant_session(known, rest))
     if name not in known and not agreed(f"there is no session {name!r}; begin it?"):
         return [f"session {present}; known are {', '.join(known)}"]
@@ -13412,7 +13418,7 @@ def session_lines(sessions: List[Dict[str, Any]]) -> List[str]:
 
 
 def _repl_new(app: App, rest: str) -> List[str]:
-    known = {s["name"] for s in app.memory().sessions()}
+    known = app.memory().session_names()
     name = check_session(rest) if rest else next(
         f"talk {n}" for n in range(1, len(known) + 2) if f"talk {n}" not in known)
     if name in known:
@@ -13467,20 +13473,19 @@ def _repl_sleep(app: App, rest: str) -> List[str]:
     return ["the trainer sleeps, everything is committed; /train wakes it"]
 
 
-# What each slash command does, the words it takes, and what /help says of it.
 # What an event of the life log says; whatever else is in it stands behind.
 EVENTS = {"corpus": "{added} documents came into the corpus, {removed} went",
           "learning": "begins to learn {fresh} of {documents} documents",
-          "learned": "has read all, {lines} lines of it new, at step {step}, held-out {bpc:.3f} "
+          "learned": "has read all, {lines} lines of it new, at step {step}, held-out {bpc} "
                      "bits per character",
           "phase": "generation {generation} is {phase} at step {step}",
           "rebirth": "generation {generation} begins to grow up ({why})",
           "generation": "generation {generation} takes over ({why})",
           "import": "layer {layer} of generation {generation} came from elsewhere",
           "rebirth given up": "a new generation is given up: it would read probe {probe} at "
-                              "{now:.3f} bits per character, where {before:.3f} was read",
-          "gate": "probe {probe} would have been read at {now:.3f} bits per character, where "
-                  "{before:.3f} was read: {then}",
+                              "{now} bits per character, where {before} was read",
+          "gate": "probe {probe} would have been read at {now} bits per character, where "
+                  "{before} was read: {then}",
           "shy": "layer {layer} is called less readily, or it would do harm",
           "unlearned": "{texts} texts are unlearned; {layers} went",
           "trainer died": "the trainer died: {error}", "failed": "learning has ended: {error}",
@@ -13489,7 +13494,8 @@ EVENTS = {"corpus": "{added} documents came into the corpus, {removed} went",
 
 def life_line(event: Dict[str, Any]) -> str:
     """Return an event of the life log in words, also one of an older version."""
-    rest = {name: AGES.get(str(value), value) for name, value in event.items()
+    rest = {name: "–" if value is None else f"{value:.3f}" if isinstance(value, float) else
+            AGES.get(str(value), value) for name, value in event.items()
             if name not in ("at", "event")}
     try:
         said = EVENTS[event["event"]].format(**rest)
@@ -13502,6 +13508,7 @@ def _repl_log(app: App, rest: str) -> List[str]:
     return [life_line(event) for event in app.memory().life(20)] or ["nothing has happened yet"]
 
 
+# What each slash command does, the words it takes, and what /help says of it.
 REPL_COMMANDS: Dict[str, Tuple[Callable[[App, str], List[str]], str, str]] = {
     "help": (_repl_help, "", "this list"),
     "stats": (lambda app, rest: stats_lines(stats_facts(app)), "",
@@ -13598,10 +13605,12 @@ def command_train(app: App, words: List[str]) -> None:
     finally:
         app.terminal.end_status()
         organism.sleep()
-    if organism.trainer.barred():
-        raise TrainerError("another macrogpt trains this memory; leave that one first")
-    app.terminal.note(f"committed at step {organism.growth.step}")
-    app.notices()
+        barred = organism.trainer.barred()
+        if not barred:
+            app.terminal.note(f"committed at step {organism.growth.step}")
+            app.notices()
+    if barred:
+        raise TrainerError(BARRED)
     growth = organism.growth
     facts = {**dataclasses.asdict(growth), "steps_now": growth.step - before.step,
              "tokens_now": growth.tokens - before.tokens}
@@ -13658,7 +13667,7 @@ def command_sessions(app: App, words: List[str]) -> None:
     if (action, len(names)) not in (("list", 0), ("show", 1), ("rename", 2), ("delete", 1)):
         raise UsageError("sessions takes one of: list, show NAME, rename OLD NEW, delete NAME; "
                          f"found {' '.join(words)!r}")
-    known = [session["name"] for session in memory.sessions()]
+    known = memory.session_names()
     if names:
         names[0] = meant_session(known, names[0])
         if names[0] not in known:
