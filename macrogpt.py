@@ -5995,6 +5995,11 @@ def index_words(source: str, document: Document, recall: bool, about: str = "") 
     return " ".join(["", *words, *mark])
 
 
+def session_name(text: str) -> str:
+    """Return the name of a session, made of words from elsewhere; "" where they have no sign."""
+    return clean_line("".join(c if c.isprintable() else " " for c in text), 80)
+
+
 def _decoded(text: Any, default: Any = None) -> Any:
     """Return a stored value, or the default where there is none, or none of its kind."""
     with contextlib.suppress(TypeError, ValueError):
@@ -6495,7 +6500,8 @@ short.en: 'm/am 're/are 've/have 'll/will 'd/would whats/what_is wheres/where_is
 
 
 class Reply(NamedTuple):
-    """What was said and where it came from: "memory", "quote", "exchange", "voice", "nothing"."""
+    """What was said and where it came from: "memory", "quote", "exchange", "voice", "tool", or
+    "nothing"."""
 
     text: str
     source: str
@@ -8392,6 +8398,18 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
     return exchange if advises and not quote else None, fits
 
 
+def answered_by(lines: Iterable[str], source: str, text: str, rng: random.Random, least: float,
+                turns: Sequence[Tuple[str, str]] = (),
+                clock: Callable[[], float] = time.time) -> Optional[Reply]:
+    """Return what lines that are known for this once answer or have near to a text, or None."""
+    with contextlib.closing(Memory(":memory:", clock)) as memory:
+        with memory.transaction():
+            for line in lines:
+                memory.add_entry(source, Document((line,), True))
+        found, _ = recollection(memory, text, rng, least, (), turns)
+    return found if found and found.source in ("memory", "quote") else None
+
+
 def _quotation(lex: Lexicon, text: str, told: Sequence[Recall], factual: bool) -> Optional[Reply]:
     """Return what was told near to what a text asks, word for word, or None."""
     mine, asked = {"own", "me"}, analyzed(lex, text).line.has
@@ -9644,9 +9662,10 @@ class Learner:
         return self.growth.bpc
 
     def probe_losses(self) -> Dict[str, float]:
-        """Return the bits per character of every probe, each read whole."""
-        return {name: bits_per_character(self.model, ids, chars, self.config.block_size)
-                for name, (ids, chars) in self.probes.items()}
+        """Return the bits per character of every probe, each read whole; no number is the worst."""
+        losses = {name: bits_per_character(self.model, ids, chars, self.config.block_size)
+                  for name, (ids, chars) in self.probes.items()}
+        return {name: bpc if isfinite(bpc) else math.inf for name, bpc in losses.items()}
 
     def fit_voice(self) -> None:
         """Fit the weights of the voice's experts on held-out text that they do not know yet.
@@ -10945,7 +10964,7 @@ class Organism:
     # speaking
 
     def mind(self) -> Mind:
-        """Return what speaks now, with all its counts."""
+        """Return what speaks now, with its counts; what takes long comes in the background."""
         return self.speaker.mind(counted=True)
 
     def session_id(self) -> int:
@@ -11649,7 +11668,7 @@ class Leaving(NamedTuple):
             write_safetensors(os.path.join(folder, name, "adapter_model.safetensors"),
                               lora_tensors(model, deltas))
 
-    def gguf_about(self, file_type: int) -> Dict[str, Any]:
+    def gguf_about(self) -> Dict[str, Any]:
         """Return the keys and values that llama.cpp asks of a model with its tokenizer."""
         shape, (names, merges) = self.model.shape, bpe_names(self.tokenizer)
         llama = {"context_length": shape.block_size, "embedding_length": shape.n_embd,
@@ -11662,7 +11681,7 @@ class Leaving(NamedTuple):
                 "merges": merges, "bos_token_id": END_OF_TEXT,
                 "eos_token_id": END_OF_TEXT, "eot_token_id": LINE_END,
                 "padding_token_id": END_OF_TEXT, "add_bos_token": True, "add_space_prefix": False}
-        return {"general.type": "model", "general.name": "macrogpt", "general.file_type": file_type,
+        return {"general.type": "model", "general.name": "macrogpt", "general.file_type": 0,
                 **{f"llama.{key}": value for key, value in llama.items()},
                 **{f"tokenizer.ggml.{key}": value for key, value in ggml.items()},
                 "tokenizer.chat_template": CHAT_TEMPLATE}
@@ -11672,11 +11691,12 @@ class Leaving(NamedTuple):
 
         A LoRA there flips the table for an embedding, so its base must have a head of its own.
         """
-        whole = llama_tensors(as_one(self.model), gguf=True)
+        whole, about = llama_tensors(as_one(self.model), gguf=True), self.gguf_about()
         for name, (kind, file_type) in GGUF_FILES.items():
-            write_gguf(os.path.join(folder, name), self.gguf_about(file_type), whole, kind)
+            write_gguf(os.path.join(folder, name), {**about, "general.file_type": file_type}, whole,
+                       kind)
         if self.model.deltas:
-            write_gguf(os.path.join(folder, "base.gguf"), self.gguf_about(0),
+            write_gguf(os.path.join(folder, "base.gguf"), about,
                        llama_tensors(self.model, gguf=True, tied=False))
         for number, delta in enumerate(self.model.deltas, 1):
             write_gguf(os.path.join(folder, f"delta-{number}.gguf"), {
@@ -11892,7 +11912,6 @@ def import_weights(organism: Organism, folder: str) -> Learner:
         learner, read = Learner(organism.config, organism.growth, memory.layers(without=("ear",)),
                                 organism.speaker.engine), []
         learner.take_text((), texts_to_learn(memory, [i for i, _ in memory.training_index()]))
-        before = learner.probe_losses()
         if adapts:
             append_returned(learner, folder)
         else:
@@ -11900,7 +11919,7 @@ def import_weights(organism: Organism, folder: str) -> Learner:
             read = [text.key for text in learner.texts.values() if not text.probe]
         for name, bpc in learner.growth.probes.items():
             if not isfinite(bpc):
-                raise not_better(folder, name, before[name], bpc)
+                raise not_better(folder, name, organism.growth.probes.get(name, bpc), bpc)
         organism.trainer.take_over(learner, read)
     return learner
 
@@ -12064,7 +12083,8 @@ def check_door(host: str, token: Optional[str]) -> None:
                          "--token with a secret that all are asked for, or leave --host out")
 
 
-# What a request asks for, read strictly: what is not there is said, and not passed over.
+# What a request asks for. A field of the API that is not there is refused if it asks for anything;
+# one that nobody knows is passed over, as front ends send many.
 
 FIELDS: Dict[str, Tuple[type, float, float]] = {  # of the API: what they are, from where to where
     "temperature": (float, 0, 2), "top_p": (float, 0, 1), "presence_penalty": (float, -2, 2),
@@ -12139,7 +12159,7 @@ def wanted_of(asked: Any, chat: bool, session: str = "") -> Wanted:
     if not chat and not isinstance(prompt, str):
         raise Refused(400, "prompt must be one text", "prompt")
     *turns, (_, text) = turns_in(given.get("messages", [])) if chat else [("", tidied(prompt))]
-    return Wanted(chat, text, tuple(turns), clean_line(session or given.get("user", ""), 80), given)
+    return Wanted(chat, text, tuple(turns), session_name(session or given.get("user", "")), given)
 
 
 class Visit(Turn):
@@ -12172,15 +12192,9 @@ class Visit(Turn):
         lines = [piece for text in self.given if holds_statements(text)
                  for line in text.splitlines()[-MOST_GIVEN:]
                  for piece in split_long_line(line, self.mind.config.max_line_chars)]
-        if not lines:
-            return None
-        with contextlib.closing(Memory(":memory:", self.memory.clock)) as memory:
-            with memory.transaction():
-                for line in lines[-MOST_GIVEN:]:
-                    memory.add_entry("chat", Document((line,), True))
-            found, _ = recollection(memory, self.text, self.rng, self.mind.config.recall_score, (),
-                                    self.turns)
-        return found if found and found.source in ("memory", "quote") else None
+        return answered_by(lines[-MOST_GIVEN:], "chat", self.text, self.rng,
+                           self.mind.config.recall_score, self.turns, self.memory.clock
+                           ) if lines else None
 
     def _forgotten(self, wish: str) -> str:
         """Forget nothing for those from whom nothing is learned."""
@@ -13553,14 +13567,9 @@ MOST_PIPED = 10_000_000  # bytes
 
 def found_in(given: str, text: str, config: Config) -> Optional[Reply]:
     """Return what a text that was given for this once answers to a question, or None."""
-    memory = Memory(":memory:")
-    with memory.transaction():
-        for line in given.splitlines()[:config.max_corpus_lines]:
-            for piece in split_long_line(clean_line(line, LONGEST_MESSAGE), config.max_line_chars):
-                memory.add_entry("corpus", Document((piece,), True))
-    found, _ = recollection(memory, text, random.Random(0), config.recall_score)
-    memory.close()
-    return found if found and found.source in ("memory", "quote") else None
+    lines = (piece for line in given.splitlines()[:config.max_corpus_lines] for piece in
+             split_long_line(clean_line(line, LONGEST_MESSAGE), config.max_line_chars))
+    return answered_by(lines, "corpus", text, random.Random(0), config.recall_score)
 
 
 def command_ask(app: App, words: List[str]) -> None:
@@ -14124,7 +14133,7 @@ def command_import(app: App, words: List[str]) -> None:
             if talk is None:
                 organism.teach(text, at)
                 continue
-            session = check_session(clean_line(f"{name} {talk}".strip(), 80))
+            session = session_name(f"{name} {talk}".strip())
             memory.add_message(memory.session_id(session), role, text, at)
         organism.take_in_messages()
     count = sum(said.talk is not None for said in heard)

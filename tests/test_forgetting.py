@@ -67,6 +67,15 @@ class Bursts(Pupils, unittest.TestCase):
         self.assertEqual(learner.router.choose(text_of("sums", 3, 50).encode()), 1)
         self.assertEqual(learner.probe_losses(), before)
 
+    def test_what_reads_nothing_at_all_passes_no_gate(self):
+        learner = self.grown(told=SUMS)
+        job = self.job(learner, 4)
+        job.advance()
+        with mock.patch.object(m, "bits_per_character", return_value=m.math.nan):
+            self.assertEqual(job.harm()["now"], m.math.inf)
+            other = mock.Mock(growth=m.Growth(probes=learner.probe_losses()))
+        self.assertEqual(m.fit_to_live(other, learner)["now"], m.math.inf)
+
     def test_a_new_delta_begins_as_the_layer_that_reads_the_new_text_best(self):
         learner = self.grown("delta_seal_chars=1", told=SUMS)
         self.work(learner, steps=12)
