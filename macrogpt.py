@@ -13160,15 +13160,24 @@ HISTORY = "~/.macrogpt_history"
 
 
 def forget_typed(words: AbstractSet[str]) -> None:
-    """Take the lines with any of the words out of the history of what was typed."""
-    readline = sys.modules.get("readline")
+    """Take the lines with any of the words out of what was typed, here and in the history file.
+
+    The file is filtered as it is: other chats write there, too, and this one may keep none.
+    """
+    def stays(line: str) -> bool:
+        return not line.startswith("/forget") and words.isdisjoint(folded_words(line))
+    readline, path = sys.modules.get("readline"), os.path.expanduser(HISTORY)
     if readline is not None:
         for at in range(readline.get_current_history_length(), 0, -1):
-            line = readline.get_history_item(at) or ""
-            if line.startswith("/forget") or not words.isdisjoint(folded_words(line)):
+            if not stays(readline.get_history_item(at) or ""):
                 readline.remove_history_item(at - 1)
-        with contextlib.suppress(OSError):
-            readline.write_history_file(os.path.expanduser(HISTORY))
+    if os.path.isfile(path):
+        with contextlib.suppress(OSError), open(path, "r+", encoding="utf-8",
+                                                errors="surrogateescape") as file:
+            kept = [line for line in file if stays(line)]
+            file.seek(0)
+            file.writelines(kept)
+            file.truncate()
 
 
 def prepare_readline(app: App) -> Callable[[], None]:
@@ -13327,7 +13336,8 @@ def _repl_why(app: App, rest: str) -> List[str]:
         return ["nothing has been said yet"]
     last = turn.reply
     if last.entry is not None:
-        return [f"it came from memory in {turn.seconds:.2f} s, match {last.score:.2f}:", *(
+        where = "an exchange" if last.source == "exchange" else "memory"
+        return [f"it came from {where} in {turn.seconds:.2f} s, match {last.score:.2f}:", *(
             _entry_line(entry) for entry in last.entries or (last.entry,))]
     if last.source == "voice":
         return why_lines(turn.trace, app.organism().growth.step)

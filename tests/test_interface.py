@@ -379,6 +379,17 @@ class Piped(ProcessCase):
         self.assertEqual(sorted(name[-2:] for name in os.listdir(self.folder) if "-" in name),
                          ["-1", "-2"])
 
+    def test_what_is_forgotten_leaves_the_history_and_nothing_else_does(self):
+        run_inside("--no-train", *TINY, cwd=self.folder, stdin=b"My gnu is called Xerxes.\n")
+        for words, env in ((("memory", "forget", "gnu"), {}), ((), {"MACROGPT_NOHISTORY": "1"})):
+            if importlib.util.find_spec("readline"):  # which knows nothing of that file here
+                importlib.import_module("readline")
+            self.write(".macrogpt_history", "Hello.\nMy gnu is called Xerxes.\n/forget gnu\n")
+            done = run_inside("--no-train", *TINY, *words, cwd=self.folder, env=env,
+                              stdin=b"My gnu is called Xerxes.\n/forget gnu\n")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(m.read_text(self.path(".macrogpt_history")), "Hello.\n")
+
     def test_a_report_makes_no_file_and_another_programs_file_is_never_written(self):
         before = sorted(os.listdir(self.folder))
         for command in (("stats",), ("log",), ("sessions",), ("memory", "list"), ("doctor",)):
