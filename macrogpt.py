@@ -6177,6 +6177,7 @@ UNKNOWN_REPLIES = (UNKNOWN_REPLY, "That is something I was never told.",
 KEPT_REPLY = "I will keep that."
 KEPT_REPLIES = (KEPT_REPLY, "I have it now.", "That is in my memory now.",
                 "I have read it, thank you.")
+MOST_ECHOED = 13        # words, from which a clause is not said back
 STEM_CHARS = 5
 LEAST_SCORE = 0.1       # one that fits less is never said
 WEAK_SCORE = 0.45       # an exchange that fits so well is like what was said
@@ -6186,7 +6187,8 @@ MOST_HELD = 100         # entries that one word brings, newest first
 MOST_TOLD = 20          # entries of the owner's that are looked at for a question
 MOST_READ = 10          # and of what was read
 PLAIN_WORDS = 10        # what is told in fewer is a fact to be kept, in more a story to be heard
-MOST_SENTENCES = 4      # of a message that are looked up one by one, beside all of it
+MOST_PARTS = 8          # of a message that are heard one by one, beside all of it
+WHOLE = 0.4             # of a saying's fit hangs on how much of the message it is like
 MOST_LISTED = 12        # statements that are said one after another
 MOST_UNITS = 40         # sentences that are looked at closely
 MOST_TO_SCAN = 100_000  # entries, up to which words in a row are looked for (in 3 ms)
@@ -6401,11 +6403,12 @@ unreal.en: used_to stopped quit almost nearly doubt if unless would wanted wants
  plan will shall might may maybe perhaps wish never former, früher fast wenn würde möchte werde
  vielleicht bezweifle, solía casi si quería quizás, presque si voulais, changed.en: now new
  no_longer anymore instead renamed changed moved switched replaced these_days, jetzt nun neu neue,
- ahora nuevo, maintenant nouveau, opening.en: um uh by_the_way actually listen sorry excuse_me
- quick_question no nope yeah wait you_know_what guess_what fyi correction i_mean good_morning
- good_evening thanks say for_your_information anyway, hallo hi also ja nein übrigens sag, hola oye
- por_favor no, bonjour salut oui non dis, frame.en: told recall said show mention mentioned mind
- note, weißt weiß sagen sag erinnere erinnerst, sabes dime recuerdas recuérdame, sais dis rappelle,
+ ahora nuevo, maintenant nouveau, opening.en: um uh kindly lets let's by_the_way actually listen
+ sorry excuse_me quick_question no nope yeah wait you_know_what guess_what fyi correction i_mean
+ good_morning good_evening thanks say for_your_information anyway, hallo hi also ja nein übrigens
+ sag, hola oye por_favor no, bonjour salut oui non dis, frame.en: told recall said show mention
+ mentioned mind note, weißt weiß sagen sag erinnere erinnerst, sabes dime recuerdas recuérdame,
+ sais dis rappelle,
  lost.fr: oublié, tells.en: that, tells.fr: que, whether.en: if whether, ob, si, si, wanted.en:
  name birthday age address number code password pin colour color size date time price, name nummer
  passwort adresse, nombre número contraseña, nom numéro, advice.en: might, soll sollte, debo, dois,
@@ -6462,23 +6465,33 @@ refers.en: he she it they him them his her its their, er ihn ihm sein seine sein
  fewer earlier, leichter jünger kleiner kürzer billiger, sums.en: together altogether total,
  zusammen insgesamt, juntos juntas total, ensemble total, corrects.en: scrap, reckons.en: calculate
  compute sum makes equal equals much reckon result, request.en: write help make recommend suggest
- explain translate sing play draw find set remind call send look compose invent advise, duty.en:
+ explain translate sing play draw find set remind call send look compose invent advise tell give say
+ teach show describe entertain cheer choose pick, wants.en: need want like love, given.en: story
+ poem joke riddle recipe name idea tip tips advice help excuse game limerick twister speech verse
+ song letter, duty.en:
  have_to has_to need_to got_to must, muss, tengo_que debo, dois, birth.en: born birthday, geboren,
  nacido nací nació, né née, added.en: more another extra, weitere, otro otra más, encore autre
 ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, reckon.en: plus/+
  and_add/+ added_to/+ minus/- less/- take_away/- times/* multiplied_by/* divided_by// over//
  percent_of/%, plus/+ minus/- mal/* geteilt_durch// prozent_von/%, más/+ menos/- por/* entre//
  dividido_por//, plus/+ moins/- fois/* divisé_par//, until.en: since until till til from by, seit
- bis ab, desde hasta, depuis dès, agenda.en: happen happened happening plan plans planned going
- scheduled, dated.en: on in, am im, el en, le en
+ bis ab, desde hasta, depuis dès, joins.en: and but so because since
+ while when though although until unless, und aber denn weil als während obwohl, y pero porque
+ cuando mientras aunque, et mais car parce quand pendant, agenda.en: happen happened happening plan
+ plans planned going scheduled, dated.en: on in, am im, el en, le en
 sad.en: died dies dying dead death funeral buried grief cancer hospital surgery diagnosed ill sick
  hurt hurts pain crying cry cried lonely alone scared afraid worried anxious sad depressed miss
- misses divorce divorced fired failed lost stolen broke broken awful terrible worst horrible empty
- guilty ashamed exhausted stressed nightmare accident crash headache angry furious shouted dumped
- rejected cheated upset hate, traurig gestorben tot krank einsam angst verloren müde wütend, triste
+ misses divorce divorced fired failed lost stolen awful terrible worst horrible empty guilty ashamed
+ exhausted stressed nightmare accident crash headache angry furious shouted dumped rejected cheated
+ upset hate panic homesick bullied betrayed evicted sacked grieving widow widower dementia stroke
+ miscarriage suicidal abused hopeless, traurig gestorben tot krank einsam angst verloren müde
+ wütend, triste
  murió muerto enfermo enferma miedo perdí cansado cansada, triste mort morte malade peur perdu
  fatigué fatiguée, glad.en: happy glad won engaged pregnant promoted promotion wonderful lovely
- excited proud celebrate congratulations yay benign joy, glücklich froh gewonnen bestanden
+ excited proud celebrate celebrated congratulations yay benign joy passed scored hired accepted
+ prize cured remission recovered sober laughed danced dancing sang amazing brilliant fantastic
+ awesome hooray graduated succeeded pleased delighted thrilled grateful relieved adopted praised,
+ glücklich froh gewonnen bestanden
  schwanger verliebt, feliz contento contenta gané embarazada, heureux heureuse content contente
  gagné enceinte
 short.en: 'm/am 're/are 've/have 'll/will 'd/would whats/what_is wheres/where_is whos/who_is
@@ -7061,6 +7074,23 @@ def asks(text: str, lex: Optional[Lexicon] = None) -> bool:
             bool(first & {"own", "det", "wanted"}) or len(classes) < 3)  # the alarm code
 
 
+def wishes(lex: Lexicon, text: str) -> bool:
+    """Return whether a text bids that something be done, or wants what words can give.
+
+    Write me a poem; could you help me? I need a name for my boat; any tips for a beginner?
+    """
+    words = lex.line(text[:MAX_ASKED_CHARS]).words[:8]
+    lead = list(itertools.takewhile(lambda word: "request" not in word.classes, words[:6]))
+    if len(lead) < len(words[:6]) and (
+            all(word.classes & {"idle", "opening"} for word in lead)
+            or any("you" in word.classes for word in lead)
+            and all(lex.odd.get(word.word, word.word) != "do" for word in lead)):
+        return True
+    given = next((i for i, word in enumerate(words) if "given" in word.classes), 0)
+    some = next((i for i in range(given) if "indefinite" in words[i].classes), -1)
+    return some == 0 or any(word.classes & {"wants", "you"} for word in words[:max(some, 0)])
+
+
 def analyzed(lex: Lexicon, text: str) -> Asked:
     """Return a question taken apart."""
     line = lex.line(lex.opened(text)[0].strip() or text)
@@ -7103,6 +7133,7 @@ ABBREVIATED = re.compile(r"(?:\b(?:mr|mrs|ms|dr|st|prof|ing|rev|jr|sr|no|vs|appr
 _BREAKS = re.compile(r"(?<=[.!?…;])[\"')\]]*\s+|(?<=[。！？।॥؟۔။។።])")
 _CLAUSES = re.compile(r",(?: (?:and|but|und|aber|y|et|mais))? | (?:and|but|und|aber|y|et|mais) ",
                       re.I)
+_STOPS = re.compile(r"[,;:–—]\s+|\s[-–—]+\s")
 _LOG_LINE = re.compile(r"([\[(]?\d[\w./:, -]{4,30}?[\])]?(?: -)? )?"
                        r"([^\W\d_][\w.'’-]*(?: [^\W\d_a-z][\w.'’-]*){0,2}): (\S.*)")
 _LOG_KEYS = (("date", "time", "timestamp", "at"), ("name", "from", "sender", "author", "user",
@@ -7118,6 +7149,28 @@ def sentences_of(text: str) -> List[str]:
         elif piece:
             pieces.append(piece)
     return pieces
+
+
+def heard_in(lex: Lexicon, text: str) -> List[str]:
+    """Return the sentences of a text, then their clauses of three words or more.
+
+    A clause ends at a comma or the like, and before a word that joins another subject to it.
+    """
+    sentences, clauses = sentences_of(text), []  # type: List[str], List[str]
+    for piece in (piece for sentence in sentences for piece in _STOPS.split(sentence)):
+        found, start = list(_WORD.finditer(piece)), 0
+        language = lex.language_of([m[0].casefold() for m in found])
+        for i, m in enumerate(found[:-1]):
+            joins = "joins" in lex.word(m[0], language).classes
+            after = lex.line(piece[m.end():]).words[:1] if joins else []
+            if any(word.stem in lex.kinds["time"] or word.classes & {
+                    "subject", "own", "refers", "det"} for word in after) and (
+                        i or "question" not in lex.word(m[0], language).classes):
+                clauses.append(piece[start:m.start()])
+                start = m.end()
+        clauses.append(piece[start:])
+    return list(dict.fromkeys([*sentences, *(part.strip() for part in clauses
+                                             if len(_WORD.findall(part)) > 2)]))
 
 
 def leans(lex: Lexicon, line: Line) -> bool:
@@ -7761,12 +7814,12 @@ def filled_in(lex: Lexicon, memory: Memory, answer: str, text: str) -> Optional[
 
 def _exchange_fits(lex: Lexicon, memory: Memory, asked: Asked, text: str,
                    found: Iterable[Entry], near: Dict[Tuple[int, int], float],
-                   exact: bool) -> Iterator[Recall]:
+                   exact: bool = False, share: float = 1.0) -> Iterator[Recall]:
     """Yield the answers of the corpus's exchanges, by how like their question is to the text.
 
     near has the cosines of the sayings most like it, by the keys of exchanges and the places there;
-    where it has any, it counts four times as much as the words that are shared. Only the same words
-    count where they are to be exact.
+    where it has any, it counts as much as the words that are shared. Only the same words count
+    where they are to be exact; share is for how much of a message the text stands.
     """
     line, folded = lex.line(text), folded_words(text)
     felt, begun = feeling_of(line), {word[:STEM_CHARS - 1] for word in folded}
@@ -7783,8 +7836,7 @@ def _exchange_fits(lex: Lexicon, memory: Memory, asked: Asked, text: str,
                     continue  # it shares no word, and most need not be taken apart
                 score = 1.0 if same else min(
                     0.98, _likeness(lex, line, lex.line(words), telling))
-                if near and score < 1.0:
-                    score = min(0.98, (score + 4.0 * cosine) / 5.0)
+                score = share * (score if same or not near else (score + cosine) / 2.0)
                 if score < LEAST_SCORE:
                     continue
                 answer, strange = fitted_answer(lex, text, words, answer)
@@ -8282,14 +8334,16 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
         return []
     asked, entries = gathered(lex, memory, asked)
     alike = {entry.id: entry for entry in (*said_so(memory, text, asking), *entries)}
-    parts = dict.fromkeys([text, *(sentences_of(text)[:MOST_SENTENCES] if like else ())])
-    near = {part: {(key, place): cosine for cosine, key, place in (like(part) if like else ())}
-            for part in parts}
-    for entry in memory.by_keys([key for found in near.values() for key, _ in found]):
-        alike.setdefault(entry.id, entry)
-    fits = [fit for part in parts for fit in _exchange_fits(
-        lex, memory, asked, part, alike.values(), near[part],
-        exact=not like and asking and asks_for_a_fact(text))]
+    fits = list(_exchange_fits(lex, memory, asked, text, alike.values(), {}, exact=(
+        asking and asks_for_a_fact(text)))) if not like else []
+    wants = asking or wishes(lex, text)
+    for part in [text, *heard_in(lex, text)][:MOST_PARTS] if like else ():
+        if part == text or not wants or asks(part, lex) or wishes(lex, part):
+            near = {(key, place): cosine for cosine, key, place in like(part)}
+            found = memory.by_keys([key for key, _ in near])
+            fits += _exchange_fits(lex, memory, asked, part, {e.id: e for e in (
+                *found, *(alike.values() if part == text else ()))}.values(), near, share=(
+                    1.0 - WHOLE + WHOLE * len(folded_words(part)) / len(folded_words(text))))
     fits.sort(key=lambda fit: (-round(fit.score, 2), rng.random()))
     if not asking:
         return fits
@@ -8384,11 +8438,11 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
     if told and best >= least and (factual or best >= alike):
         return Reply(told[0].answer, "memory", told[0].entry, best,
                      (told[0].entry, *told[0].others)), fits
-    likely = (1.0 + 2.0 * least) / 3.0
+    likely = least + (1.0 - least) / 10.0
     sure = 1.0 if not like else (2.0 + least) / 3.0 if factual else likely
     exchange = Reply(said[0].answer, "tool" if said[0].told else "exchange", said[0].entry,
                      alike) if said and alike >= least else None
-    if exchange and (alike >= sure or not (factual or names_something(text))):
+    if exchange and (alike >= sure or asks(text, known) and not factual):
         return exchange, fits
     quote = _quotation(known, text, told[:2], factual)
     if quote and rejection(text, quote.text) not in rejected:
@@ -8531,7 +8585,7 @@ def names_something(text: str) -> bool:
             "list", "refers"} or "list" in line.has and ":" in text:
         return True  # of a list
     return states_a_fact(text) and bool(
-        re.search(r"\d|\b(?:named?|called)\b|[^\W_][,;:]? (?!I\b)[A-Z]", text))
+        re.search(r"\d|\b(?:named?|called)\b|[^\W_][,;:]? (?!I\b)[A-Z](?![A-Z]{3})", text))
 
 
 def holds_statements(text: str) -> bool:
@@ -8564,43 +8618,100 @@ def rejection(question: str, answer: str) -> str:
     return f"{line_key(asked):x}:{line_key(' '.join(folded_words(answer))):x}"
 
 
-CANNOT_REPLIES = ("That is more than I can do yet, I am sorry. What is it for?",
-                  "I am too small for that one, sorry. Shall we talk about it instead?",
-                  "I cannot do that well yet, I am sorry. Tell me more about it?")
-HEARD_REPLIES = ("I will keep that with care. How is it for you?", "I keep it. What comes next?",
-                 "That stays with me. Tell me more.", "I have read it. How do you feel about it?")
-SAD_REPLIES = ("I am sorry. Do you want to tell me more about it?",
-               "I am sorry to read that. How are you now?",
-               "That sounds hard. Who is with you in this?")
-GUESS_REPLIES = ("I cannot know that from in here, sorry. Who near you could tell?",
-                 "I can only guess at that. What would you say?")
-WORRY_REPLIES = ("I cannot know that from in here, and I am sorry that it weighs on you. Who near "
-                 "you could help?", "I wish I knew. Whom do you trust with such a question?")
+# What is said when there is nothing to say. Each was rated by eye, from 0 to 3, behind some thirty
+# messages of its kind, and what others did better than was dropped.
+SILENCE = {
+    "unknown": UNKNOWN_REPLIES, "kept": KEPT_REPLIES,
+    "cannot": ("I am too small for that one, sorry. Shall we talk about it instead?",
+               "I have too few words for that, sorry. Tell me more about it, and I read it well.",
+               "I would make a poor job of that. How would you begin?"),
+    "guess": ("A good question, and too big for me. What made you ask?",
+              "I know too little for that, sorry. What is your guess?",
+              "That is more than I know. What do you think yourself?"),
+    "self": ("Of myself I know little: I am one small program, and I learn from what you write.",
+             "That I cannot tell, I am only words and numbers. What would you like it to be?",
+             "I never looked so far into myself. Why do you ask?"),
+    "worry": ("I cannot know that from in here, and I am sorry that it weighs on you. Who near "
+              "you could help?", "I wish I knew. Whom do you trust with such a question?"),
+    "sad": ("I am sorry. Tell me more, I have time.",
+            "That is hard. I would like to hear the rest.",
+            "I am sorry to read that. How are you now?"),
+    "glad": ("That is good to read. Tell me more, I have time.", "How did that feel?",
+             "I am glad with you. I would like to hear the rest."),
+    "heard": ("Tell me more, I have time.", "I would like to hear the rest.",
+              "How did that feel?", "And what now?")}
 
 
-def silence(text: str, rejected: Container[str] = (), said: Container[str] = ()) -> str:
+def way_of(text: str, echo: str = "") -> str:
+    """Return in which of its ways silence answers a text, by what the text wants or tells.
+
+    Where it is said back, that must feel the same as the whole to be felt with.
+    """
+    lex, parts = lexicon(), sentences_of(text[:MAX_ASKED_CHARS])
+    line = lex.line(text[:MAX_ASKED_CHARS])
+    felt = feeling_of(line) if feeling_of(line) == feeling_of(lex.line(echo or line.text)) else 0
+    if asks_for_a_fact(text):
+        return "worry" if felt < 0 else "unknown"
+    if any(wishes(lex, part) for part in parts):
+        return "cannot"
+    asked = [lex.line(part) for part in parts if asks(part, lex)]
+    if asked:
+        about = any("you" in word.classes for word in asked[-1].words[:4])
+        return "self" if about else "worry" if felt < 0 else "guess"
+    return "kept" if _is_plain_fact(lex, text, line) and not felt else ("sad", "heard", "glad")[
+        felt + 1]
+
+
+def _is_plain_fact(lex: Lexicon, text: str, line: Line) -> bool:
+    """Return whether a text is short and states a fact, rather than what happened to somebody."""
+    return len(folded_words(text)) < PLAIN_WORDS and states_a_fact(text) and (
+        names_something(text) or "aux" in line.has or not any(
+            word.word in lex.odd or word.word.endswith("ed") for word in line.words))
+
+
+def echo_of(lex: Lexicon, text: str) -> str:
+    """Return the clause that feels or tells most of what was told, turned round, or "".
+
+    To say it back shows that it was read. It must have a subject that leads and a verb, for half a
+    sentence turned round is no sentence.
+    """
+    said = {part: lex.line(part) for part in heard_in(lex, text[:MAX_ASKED_CHARS])
+            if len(_WORD.findall(part)) < MOST_ECHOED and '"' not in part}
+    whole = [part for part, line in said.items() if len(line.telling) > 1
+             and _stands_alone(lex, line) and not asks(part, lex) and not wishes(lex, part)]
+    best = max(whole, key=lambda part: (feeling_of(said[part]) < 0, len(said[part].telling)),
+               default="").strip(" .!?…,'")
+    best = best.lower() if best.isupper() else best
+    return f"{turned(best[:1].upper() + best[1:])}." if best else ""
+
+
+def _stands_alone(lex: Lexicon, line: Line) -> bool:
+    """Return whether an English clause has its subject in front and its verb within."""
+    first, last = line.words[0], line.words[-1]
+    if line.language != "en" or last.classes & {"aux", "prep", "det", "joins", "own"}:
+        return False
+    verb = next((i for i, word in enumerate(line.words) if i and ("aux" in word.classes or not (
+        line.caps[i]) and (word.word in lex.odd or word.word[3:].endswith(("ed", "ing", "s"))))), 0)
+    return bool(first.classes & {"subject", "refers"} or verb and (
+        first.classes & {"own", "det", "pronoun"} or line.caps[0] and all(line.caps[:verb])))
+
+
+def silence(text: str, rejected: Container[str] = (), said: Iterable[str] = ()) -> str:
     """Return what to say when there is nothing to say: that it is kept, or that it is not known.
 
-    It is not said in words that were just said, nor in those that were rejected. To name what the
-    text is about was tried, and rated lower: 0.9 of 3 against 1.4.
+    What was told is said back before it. It does not end as what was just said, nor is it what was
+    rejected.
     """
-    lex, asking = lexicon(), asks(text)
-    line = lex.line(text[:MAX_ASKED_CHARS])
-    sad, words = feeling_of(line) < 0, line.words[:5]
-    own = " ".join(lex.phrases["unknown" if asking else "kept", line.language])
-    wished = [i for i, word in enumerate(words) if "request" in word.classes]
-    if wished and (wished[0] == 0 or any("you" in word.classes for word in words)):
-        ways = CANNOT_REPLIES
-    elif asking:
-        ways = (WORRY_REPLIES if sad else
-                UNKNOWN_REPLIES if asks_for_a_fact(text) else GUESS_REPLIES)
-    else:
-        plain = len(folded_words(text)) < PLAIN_WORDS and states_a_fact(text)
-        ways = SAD_REPLIES if sad else KEPT_REPLIES if plain else HEARD_REPLIES
-    ways = (f"{own}.",) if own else ways
-    kept = [words for words in ways if rejection(text, words) not in rejected]
-    fresh = [words for words in kept if words not in said]
-    return (fresh or kept or [UNKNOWN_REPLY])[0]
+    lex = lexicon()
+    language = lex.line(text[:MAX_ASKED_CHARS]).language
+    own = " ".join(lex.phrases["unknown" if asks(text) else "kept", language])
+    echo = echo_of(lex, text) if not own else ""
+    way = way_of(text, echo)
+    lead = echo if way in ("kept", "heard", "sad", "glad") else ""
+    ways = {words: f"{lead} {words}".strip() for words in ((f"{own}.",) if own else SILENCE[way])}
+    kept = [words for words in ways if rejection(text, ways[words]) not in rejected]
+    fresh = [words for words in kept if not any(reply.endswith(words) for reply in said)]
+    return ways[(fresh or kept)[0]] if kept else UNKNOWN_REPLY
 
 
 # forgetting
@@ -9084,8 +9195,7 @@ class Turn:
                 yield from re.findall(r"\S+\s*", best.text)
                 return
         like = next((fit for fit in self.fits if is_exchange(fit.entry)), None)
-        least = mind.config.recall_score if mind.sayings else LEAST_FIT
-        if not factual and like and like.score >= least:
+        if not (factual or mind.sayings) and like and like.score >= LEAST_FIT:
             yield from self._replied(Reply(like.answer, "exchange", like.entry, like.score))
         else:
             newest = {words for _, words in self.turns[-2 * FRESH_EXCHANGES:]}
@@ -12182,9 +12292,9 @@ class Visit(Turn):
         if here and (not pieces or self.reply.source == "nothing"):
             pieces = list(self._replied(here))
         elif not self.stays and self.reply.source == "nothing":
-            words, asking = "".join(pieces), asks(self.text)  # no promise to keep it may be in them
-            keeps = words == UNKNOWN_REPLY if asking else words not in SAD_REPLIES + CANNOT_REPLIES
-            pieces = [(UNKNOWN_REPLIES[1] if asking else NOT_KEPT) if keeps else words]
+            way = way_of(self.text)
+            instead = {"unknown": UNKNOWN_REPLIES[1], "kept": NOT_KEPT}  # of a promise to keep it
+            pieces = [instead[way]] if way in instead else pieces
         yield from pieces
 
     def _found_here(self) -> Optional[Reply]:

@@ -296,7 +296,7 @@ class Piped(ProcessCase):
         self.assertEqual(len(said), 9, "a last line without its end is a line")
         self.assertEqual({said[0], said[8]}, {"I am a small lantern in a big house."})
         self.assertEqual(said[2], "I eat words and a little electricity.")
-        self.assertIn(said[4], m.GUESS_REPLIES + m.UNKNOWN_REPLIES)
+        self.assertIn(said[4], m.SILENCE["guess"] + m.UNKNOWN_REPLIES)
         self.assertEqual(said[5], "The heron sleeps beside the mill pond.")
         self.assertTrue(all(line.strip() for line in said))
         self.assertEqual(self.chat(), [])

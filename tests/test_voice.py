@@ -223,27 +223,48 @@ class Silence(unittest.TestCase):
     """With nothing to say it acknowledges, in the language of what was said, where it knows it."""
 
     def test_it_keeps_hears_kindly_refuses_or_does_not_know_what_is_said_in_four_languages(self):
-        for text, *said in (
-                ("My lamp is called Quartz.", m.KEPT_REPLY),
-                ("What is my lamp called?", m.UNKNOWN_REPLY),
-                ("Mein Hund heißt Rex.", "Ich merke es mir."),
-                ("Wo ist mein Hund?", "Das weiß ich noch nicht."),
-                ("¿Cómo se llama mi perro?", "Eso no lo sé todavía."),
-                ("Où est mon chien ?", "Je ne le sais pas encore."),
-                ("write me a letter to the mayor", *m.CANNOT_REPLIES),
-                ("Could you help me with my taxes?", *m.CANNOT_REPLIES),
-                ("The bus left without me and then it rained all the way.", *m.HEARD_REPLIES),
-                ("Where did I put my keys?", *m.UNKNOWN_REPLIES),
-                ("We buried him on Monday and the house is so quiet.", *m.SAD_REPLIES),
-                ("My chest hurts, should I be worried?", *m.WORRY_REPLIES),
-                ("Do you think it will rain?", *m.GUESS_REPLIES)):
-            self.assertIn(m.silence(text), said)
+        for text, echo, *said in (
+                ("My lamp is called Quartz.", "Your lamp is called Quartz. ", *m.SILENCE["kept"]),
+                ("What is my lamp called?", "", m.UNKNOWN_REPLY),
+                ("Mein Hund heißt Rex.", "", "Ich merke es mir."),
+                ("Wo ist mein Hund?", "", "Das weiß ich noch nicht."),
+                ("¿Cómo se llama mi perro?", "", "Eso no lo sé todavía."),
+                ("Où est mon chien ?", "", "Je ne le sais pas encore."),
+                ("write me a letter to the mayor", "", *m.SILENCE["cannot"]),
+                ("Could you help me with my taxes?", "", *m.SILENCE["cannot"]),
+                ("Kindly compose a verse on turnips", "", *m.SILENCE["cannot"]),
+                ("The bus left without me and then it rained all the way.",
+                 "The bus left without you and then it rained all the way. ", *m.SILENCE["heard"]),
+                ("Where did I put my keys?", "", *m.UNKNOWN_REPLIES),
+                ("We buried him on Monday and the house is so quiet.", "You buried him on Monday and the house is so quiet. ",
+                 *m.SILENCE["sad"]),
+                ("I passed my exam, and then I slept for a day.", "You passed your exam, and then you slept for a day. ",
+                 *m.SILENCE["glad"]),
+                ("My chest hurts, should I be worried?", "", *m.SILENCE["worry"]),
+                ("Will it rain on the parade?", "", *m.SILENCE["guess"] + m.UNKNOWN_REPLIES),
+                ("Are you older than my cat?", "", *m.SILENCE["self"])):
+            self.assertIn(m.silence(text), [echo + words for words in said])
+
+    def test_what_is_said_back_is_a_whole_sentence_turned_round_or_nothing(self):
+        lex = m.lexicon()
+        for text, echo in (
+                ("my brother got the bigger room and its not fair, im older than him",
+                 "Your brother got the bigger room."),
+                ("I ran into my old teacher at the pool, and neither of us knew where to look.",
+                 "You ran into your old teacher at the pool."),
+                ("Dinner with my cousins in the new place by the river", ""),  # no verb
+                ("Well, three hours of that", ""), ("Write me a verse, please.", ""),
+                ("Is it raining where you are?", ""), ("", "")):
+            self.assertEqual(m.echo_of(lex, text), echo)
 
     def test_it_varies_and_says_nothing_that_was_rejected(self):
         said = {m.UNKNOWN_REPLY}
         self.assertIn(m.silence("What is my lamp called?", (), said), m.UNKNOWN_REPLIES[1:])
         rejected = {m.rejection("What is my lamp called?", m.UNKNOWN_REPLY)}
         self.assertIn(m.silence("What is my lamp called?", rejected), m.UNKNOWN_REPLIES[1:])
+        first = m.silence("We walked by the river and then we sat down for a while.")
+        again = m.silence("They opened a bakery and then they closed it for good.", (), {first})
+        self.assertNotEqual(first.split(". ")[-1], again.split(". ")[-1])
 
 
 class Turns(unittest.TestCase):
@@ -282,7 +303,8 @@ class Turns(unittest.TestCase):
 
     def test_what_nobody_told_the_model_is_not_asked_for_however_bold_it_is(self):
         for text, said in (("what is my dog called?", m.UNKNOWN_REPLIES),
-                           ("My sister is called Olga.", m.KEPT_REPLIES)):
+                           ("My sister is called Olga.",
+                            [f"Your sister is called Olga. {kept}" for kept in m.KEPT_REPLIES])):
             turn = self.turn(text, boldness=99.0)
             self.assertIn(turn.said_text, said)
             self.assertEqual((turn.reply.source, turn.reply.entry, turn.trace),
@@ -291,7 +313,7 @@ class Turns(unittest.TestCase):
     def test_until_it_is_trusted_the_best_exchange_speaks_or_nobody(self):
         for text, said, source in (
                 ("a joke", ("A snail went home.", "A book went to bed."), "exchange"),
-                ("well it rains on and on", m.HEARD_REPLIES + m.KEPT_REPLIES, "nothing")):
+                ("well it rains on and on", m.SILENCE["heard"], "nothing")):
             turn = self.turn(text, trusted=False, boldness=99.0)
             self.assertIn(turn.said_text, said)
             self.assertEqual(turn.reply.source, source)
@@ -304,7 +326,7 @@ class Turns(unittest.TestCase):
         alone = self.turn("well it rains on and on", boldness=99.0, mix=0)
         self.assertEqual((alone.reply.source, alone.trace), ("voice", None))
         timid = self.turn("well it rains on and on", boldness=0.0)
-        self.assertEqual((timid.reply.source, timid.said_text in m.HEARD_REPLIES), ("nothing", True))
+        self.assertEqual((timid.reply.source, timid.said_text in m.SILENCE["heard"]), ("nothing", True))
 
     def test_what_was_rejected_is_not_said_again_to_the_same(self):
         for text in ("well it rains on and on", "tell me a joke", "what is my cat called?"):
