@@ -476,6 +476,13 @@ def split_long_line(text: str, max_chars: int) -> List[str]:
     return [piece for piece in pieces if piece]
 
 
+def lines_of(text: str, max_chars: int, most: Optional[int] = None) -> List[str]:
+    """Return the newest lines of a text clean, as pieces of at most max_chars characters each."""
+    newest = text.splitlines()[-most:] if most else text.splitlines()
+    return [piece for line in newest for piece in split_long_line(
+        clean_line(line, MAX_LINE_PIECES * max_chars), max_chars)]
+
+
 def line_key(line: str, use: bytes = b"") -> int:
     """Return the 64-bit signed BLAKE2b hash of a line (RFC 7693), the same on every machine.
 
@@ -4847,7 +4854,13 @@ class Growth:
 
     def heir(self, generation: int) -> "Growth":
         """Return how far the next generation has come when it begins."""
-        return Growth(generation, step=self.step, tokens=self.tokens, first_token=self.tokens)
+        return Growth(generation, step=self.step, tokens=self.tokens, first_token=self.tokens,
+                      warmup_chars=self.warmup_chars)
+
+    def take_probes(self, losses: Dict[str, float], before: "Growth") -> None:
+        """Take each probe's bits, and remember the best that was ever seen, also before."""
+        self.probes, self.best_probes = losses, {
+            name: min(bpc, before.best_probes.get(name, bpc)) for name, bpc in losses.items()}
 
     def delta_is_full(self, config: Config) -> bool:
         """Return whether the active delta is to be sealed before the next burst."""
@@ -5005,6 +5018,16 @@ class Sayings:
 # Everything that must outlive the process is in one SQLite file with a rollback journal: what was
 # said, what was read, what was learned. A commit is one transaction, a blob carries its checksum,
 # and a sealed layer is a row that the database itself refuses to rewrite.
+
+def minute_of(at: float) -> str:
+    """Return a time of the memory as people read it: 2026-05-03 18:04, by the clock on the wall."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+
+
+def in_one_line(text: str) -> str:
+    """Return the lines of an entry or a message as one."""
+    return " / ".join(text.splitlines())
+
 
 MIGRATIONS: Tuple[str, ...] = (
     # 1: the first life
@@ -9871,9 +9894,8 @@ class Gate:
         """Take the state that was tried last as good, and remember each probe's best loss."""
         growth = self.learner.growth
         self.keep()
-        growth.probes = self.before = self.now
-        growth.best_probes = {name: min(bpc, growth.best_probes.get(name, bpc))
-                              for name, bpc in self.now.items()}
+        self.before = self.now
+        growth.take_probes(self.now, growth)
 
     def restore(self) -> None:
         """Bring back the state from before."""
@@ -10229,8 +10251,7 @@ class TrainerChild:
         worst = None if self.unlearns else fit_to_live(new, old)
         self.unborn = self.birth = None
         if worst is None:
-            new.growth.best_probes = {name: min(bpc, old.growth.best_probes.get(name, bpc))
-                                      for name, bpc in new.growth.probes.items()}
+            new.growth.take_probes(new.growth.probes, old.growth)
             for key in set(new.texts) - set(read):
                 new.texts[key] = new.texts[key]._replace(unread=not new.texts[key].probe)
             new.mark_read(())
@@ -10674,7 +10695,7 @@ class Trainer:
         shape = wanted if wanted not in (None, refused) else dataclasses.asdict(
             Shape.of(self.config()))
         number = max(old.generation, memory.setting("generations", 0)) + 1  # given up ones, too
-        growth = dataclasses.replace(old.heir(number), warmup_chars=old.warmup_chars)
+        growth = old.heir(number)
         with memory.transaction():
             memory.set_setting("generations", number)
             memory.begin_rebirth({"why": why, "growth": dataclasses.asdict(growth), "shape": shape})
@@ -11134,8 +11155,7 @@ class Organism:
 
     def _remember(self, text: str, source: str, session: Optional[int],
                   recall: bool = True, told_at: Optional[float] = None) -> None:
-        lines = [piece for line in text.splitlines()
-                 for piece in split_long_line(line, self._settings.max_line_chars)]
+        lines = lines_of(text, self._settings.max_line_chars)
         if lines:
             self._add(lines, source, session, recall, told_at)
             self.trainer.text_changed(at_once=source != "chat")
@@ -11968,8 +11988,7 @@ def new_generation(live: Learner, folder: str, memory: Memory) -> Learner:
     shape, number = live.model.shape, max(live.growth.generation, memory.setting("generations", 0))
     config, tokenizer = returned_config(folder, shape), returned_tokenizer(folder, live.tokenizer)
     base = returned_base(folder, shape, tokenizer.vocab_size)
-    new = Learner(live.config, dataclasses.replace(
-        live.growth.heir(number + 1), phase="warmup", warmup_chars=live.growth.warmup_chars),
+    new = Learner(live.config, dataclasses.replace(live.growth.heir(number + 1), phase="warmup"),
         {"tokenizer": Layer(None, tokenizer.pack()), "base": base}, live.engine)
     layer = config.get("macrogpt_layer")
     read = {e.key for e in memory.entries("e.layer IN (0, ?)", layer if layer in range(
@@ -11981,8 +12000,7 @@ def new_generation(live: Learner, folder: str, memory: Memory) -> Learner:
     worst = fit_to_live(new, live)
     if worst:
         raise not_better(folder, **worst)
-    new.growth.best_probes = {name: min(bpc, live.growth.best_probes.get(name, bpc))
-                              for name, bpc in new.growth.probes.items()}
+    new.growth.take_probes(new.growth.probes, live.growth)
     return new
 
 
@@ -12071,8 +12089,7 @@ def as_markdown(memory: Memory) -> Iterator[str]:
     for session in memory.sessions():
         yield f"\n{TALK_TITLE}{session['name']}\n"
         for m in memory.messages_of(session["name"]):
-            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(m.said_at))
-            yield f"- {when}  {SPEAKERS[m.role]}: " + m.text.replace("\n", "\n  ")
+            yield f"- {minute_of(m.said_at)}  {SPEAKERS[m.role]}: " + m.text.replace("\n", "\n  ")
 
 
 class Heard(NamedTuple):
@@ -12299,9 +12316,8 @@ class Visit(Turn):
 
     def _found_here(self) -> Optional[Reply]:
         """Return what the talk before answers; it is a memory for this one reply."""
-        lines = [piece for text in self.given if holds_statements(text)
-                 for line in text.splitlines()[-MOST_GIVEN:]
-                 for piece in split_long_line(line, self.mind.config.max_line_chars)]
+        lines = [line for text in self.given if holds_statements(text)
+                 for line in lines_of(text, self.mind.config.max_line_chars, MOST_GIVEN)]
         return answered_by(lines[-MOST_GIVEN:], "chat", self.text, self.rng,
                            self.mind.config.recall_score, self.turns, self.memory.clock
                            ) if lines else None
@@ -12382,7 +12398,7 @@ class Answer:
         reply = self.turn.reply if self.turn else Reply("", "voice")
         found = reply.entries or ((reply.entry,) if reply.entry else ())
         why = {"macrogpt": {"source": reply.source, "score": round(reply.score, 4),
-                            "entries": [" / ".join(each.text.splitlines()) for each in found]}}
+                            "entries": [in_one_line(each.text) for each in found]}}
         usage = {"usage": self.usage}
 
         def part(text: str, ends: bool = False, **more: str) -> Dict[str, Any]:
@@ -13213,7 +13229,7 @@ def _whole_reply(app: App, line: str) -> str:
     found = reply.entries or ((reply.entry,) if reply.entry else ())
     return json.dumps({
         "reply": " ".join(said.split()), "source": reply.source,
-        "entries": [{"id": entry.id, "text": " / ".join(entry.text.splitlines())}
+        "entries": [{"id": entry.id, "text": in_one_line(entry.text)}
                     for entry in found],
         "score": round(reply.score, 4), "seconds": round(turn.seconds, 4)}, ensure_ascii=False)
 
@@ -13412,8 +13428,8 @@ def _repl_again(app: App, rest: str) -> List[str]:
 
 def transcript(memory: Memory, session: str) -> List[str]:
     """Return the lines of a session: who said what, and when."""
-    return [f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(m.said_at))}  "
-            f"{'you' if m.role == 'owner' else 'macrogpt'}: {' / '.join(m.text.splitlines())}"
+    return [f"{minute_of(m.said_at)}  {'you' if m.role == 'owner' else 'macrogpt'}: "
+            f"{in_one_line(m.text)}"
             for m in memory.messages_of(session)]
 
 
@@ -13434,9 +13450,8 @@ def _repl_about(app: App, rest: str) -> List[str]:
 
 
 def _entry_line(entry: Entry) -> str:
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.told_at))
     days = " ".join(part.partition("..")[0] for part in entry.days.split()[1:])
-    return (f"{entry.id:6}  {entry.source:8} {when}  {' / '.join(entry.text.splitlines())}"
+    return (f"{entry.id:6}  {entry.source:8} {minute_of(entry.told_at)}  {in_one_line(entry.text)}"
             + f" (of {days})" * bool(days) + f" (after: {entry.about})" * bool(entry.about))
 
 
@@ -13495,8 +13510,8 @@ def forget(memory: Memory, wish: str, yes: bool = False) -> str:
         return f"nothing that was told is {wish!r}; look for its id with memory search"
     if len(found) > 1:
         return "several are meant; forget one by its number: " + "; ".join(
-            f"{entry.id} {' / '.join(entry.text.splitlines())}" for entry in found[:10])
-    words = " / ".join(found[0].text.splitlines())
+            f"{entry.id} {in_one_line(entry.text)}" for entry in found[:10])
+    words = in_one_line(found[0].text)
     if number is None and not yes and not agreed(f"forget {words!r}?"):
         return "it is kept"
     forget_typed(forget_told(memory, found[0]))
@@ -13687,8 +13702,7 @@ MOST_PIPED = 10_000_000  # bytes
 
 def found_in(given: str, text: str, config: Config) -> Optional[Reply]:
     """Return what a text that was given for this once answers to a question, or None."""
-    lines = (piece for line in given.splitlines()[:config.max_corpus_lines] for piece in
-             split_long_line(clean_line(line, LONGEST_MESSAGE), config.max_line_chars))
+    lines = lines_of(given, config.max_line_chars, config.max_corpus_lines)
     return answered_by(lines, "corpus", text, random.Random(0), config.recall_score)
 
 

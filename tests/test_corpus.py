@@ -82,6 +82,14 @@ class Lines(unittest.TestCase):
             self.assertEqual("".join("".join(pieces).split()), "".join(text.split()))
         self.assertEqual(m.split_long_line("x" * 1_000_000, 240), ["x" * 240] * m.MAX_LINE_PIECES)
 
+    def test_what_is_told_anywhere_becomes_the_same_clean_lines_the_newest_of_many(self):
+        text = "Cafe\u0301 \x07Lina\r\n\n" + "no end " * 9 + "\nthe last"
+        self.assertEqual(m.lines_of(text, 40), [
+            "Caf\u00e9 Lina", "no end no end no end no end no end no", "end no end no end no end",
+            "the last"])
+        self.assertEqual(m.lines_of(text, 40, 1), ["the last"])
+        self.assertEqual(m.lines_of(" \n\x00", 40), [])
+
 
 class Documents(unittest.TestCase):
     def test_documents_end_at_blank_lines_and_changes_of_kind_and_have_the_known_keys(self):
