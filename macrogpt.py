@@ -6399,7 +6399,7 @@ own me.en: my our mine ours, mein meine meinen meinem meiner meines unser unsere
  wieso wie wohin woher wogegen womit, quién quiénes dónde cuándo cómo cuánto cuánta cuántos
  cuántas, qui que quoi où quand comment combien pourquoi, pronoun.en: there it he she they this,
  es er sie das, pronoun.fr: il elle ce, leans.en: he she it they him them his her its their then
- but and so, idle.en: able ask be big come dear find folk get go good got guy happen have high
+ but and so, idle.en: able ask be big think come dear find folk get go good got guy happen have high
  keep little long look lovely make man mean need new nice originally own part person put take try
  use usual usually way whole, machen gehen kommen, hacer, faire
 asks.name.en: name names named called nickname, name heißt heiße heißen, llama llamo llaman nombre,
@@ -6646,8 +6646,9 @@ class Lexicon:
     def word(self, text: str, language: str) -> Word:
         """Return a word of a language with what is known of it."""
         word = text.casefold()
-        return Word(text, word, self.stem(word, language),
-                    frozenset(self.closed[language].get(word, ())))
+        classes = self.closed[language].get(word) or (  # going and gone are as idle as go
+            self.closed[language].get(self.odd.get(word, word), _NONE) & {"idle"})
+        return Word(text, word, self.stem(word, language), frozenset(classes))
 
     def are_rivals(self, one: Word, other: Word) -> bool:
         """Return whether two words are opposites, or of one kind."""
