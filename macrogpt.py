@@ -6489,9 +6489,9 @@ refers.en: he she it they him them his her its their, er ihn ihm sein seine sein
  zusammen insgesamt, juntos juntas total, ensemble total, corrects.en: scrap, reckons.en: calculate
  compute sum makes equal equals much reckon result, request.en: write help make recommend suggest
  explain translate sing play draw find set remind call send look compose invent advise tell give say
- teach show describe entertain cheer choose pick, wants.en: need want like love, given.en: story
- poem joke riddle recipe name idea tip tips advice help excuse game limerick twister speech verse
- song letter, duty.en:
+ teach show read describe entertain cheer choose pick correct, wants.en: need want like love,
+ given.en: story poem joke riddle recipe name idea tip tips advice help excuse game limerick
+ twister speech verse song letter, duty.en:
  have_to has_to need_to got_to must, muss, tengo_que debo, dois, birth.en: born birthday, geboren,
  nacido nací nació, né née, added.en: more another extra, weitere, otro otra más, encore autre
 ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, reckon.en: plus/+
@@ -8032,8 +8032,9 @@ def things_named(lex: Lexicon, line: Line) -> Iterator[Tuple[Word, str]]:
 
 def looked_up(lex: Lexicon, memory: Memory, text: str) -> Optional[Reply]:
     """Return the answer to a question about all that was told: of a day, on a list, about Ines."""
-    if not asks(text, lex) and not {"list", "me"} <= lex.line(text).has:  # read me the list
-        return None
+    asking = asks(text, lex)
+    if not asking and not ("list" in lex.line(text).has and wishes(lex, text)):
+        return None  # but read me the list
     today = memory.today()
     asked = analyzed(lex, _question_in(lex, text))
     for look in (_last_said, _told_then, _planned, _listed, _all_about, _compared, _counted_up):
@@ -8042,8 +8043,8 @@ def looked_up(lex: Lexicon, memory: Memory, text: str) -> Optional[Reply]:
             units = list({unit.entry.id: unit for unit in found[1]}.values())
             said = found[0] or " ".join(dict.fromkeys(said_back(lex, u, today) for u in found[1]))
             entries = tuple(unit.entry for unit in units)
-            return Reply(said.strip(), "memory", entries[0], 1.0, entries) if entries else Reply(
-                UNKNOWN_REPLY, "nothing")
+            return Reply(said.strip(), "memory", entries[0], 1.0, entries) if entries else (
+                Reply(UNKNOWN_REPLY, "nothing") if asking else None)
     return None
 
 
@@ -8463,10 +8464,11 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
         return Reply(told[0].answer, "memory", told[0].entry, best,
                      (told[0].entry, *told[0].others)), fits
     likely = least + (1.0 - least) / 10.0
-    sure = 1.0 if not like else (2.0 + least) / 3.0 if factual else likely
+    sure = least if not (factual or names_something(text)) else 1.0 if not like else (
+        2.0 + least) / 3.0 if factual else likely
     exchange = Reply(said[0].answer, "tool" if said[0].told else "exchange", said[0].entry,
                      alike) if said and alike >= least else None
-    if exchange and (alike >= sure or asks(text, known) and not factual):
+    if exchange and alike >= sure:
         return exchange, fits
     quote = _quotation(known, text, told[:2], factual)
     if quote and rejection(text, quote.text) not in rejected:
@@ -8650,40 +8652,36 @@ SILENCE = {
                "I have too few words for that, sorry. Tell me more about it, and I read it well.",
                "I would make a poor job of that. How would you begin?"),
     "guess": ("A good question, and too big for me. What made you ask?",
-              "I know too little for that, sorry. What is your guess?",
+              "I do not know enough for that, sorry. What is your guess?",
               "That is more than I know. What do you think yourself?"),
     "self": ("Of myself I know little: I am one small program, and I learn from what you write.",
              "That I cannot tell, I am only words and numbers. What would you like it to be?",
              "I never looked so far into myself. Why do you ask?"),
-    "worry": ("I cannot know that from in here, and I am sorry that it weighs on you. Who near "
-              "you could help?", "I wish I knew. Whom do you trust with such a question?"),
-    "sad": ("I am sorry. Tell me more, I have time.",
-            "That is hard. I would like to hear the rest.",
-            "I am sorry to read that. How are you now?"),
+    "worry": ("I wish I knew. Whom do you trust with such a question?",
+              "I cannot know that from in here, and I am sorry that it weighs on you. Who near "
+              "you could help?"),
     "glad": ("That is good to read. Tell me more, I have time.", "How did that feel?",
              "I am glad with you. I would like to hear the rest."),
     "heard": ("Tell me more, I have time.", "I would like to hear the rest.",
               "How did that feel?", "And what now?")}
 
 
-def way_of(text: str, echo: str = "") -> str:
-    """Return in which of its ways silence answers a text, by what the text wants or tells.
-
-    Where it is said back, that must feel the same as the whole to be felt with.
-    """
+def way_of(text: str) -> str:
+    """Return in which of its ways silence answers a text, by what the text wants or tells."""
     lex, parts = lexicon(), sentences_of(text[:MAX_ASKED_CHARS])
-    line = lex.line(text[:MAX_ASKED_CHARS])
-    felt = feeling_of(line) if feeling_of(line) == feeling_of(lex.line(echo or line.text)) else 0
-    if asks_for_a_fact(text):
-        return "worry" if felt < 0 else "unknown"
-    if any(wishes(lex, part) for part in parts):
+    line, factual = lex.line(text[:MAX_ASKED_CHARS]), asks_for_a_fact(text)
+    felt = feeling_of(line)
+    if any(wishes(lex, part) for part in parts) and (not factual or "given" in line.has):
         return "cannot"
     asked = [lex.line(part) for part in parts if asks(part, lex)]
+    if asked and felt < 0 and asked[-1].has & {"me", "own"}:
+        return "worry"
+    if factual:
+        return "unknown"
     if asked:
         about = any("you" in word.classes for word in asked[-1].words[:4])
-        return "self" if about else "worry" if felt < 0 else "guess"
-    return "kept" if _is_plain_fact(lex, text, line) and not felt else ("sad", "heard", "glad")[
-        felt + 1]
+        return "self" if about else "guess"
+    return "kept" if _is_plain_fact(lex, text, line) else "glad" if felt > 0 else "heard"
 
 
 def _is_plain_fact(lex: Lexicon, text: str, line: Line) -> bool:
@@ -8694,19 +8692,19 @@ def _is_plain_fact(lex: Lexicon, text: str, line: Line) -> bool:
 
 
 def echo_of(lex: Lexicon, text: str) -> str:
-    """Return the clause that feels or tells most of what was told, turned round, or "".
+    """Return the clause with which a text begins, turned round, or "" if it cannot be said back.
 
     To say it back shows that it was read. It must have a subject that leads and a verb, for half a
     sentence turned round is no sentence.
     """
-    said = {part: lex.line(part) for part in heard_in(lex, text[:MAX_ASKED_CHARS])
-            if len(_WORD.findall(part)) < MOST_ECHOED and '"' not in part}
-    whole = [part for part, line in said.items() if len(line.telling) > 1
-             and _stands_alone(lex, line) and not asks(part, lex) and not wishes(lex, part)]
-    best = max(whole, key=lambda part: (feeling_of(said[part]) < 0, len(said[part].telling)),
-               default="").strip(" .!?…,'")
-    best = best.lower() if best.isupper() else best
-    return f"{turned(best[:1].upper() + best[1:])}." if best else ""
+    said = next((part for part in heard_in(lex, text[:MAX_ASKED_CHARS])[::-1]
+                 if text.strip().startswith(part)), "").strip(" .!?…,'")
+    line = lex.line(said)
+    if not 1 < len(line.words) < MOST_ECHOED or len(line.telling) < 2 or '"' in said or not (
+            _stands_alone(lex, line)) or asks(said, lex) or wishes(lex, said):
+        return ""
+    said = said.lower() if said.isupper() else said
+    return f"{turned(said[:1].upper() + said[1:])}."
 
 
 def _stands_alone(lex: Lexicon, line: Line) -> bool:
@@ -8729,9 +8727,9 @@ def silence(text: str, rejected: Container[str] = (), said: Iterable[str] = ()) 
     lex = lexicon()
     language = lex.line(text[:MAX_ASKED_CHARS]).language
     own = " ".join(lex.phrases["unknown" if asks(text) else "kept", language])
-    echo = echo_of(lex, text) if not own else ""
-    way = way_of(text, echo)
-    lead = echo if way in ("kept", "heard", "sad", "glad") else ""
+    way = way_of(text)
+    echo = "" if own or way not in ("kept", "heard", "glad") else echo_of(lex, text)
+    lead = echo if way == "kept" or len(echo) < 0.8 * len(text) else ""  # no parrot of a story
     ways = {words: f"{lead} {words}".strip() for words in ((f"{own}.",) if own else SILENCE[way])}
     kept = [words for words in ways if rejection(text, ways[words]) not in rejected]
     fresh = [words for words in kept if not any(reply.endswith(words) for reply in said)]
@@ -14430,6 +14428,26 @@ def run(argv: Sequence[str], terminal: Terminal) -> int:
         app.close()
 
 
+@contextlib.contextmanager
+def knocking(seconds: float) -> Iterator[None]:
+    """Break every wait of the main thread off so often, for as long as the body lasts.
+
+    Python notes a signal and sees to it later. One that comes just before a wait for the next line
+    would be noted, and seen to when that line comes, which may be never.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not (
+            threading.main_thread()):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run macrogpt with the words of a command line; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -14443,7 +14461,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         signal.signal(number, _raise_terminated)
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        return run(argv, terminal)
+        with knocking(1.0):
+            return run(argv, terminal)
     except KeyboardInterrupt:
         return 130
     except Terminated as error:

@@ -518,6 +518,23 @@ class Signals(ProcessCase):
         self.assertEqual(ended, code, said)
         self.assertEqual(self.stored("PRAGMA integrity_check"), [("ok",)])
 
+    def test_a_signal_that_is_noted_while_a_line_is_waited_for_is_seen_to(self):
+        read, write = os.pipe()
+        before = signal.signal(signal.SIGUSR1, m._raise_terminated)
+        late = threading.Timer(PATIENCE_SECONDS, os.write, (write, b"late"))  # lest it wait for ever
+        # Taken by another thread, it breaks no wait of this one, as if it had come just before.
+        threading.Timer(0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+                        ).start()
+        late.start()
+        try:
+            with m.knocking(0.05), self.assertRaises(m.Terminated):
+                os.read(read, 4)
+        finally:
+            late.cancel()
+            signal.signal(signal.SIGUSR1, before)
+            os.close(read)
+            os.close(write)
+
     def test_talk_and_training_end_with_everything_committed_and_the_next_goes_on(self):
         slow = ("--set", "commit_seconds=0.1", "--set", "eval_steps=1000000")  # no end of its own
         ends = {143: signal.SIGTERM, 130: signal.SIGINT}

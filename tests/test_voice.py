@@ -233,12 +233,12 @@ class Silence(unittest.TestCase):
                 ("write me a letter to the mayor", "", *m.SILENCE["cannot"]),
                 ("Could you help me with my taxes?", "", *m.SILENCE["cannot"]),
                 ("Kindly compose a verse on turnips", "", *m.SILENCE["cannot"]),
-                ("The bus left without me and then it rained all the way.",
-                 "The bus left without you and then it rained all the way. ", *m.SILENCE["heard"]),
+                ("The bus left without me and then it rained all the way.", "",
+                 *m.SILENCE["heard"]),
                 ("Where did I put my keys?", "", *m.UNKNOWN_REPLIES),
-                ("We buried him on Monday and the house is so quiet.", "You buried him on Monday and the house is so quiet. ",
-                 *m.SILENCE["sad"]),
-                ("I passed my exam, and then I slept for a day.", "You passed your exam, and then you slept for a day. ",
+                ("We buried him on Monday, and nobody spoke.", "You buried him on Monday. ",
+                 *m.SILENCE["heard"]),
+                ("I passed my exam, and my sister cried for joy.", "You passed your exam. ",
                  *m.SILENCE["glad"]),
                 ("My chest hurts, should I be worried?", "", *m.SILENCE["worry"]),
                 ("Will it rain on the parade?", "", *m.SILENCE["guess"] + m.UNKNOWN_REPLIES),
@@ -252,6 +252,7 @@ class Silence(unittest.TestCase):
                  "Your brother got the bigger room."),
                 ("I ran into my old teacher at the pool, and neither of us knew where to look.",
                  "You ran into your old teacher at the pool."),
+                ("Ugh, my nose is blocked", ""),  # not its first clause
                 ("Dinner with my cousins in the new place by the river", ""),  # no verb
                 ("Well, three hours of that", ""), ("Write me a verse, please.", ""),
                 ("Is it raining where you are?", ""), ("", "")):
