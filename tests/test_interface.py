@@ -529,6 +529,7 @@ class Signals(ProcessCase):
         try:
             with m.knocking(0.05), self.assertRaises(m.Terminated):
                 os.read(read, 4)
+            self.assertTrue(late.is_alive())
         finally:
             late.cancel()
             signal.signal(signal.SIGUSR1, before)
