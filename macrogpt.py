@@ -6209,7 +6209,6 @@ FEWEST_ENTRIES = 2000   # as if: in a small memory a word is rare by chance
 MOST_HELD = 100         # entries that one word brings, newest first
 MOST_TOLD = 20          # entries of the owner's that are looked at for a question
 MOST_READ = 10          # and of what was read
-PLAIN_WORDS = 10        # what is told in fewer is a fact to be kept, in more a story to be heard
 MOST_PARTS = 8          # of a message that are heard one by one, beside all of it
 WHOLE = 0.4             # of a saying's fit hangs on how much of the message it is like
 MOST_LISTED = 12        # statements that are said one after another
@@ -6592,8 +6591,11 @@ class Lexicon:
             elif kind in _PAIRED:
                 self.pairs[kind, language].update(
                     word.replace("_", " ").partition("/")[::2] for word in words)
-        self.endings = {language: sorted(pairs.items(), key=lambda pair: -len(pair[0]))
-                        for (kind, language), pairs in self.pairs.items() if kind == "ending"}
+        self.endings: Dict[str, Dict[str, List[Tuple[str, str]]]] = {  # by their last letters
+            language: {last: sorted((pair for pair in pairs.items() if pair[0][-1] == last),
+                                    key=lambda pair: -len(pair[0])) for last in {
+                                        ending[-1] for ending in pairs}}
+            for (kind, language), pairs in self.pairs.items() if kind == "ending"}
         for number, (name, words) in enumerate(groups):
             self._take(f"{name}{number}", name, words)
         self.dates = functools.lru_cache(None)(functools.partial(_date_forms, self))
@@ -6633,7 +6635,7 @@ class Lexicon:
     def stem(self, word: str, language: str) -> str:
         """Return a word without accents and the commonest endings of its language."""
         word, back = _unmarked(self.odd.get(word, word)), ""
-        for end, put in self.endings.get(language, ()):
+        for end, put in self.endings.get(language, {}).get(word[-1:], ()):
             if word.endswith(end) and len(word) - len(end) > 2:
                 word = word[:len(word) - len(end)] + put
                 back = self.pairs["silent", language].get(end, "")
@@ -6742,7 +6744,7 @@ def lexicon(more: str = "") -> Lexicon:
 
 def lexicon_of(memory: Memory) -> Lexicon:
     """Return what is known of words, with the lines of word knowledge in the owner's corpus."""
-    ids = memory.ids_holding([[WORDS_MARK]], MOST_HELD)
+    ids = memory.ids_holding([[WORDS_MARK]], 4 * MOST_HELD)
     return lexicon("".join(line + "\n" for entry in memory.entries_of(ids[::-1])
                            for line in entry.text.splitlines() if WORD_LINE.match(line)))
 
@@ -7040,9 +7042,9 @@ def opened(lex: Lexicon, text: str) -> Tuple[str, str]:
     for i in range(at, min(at + 8, len(words))):
         if "frame" in classes[i]:
             rest, mode = _after_frame(classes, at, i)
-            if mode:
+            if mode and not re.search("[.!?] ", text[spans[i][0]:spans[rest][0]]):
                 return text[spans[rest][0]:], mode
-        elif classes[i] & {"question", "own"}:
+        elif classes[i] & {"question", "own"} or not classes[i]:  # grandpa forgot who I was
             break
     return text[spans[at][0]:] if at else text, ""
 
@@ -7057,6 +7059,8 @@ def _after_frame(classes: Sequence[AbstractSet[str]], at: int, frame: int) -> Tu
     if rest >= len(classes) or "tells" in classes[rest]:
         return rest + 1, "tell" if rest + 1 < len(classes) else ""
     before = _NONE.union(*classes[at:frame])
+    if "aux" in classes[at] and "me" in classes[at + 1]:
+        return 0, ""  # should I tell him
     if "subject" in before and not before & {"not", "advice", "aux"} and (
             "lost" not in classes[frame]):
         return 0, ""  # I know where it is
@@ -8670,25 +8674,38 @@ def way_of(text: str) -> str:
     """Return in which of its ways silence answers a text, by what the text wants or tells."""
     lex, parts = lexicon(), sentences_of(text[:MAX_ASKED_CHARS])
     line, factual = lex.line(text[:MAX_ASKED_CHARS]), asks_for_a_fact(text)
-    felt = feeling_of(line)
     if any(wishes(lex, part) for part in parts) and (not factual or "given" in line.has):
         return "cannot"
-    asked = [lex.line(part) for part in parts if asks(part, lex)]
-    if asked and felt < 0 and asked[-1].has & {"me", "own"}:
+    asked = [analyzed(lex, part) for part in parts if asks(part, lex)]
+    if asked and feeling_of(line) < 0 and asked[-1].line.has & {"me", "own"}:
         return "worry"
-    if factual:
+    if factual and not _is_general(asked[-1]):
         return "unknown"
     if asked:
-        about = any("you" in word.classes for word in asked[-1].words[:4])
-        return "self" if about else "guess"
-    return "kept" if _is_plain_fact(lex, text, line) else "glad" if felt > 0 else "heard"
+        words = [word.classes for word in asked[-1].line.words]
+        return "self" if "aux" in words[0] and "you" in _NONE.union(*words[1:2]) else "guess"
+    return "kept" if _is_plain_fact(lex, text, line) else (
+        "glad" if feeling_of(line) > 0 else "heard")
+
+
+def _is_general(asked: Asked) -> bool:
+    """Return whether a question is about how things are or what to do, and not what was told."""
+    how = "question" in asked.line.words[0].classes and not (
+        asked.slot or "which" in asked.line.words[0].classes)
+    return how or "own" not in asked.line.has and (asked.slot == "reason" or asked.polar)
 
 
 def _is_plain_fact(lex: Lexicon, text: str, line: Line) -> bool:
-    """Return whether a text is short and states a fact, rather than what happened to somebody."""
-    return len(folded_words(text)) < PLAIN_WORDS and states_a_fact(text) and (
-        names_something(text) or "aux" in line.has or not any(
-            word.word in lex.odd or word.word.endswith("ed") for word in line.words))
+    """Return whether a text states one fact to be kept, rather than what one fares or fared.
+
+    Of 300 facts and 420 stories written by others this takes 52 and 2 of a hundred for facts.
+    """
+    quiet = not line.has & {"lately", "not"} and not any(
+        word.word in lex.odd and "aux" not in word.classes
+        or len(word.word) > 4 and word.word.endswith("ed") for word in line.words)
+    single = len(sentences_of(text)) == 1 and len(heard_in(lex, text)) < 3 and not (
+        "joins" in line.has or "!" in text or feeling_of(line))
+    return single and len(line.words) > 3 and (quiet or names_something(text))
 
 
 def echo_of(lex: Lexicon, text: str) -> str:
@@ -8721,15 +8738,14 @@ def _stands_alone(lex: Lexicon, line: Line) -> bool:
 def silence(text: str, rejected: Container[str] = (), said: Iterable[str] = ()) -> str:
     """Return what to say when there is nothing to say: that it is kept, or that it is not known.
 
-    What was told is said back before it. It does not end as what was just said, nor is it what was
-    rejected.
+    A fact is said back before it, to show that it was understood. It does not end as what was just
+    said, nor is it what was rejected.
     """
     lex = lexicon()
     language = lex.line(text[:MAX_ASKED_CHARS]).language
     own = " ".join(lex.phrases["unknown" if asks(text) else "kept", language])
     way = way_of(text)
-    echo = "" if own or way not in ("kept", "heard", "glad") else echo_of(lex, text)
-    lead = echo if way == "kept" or len(echo) < 0.8 * len(text) else ""  # no parrot of a story
+    lead = echo_of(lex, text) if way == "kept" and not own else ""  # a story wants no parrot
     ways = {words: f"{lead} {words}".strip() for words in ((f"{own}.",) if own else SILENCE[way])}
     kept = [words for words in ways if rejection(text, ways[words]) not in rejected]
     fresh = [words for words in kept if not any(reply.endswith(words) for reply in said)]

@@ -236,10 +236,9 @@ class Silence(unittest.TestCase):
                 ("The bus left without me and then it rained all the way.", "",
                  *m.SILENCE["heard"]),
                 ("Where did I put my keys?", "", *m.UNKNOWN_REPLIES),
-                ("We buried him on Monday, and nobody spoke.", "You buried him on Monday. ",
-                 *m.SILENCE["heard"]),
-                ("I passed my exam, and my sister cried for joy.", "You passed your exam. ",
-                 *m.SILENCE["glad"]),
+                ("We buried him on Monday, and nobody spoke.", "", *m.SILENCE["heard"]),
+                ("I passed my exam, and my sister cried for joy.", "", *m.SILENCE["glad"]),
+                ("How do you make friends in a new town?", "", *m.SILENCE["guess"]),
                 ("My chest hurts, should I be worried?", "", *m.SILENCE["worry"]),
                 ("Will it rain on the parade?", "", *m.SILENCE["guess"] + m.UNKNOWN_REPLIES),
                 ("Are you older than my cat?", "", *m.SILENCE["self"])):
