@@ -6222,10 +6222,10 @@ FADE = 16.0             # exchanges after which what was said counts half
 # Weights of the judge and the score from which a statement is quoted; the one from which it is
 # said is the owner's recall_score. Fitted by tests/fit_recall.py, which says on what.
 JUDGE = {
-    "quote": 0.051, "bias": -2.30, "tale": -3.51, "same": 0.87, "mass": 0.56, "rare": 0.54,
-    "two": 1.14, "whole": 2.52, "thing lost": -0.39, "new": -1.38, "empty": -0.93,
-    "empty whole": -2.24, "half whole": -1.32, "filled thing": 0.54, "I": 0.41, "yours": -0.64,
-    "owner": 0.21, "other's": -1.59, "rival": -0.76, "leant": 0.47}
+    "quote": 0.058, "bias": -1.80, "tale": -2.85, "same": 0.47, "mass": 0.40, "rare": 0.88, "two":
+    1.21, "whole": 2.56, "thing lost": -0.26, "new": -1.63, "empty": -0.88, "empty whole": -1.93,
+    "half whole": -1.31, "filled thing": 0.74, "I": 0.28, "yours": -0.78, "owner": 0.27,
+    "other's": -0.69, "rival": -0.62, "leant": 0.19}
 
 # What is known of words, one format for all. A line begins with = where its words name the same
 # thing, with ~ where they are near, with ! where forms follow their base; or with names of a kind
@@ -7940,10 +7940,15 @@ def said_so(memory: Memory, text: str, asking: bool) -> List[Entry]:
 
 
 def _question_in(lex: Lexicon, text: str) -> str:
-    """Return the last sentence of a text that asks, or all of it."""
+    """Return the last sentence of a text that asks, or all of it.
+
+    All of it, too, where that sentence names nothing: the boiler is cold, whom do I call?
+    """
     asking = [s for line in text.splitlines() for s in sentences_of(line[-MAX_ASKED_CHARS:])
               if asks(s, lex)]
-    return asking[-1] if asking else text[:MAX_ASKED_CHARS]
+    names = asking and any("idle" not in word.classes for line in (lex.line(asking[-1]),)
+                           for word in (line.words[i] for i in line.telling))
+    return asking[-1] if names else text[:MAX_ASKED_CHARS]
 
 
 # what a question leaves to the talk before it

@@ -302,7 +302,7 @@ class Turns(unittest.TestCase):
             self.assertIsNone(turn.trace)
 
     def test_what_nobody_told_the_model_is_not_asked_for_however_bold_it_is(self):
-        for text, said in (("what is my dog called?", m.UNKNOWN_REPLIES),
+        for text, said in (("where is my passport?", m.UNKNOWN_REPLIES),
                            ("My sister is called Olga.",
                             [f"Your sister is called Olga. {kept}" for kept in m.KEPT_REPLIES])):
             turn = self.turn(text, boldness=99.0)
