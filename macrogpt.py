@@ -8379,6 +8379,7 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
                 *found, *(alike.values() if part == text else ()))}.values(), near, share=(
                     1.0 - WHOLE + WHOLE * len(folded_words(part)) / len(folded_words(text))))
     fits.sort(key=lambda fit: (-round(fit.score, 2), rng.random()))
+    fits = list({(fit.entry.id, fit.answer): fit for fit in fits[::-1]}.values())[::-1]
     if not asking:
         return fits
     said, today = [], memory.today()
@@ -9091,7 +9092,8 @@ def _content(text: str, chars: Optional[int] = STEM_CHARS) -> Set[str]:
 def beginnings(text: str) -> List[str]:
     """Return a text's first sentence, its first two, and so on; an open end is left out."""
     ends = [match.end() for match in _REPLY_END.finditer(text)]
-    return [text[:end] for end in ends if not ABBREVIATED.search(text[:end])] or [text]
+    return [text[:end] for end in ends if end == len(text) or not (
+        ABBREVIATED.search(text[:end]))] or [text]  # "yes or no." ends a reply
 
 
 _REPLY_END = re.compile(r"[.!?…][\"')»”’]*(?=\s|$)|[。！？]")

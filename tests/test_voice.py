@@ -208,6 +208,7 @@ class Speaking(unittest.TestCase):
         for text, *cut in (("I am 3.5 years old. Are you? yes", "I am 3.5 years old.",
                             "I am 3.5 years old. Are you?"), ("你好。再见！", "你好。", "你好。再见！"),
                            ("Ask Dr. Moss. Now.", "Ask Dr. Moss.", "Ask Dr. Moss. Now."),
+                           ("Go on. Say yes or no.", "Go on.", "Go on. Say yes or no."),
                            ("no end", "no end")):
             self.assertEqual(m.beginnings(text), cut)
 
