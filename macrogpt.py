@@ -4346,6 +4346,14 @@ ROW_AGE = 64
 ROW_NUMBERS = 1_000_000  # numbers in all cached rows; a row has one for every id
 
 
+ID_BYTES = array("I").itemsize
+
+
+def context_key(ids: Sequence[int]) -> bytes:
+    """Return the ids of a context as the key under which its counts stand."""
+    return array("I", ids).tobytes()
+
+
 class NgramMemory:
     """Counts of the ids that followed each context of `lowest` to `order` ids: one reading learns.
 
@@ -4353,7 +4361,8 @@ class NgramMemory:
     ("update exclusion"), so that shorter contexts count in how many surroundings an id was met.
     Probabilities are interpolated, p ← p·ΣD/n + (c − D)/n from the shortest context up, with three
     discounts for each order from counts of counts.  An id seen once in a context stands there as
-    itself, any other context holds a table: that halves the memory.
+    itself, any other context holds a table: that halves the memory. A context is the bytes of its
+    ids, which take three fifths of what a tuple takes.
     Sources: modified Kneser-Ney, Chen and Goodman, TR-10-98, Harvard 1998; update exclusion:
     Moffat, "Implementing the PPM data compression scheme", 1990.
     Measured on 900 KB of plays, order 3: 0.7 µs a character, after 0.2 for the tokenizer.
@@ -4361,10 +4370,10 @@ class NgramMemory:
 
     def __init__(self, order: int = 3, max_counts: int = 800_000, lowest: int = 0) -> None:
         self.order, self.max_counts, self.lowest = order, max_counts, lowest
-        self.tables: List[Dict[Tuple[int, ...], Any]] = [{} for _ in range(order + 1)]
+        self.tables: List[Dict[bytes, Any]] = [{} for _ in range(order + 1)]
         self.tally = [[0] * (MANY + 1) for _ in range(order + 1)]  # [k][c]: counts of c
         self.size = 0
-        self._rows: Dict[Tuple[int, ...], array] = {}
+        self._rows: Dict[bytes, array] = {}
         self._floor: List[float] = []  # p of every id after anything, when size was:
         self._floor_size = 0
         self._offs: Dict[int, Tuple[float, ...]] = {}
@@ -4376,8 +4385,8 @@ class NgramMemory:
             row = (*context[-self.order:], *ids)
             self._count(row, len(ids))
             self._offs.clear()
-            for token in row:
-                self._rows.pop((token,), None)
+            for token in row if self._rows else ():
+                self._rows.pop(context_key((token,)), None)
             if self.size * ROW_AGE > self._floor_size * (ROW_AGE + 1):
                 self._rows.clear()
             if self.size > self.max_counts:
@@ -4385,10 +4394,11 @@ class NgramMemory:
 
     def _count(self, row: Tuple[int, ...], fresh: int) -> None:
         """Count the last so many ids of a row."""
+        raw = context_key(row)
         for at in range(len(row) - fresh, len(row)):
-            token = row[at]
+            token, end = row[at], at * ID_BYTES
             for k in range(min(self.order, at), self.lowest - 1, -1):
-                table, key, tally = self.tables[k], row[at - k:at], self.tally[k]
+                table, key, tally = self.tables[k], raw[end - k * ID_BYTES:end], self.tally[k]
                 found = table.get(key)
                 if type(found) is dict:
                     count = found.get(token, 0)
@@ -4414,7 +4424,7 @@ class NgramMemory:
                     if not once or type(found) is int:
                         self._drop(k, key)
 
-    def _drop(self, k: int, key: Tuple[int, ...]) -> None:
+    def _drop(self, k: int, key: bytes) -> None:
         found = self.tables[k].pop(key)
         counts = found.values() if type(found) is dict else (1,)
         self.size -= len(counts)
@@ -4438,7 +4448,7 @@ class NgramMemory:
                  for token, count in counts.items()}
         return 1.0 - sum(parts.values()), parts, total
 
-    def _row(self, key: Tuple[int, ...], vocab: int) -> array:
+    def _row(self, key: bytes, vocab: int) -> array:
         """Return ln p of every id after a context of at most one id.
 
         A row is kept until its own counts change; the floor of all rows, ln p after anything, may
@@ -4447,11 +4457,12 @@ class NgramMemory:
         row = self._rows.get(key)
         if row is None or len(row) != vocab:
             if key:
-                self._row((), vocab)
+                self._row(b"", vocab)
             chances = self._floor if key else [1.0 / vocab] * vocab
-            found = self.tables[len(key)].get(key)
+            size = len(key) // ID_BYTES
+            found = self.tables[size].get(key)
             if found is not None:
-                left, parts, _ = self._level(len(key), found)
+                left, parts, _ = self._level(size, found)
                 chances = [chance * left for chance in chances]
                 for token, part in parts.items():
                     chances[token] += part
@@ -4468,17 +4479,17 @@ class NgramMemory:
             return self._expect(history, vocab)
 
     def _expect(self, history: Tuple[int, ...], vocab: int) -> Expectation:
-        length, scale = len(history), 1.0
+        raw, scale = context_key(history), 1.0
         reach, seen, base, first = self.lowest - 1, 0, None, self.lowest
         if not self.lowest:
-            known = bool(history) and history[-1:] in self.tables[1]
-            key = history[-1:] if known else ()
-            base, reach, first = self._row(key, vocab), len(key), len(key) + 1
+            key = raw[-ID_BYTES:] if raw[-ID_BYTES:] in self.tables[1] else b""
+            reach = len(key) // ID_BYTES
+            base, first = self._row(key, vocab), reach + 1
             found = self.tables[reach].get(key, {})
             seen = sum(found.values()) if type(found) is dict else 1
         special: Dict[int, float] = {}
-        for k in range(first, min(self.order, length) + 1):
-            found = self.tables[k].get(history[length - k:])
+        for k in range(first, min(self.order, len(history)) + 1):
+            found = self.tables[k].get(raw[len(raw) - k * ID_BYTES:])
             if found is None or (k > 1 and not self.lowest and reach == 0):
                 break
             left, parts, seen = self._level(k, found)
