@@ -4343,7 +4343,7 @@ class Expectation(NamedTuple):
 TALLY_PRIOR = (30.0, 10.0, 5.0, 3.0)
 MANY = 5  # counts from here on need not be told apart
 ROW_AGE = 64
-ROW_NUMBERS = 1_000_000  # numbers in all cached rows; a row has one for every id
+ROW_NUMBERS = 700_000    # numbers in all cached rows; a row has one for every id
 
 
 ID_BYTES = array("I").itemsize
