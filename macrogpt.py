@@ -6244,6 +6244,8 @@ JUDGE = {
 # Names with a language behind a dot are the closed classes of it, a group without a name is of the
 # next of en, de, es, fr: _ joins phrases, / pairs. Lines of this format in the owner's corpus add.
 WORD_TABLE = """
+= 2 two, 3 three, 4 four, 5 five, 6 six, 7 seven, 8 eight, 9 nine, 10 ten, 11 eleven, 12 twelve,
+ 13 thirteen, 14 fourteen, 15 fifteen, 16 sixteen, 17 seventeen, 18 eighteen, 19 nineteen, 20 twenty
 = name call nickname heißen llamar llamo nombre appeler nom, né naissance, live home house reside
  address flat apartment dwell lodge move, wohnen wohne adresse, arbeiten beruf job, vivir vivo vive
  dirección, habiter habite adresse, born birth birthday birthdate birthplace, geboren geburtstag,
@@ -6381,13 +6383,19 @@ own me.en: my our mine ours, mein meine meinen meinem meiner meines unser unsere
  nuestro nuestra, mon ma mes notre nos, subject me.en: i we, ich wir, yo nosotros, je j nous, which
  question.en: what which, welche welcher welches welchen welchem was, qué cuál cuáles, quel quelle
  quels quelles, indefinite det.en: a an some, ein eine einen, un una, un une, prep function.en: at
- by from in into off on onto over through to under with for of about until till til since, in im
+ by from in into off on onto over through to under with for of about until till til since during
+ after against among beneath beyond despite throughout toward towards underneath upon via per, in im
  an am auf aus bei mit nach von vom zu zum zur für über unter vor, en de a con por para sobre, de
  à au en dans avec pour sur sous par chez, opening function.en: hi hey hello oh ok okay well so
  and but please now then btw also just yes right again, und aber bitte, y pero sí, et mais, lost
  frame.en: forgot forgotten wonder wondering idea clue, vergessen, olvidé, advice aux.en: should
  shall could would, idle frame.en: forget give know remember remind say tell, tells function.de:
- dass, que, function.en: ago all already always another anybody anyone anything as be because been
+ dass, que, function.en: ago all already always another anybody anyone anything apart aside as be
+ because been
+ certainly definitely either else especially even everyone except few further hardly herself
+ himself however indeed itself least mainly mostly neither normally ourselves otherwise
+ particularly probably recently several simply somehow sometimes somewhere soon themselves
+ therefore upon usually various wherever whenever
  being best better bit both currently doing done down ever everything exactly having here hers him
  kind let lot lots many matter maybe might more most much often one ones only or other ought out
  perhaps quite rather really same somebody someone something sort still such than theirs them
@@ -6400,7 +6408,7 @@ own me.en: my our mine ours, mein meine meinen meinem meiner meines unser unsere
  ton ta tes vous votre vos, other.en: his her their its, sein seine ihr ihre, su sus, son sa ses,
  det.en: the this that these those any no each every, der die das den dem des einem einer eines,
  el la los las del al, le la les des l du, prep.en: above across along around behind below beside
- between inside near next opposite outside during, hinter neben zwischen, bajo debajo detrás
+ between inside near next opposite outside, hinter neben zwischen, bajo debajo detrás
  junto, derrière, not.en: not no never nobody nothing none without cannot nor, nicht kein keine
  keinen nie nichts, no nunca nada nadie, pas jamais rien ne n, aux.en: am is are was were do does
  did can will have has had may must, bin bist ist sind war waren habe hast hat haben kann kannst
@@ -6421,7 +6429,8 @@ asks.name.en: name names named called nickname, name heißt heiße heißen, llam
  how_many_days how_many_hours how_many_minutes since_which, wie_lange seit_wann bis_wann,
  cuánto_tiempo desde_cuándo, combien_de_temps depuis_quand, asks.time.en: how_often when what_time
  which_time what_day which_day what_date which_date what_month which_month what_year which_year
- what_hour which_weekday birthday date_of time_of, wann wie_oft wie_viel_uhr welchem_tag
+ what_hour which_weekday what_day_of_the_week which_day_of_the_week birthday date_of time_of, wann
+ wie_oft wie_viel_uhr welchem_tag
  welchem_jahr welchen_tag geburtstag, cuándo qué_hora qué_día qué_año qué_fecha cumpleaños, quand
  quelle_heure quel_jour quelle_année quelle_date anniversaire, asks.number.en: how_many,
  wie_viele, cuántos cuántas, combien_de, asks.amount.en: how_much how_far cost costs price fee,
@@ -7442,7 +7451,7 @@ def _where(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
     if "prep" not in word.classes or word.word == "with" and "aux" not in before.classes:
         return int(line.caps[at] and at > 0 and "prep" not in before.classes)
     j = next((j for j in range(at + 1, min(at + 5, len(line.words))) if not line.words[j].classes
-              & {"det", "own", "prep", "other", "you"}), at)
+              & {"det", "own", "prep", "other", "you", "function"}), at)  # in the left pocket
     ahead = line.words[j]
     if j in used and j > at:  # in room 3
         behind = "".join(w.text for w in line.words[j + 1:j + 2])[:1]
