@@ -8377,6 +8377,25 @@ def _counted_up(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
 Like = Callable[[str], List[Tuple[float, int, int]]]  # of a text: cosine, key, place of sayings
 
 
+def _heard(lex: Lexicon, memory: Memory, asked: Asked, text: str, alike: Dict[int, Entry],
+           like: Optional[Like]) -> Iterator[Recall]:
+    """Yield the exchanges that fit a text, or a clause of it; of what asks, a clause that asks."""
+    if not like:
+        exact = asks(text, lex) and asks_for_a_fact(text)
+        yield from _exchange_fits(lex, memory, asked, text, alike.values(), {}, exact)
+        return
+    wants = asks(text, lex) or wishes(lex, text)
+    for part in dict.fromkeys([text, *heard_in(lex, text)][:MOST_PARTS]):
+        if part != text and wants and not (asks(part, lex) or wishes(lex, part)):
+            continue
+        near = {(key, place): cosine for cosine, key, place in like(part)}
+        found = {entry.id: entry for entry in memory.by_keys([key for key, _ in near])}
+        found.update(alike if part == text else {})
+        share = len(folded_words(part)) / max(1, len(folded_words(text)))
+        yield from _exchange_fits(lex, memory, asked, part, found.values(), near,
+                                  share=1.0 - WHOLE + WHOLE * share)
+
+
 def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
            like: Optional[Like] = None, lex: Optional[Lexicon] = None) -> List[Recall]:
     """Return what fits the text, best first; equal exchanges in an order that rng decides."""
@@ -8388,16 +8407,7 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
         return []
     asked, entries = gathered(lex, memory, asked)
     alike = {entry.id: entry for entry in (*said_so(memory, text, asking), *entries)}
-    fits = list(_exchange_fits(lex, memory, asked, text, alike.values(), {}, exact=(
-        asking and asks_for_a_fact(text)))) if not like else []
-    wants = asking or wishes(lex, text)
-    for part in [text, *heard_in(lex, text)][:MOST_PARTS] if like else ():
-        if part == text or not wants or asks(part, lex) or wishes(lex, part):
-            near = {(key, place): cosine for cosine, key, place in like(part)}
-            found = memory.by_keys([key for key, _ in near])
-            fits += _exchange_fits(lex, memory, asked, part, {e.id: e for e in (
-                *found, *(alike.values() if part == text else ()))}.values(), near, share=(
-                    1.0 - WHOLE + WHOLE * len(folded_words(part)) / len(folded_words(text))))
+    fits = list(_heard(lex, memory, asked, text, alike, like))
     fits.sort(key=lambda fit: (-round(fit.score, 2), rng.random()))
     fits = list({(fit.entry.id, fit.answer): fit for fit in fits[::-1]}.values())[::-1]
     if not asking:
@@ -8712,10 +8722,11 @@ def way_of(text: str) -> str:
     if factual and not _is_general(asked[-1]):
         return "unknown"
     if asked:
-        first, after = ([*(word.classes for word in asked[-1].line.words), _NONE, _NONE])[:2]
-        return "self" if "aux" in first and "you" in after else "guess"
-    return "kept" if parts and all(_is_plain_fact(lex, part) for part in parts) else (
-        "heard", "glad", "sad")[feeling_of(line)]
+        begins = [word.classes for word in asked[-1].line.words[:2]]  # are you, do you
+        return "self" if len(begins) > 1 and "aux" in begins[0] and "you" in begins[1] else "guess"
+    if parts and all(_is_plain_fact(lex, part) for part in parts):
+        return "kept"
+    return {-1: "sad", 0: "heard", 1: "glad"}[feeling_of(line)]
 
 
 def _is_general(asked: Asked) -> bool:
