@@ -6519,8 +6519,9 @@ ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, rec
  dividido_por//, plus/+ moins/- fois/* divisé_par//, until.en: since until till til from by, seit
  bis ab, desde hasta, depuis dès, joins.en: and but so because since
  while when though although until unless, und aber denn weil als während obwohl, y pero porque
- cuando mientras aunque, et mais car parce quand pendant, agenda.en: happen happened happening plan
- plans planned going scheduled, dated.en: on in, am im, el en, le en
+ cuando mientras aunque, et mais car parce quand pendant, is.en: am is are was were, bin bist ist
+ sind war waren, es está son están soy eres era, es est sont suis était, agenda.en: happen happened
+ happening plan plans planned going scheduled, dated.en: on in, am im, el en, le en
 sad.en: died dies dying dead death funeral buried grief cancer hospital surgery diagnosed ill sick
  hurt hurts pain crying cry cried lonely alone scared afraid worried anxious sad depressed miss
  misses divorce divorced fired failed lost stolen awful terrible worst horrible empty guilty ashamed
@@ -7587,7 +7588,10 @@ def _verdict(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: D
             or "subject" in q.has and "subject" not in line.has
             or min((near[i] for i in near if i not in missing), default=0) < 2):
         return ""
-    if all(_has_rival(lex, q.words[i], line) for i in missing):
+    # A white door is not green, but whoever likes coffee may like tea as well.
+    excludes = "is" in q.words[0].classes
+    taken = {at[i] for i in near if i not in missing}  # my sister is no other child
+    if all(_has_rival(lex, q.words[i], line, taken, excludes) for i in missing):
         return "Yes. " if denied == bool(missing) else "No. "
     single = any(sign[0] == "=" for i in near if near[i] > 2
                  for sign in lex.senses.get(q.words[i].stem, ()))  # one has one name, one home
@@ -7595,9 +7599,13 @@ def _verdict(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: D
     return "No. " if single and named and not denied else ""
 
 
-def _has_rival(lex: Lexicon, asked: Word, line: Line) -> bool:
-    """Return whether a statement has the opposite of a word, or another of its kind."""
-    return any(lex.are_rivals(asked, word) for word in line.words)
+def _has_rival(lex: Lexicon, asked: Word, line: Line, taken: Container[int] = (),
+               of_kind: bool = True) -> bool:
+    """Return whether a statement has, beside what is taken, the opposite of a word or, if of_kind,
+    another of its kind."""
+    others = [word.stem for i, word in enumerate(line.words) if i not in taken]
+    return any(len(rivals) == 1 or of_kind for rivals in lex.rivals.get(asked.stem, ())
+               if not rivals.isdisjoint(others))
 
 
 def _role_clash(asked: Asked, line: Line, near: Dict[int, int], at: Dict[int, int]) -> bool:

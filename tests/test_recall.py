@@ -101,6 +101,17 @@ class Sets(unittest.TestCase):
                 said = after(told, asked).text
                 self.assertTrue(said.startswith(begins), (told, asked, said))
 
+    def test_what_may_be_so_as_well_is_no_no(self):
+        for told, asked in (("My sister lives in Leeds.", "Does my sister have children?"),
+                            ("I like coffee.", "Do I like tea?"),
+                            ("I don't like coffee.", "Do I like tea?"),
+                            ("My son eats apples.", "Does my son eat pears?"),
+                            ("I speak French.", "Do I speak German?"),
+                            ("Ich mag Kaffee.", "Mag ich Tee?")):
+            said = after(told, asked)
+            self.assertFalse(said.text.startswith(("No", "Yes", "Nein", "Ja")), said.text)
+            self.assertNotEqual(said.source, "memory", (told, asked, said.text))
+
     def test_the_newest_of_what_was_told_is_given(self):
         last = {}  # words by their tag
         for tag, words in itertools.chain(*groups_of("recall_sets.txt")):
