@@ -7153,12 +7153,13 @@ def analyzed(lex: Lexicon, text: str) -> Asked:
         lambda w: lex.odd.get(w.word, w.word) != "do", line.words[which + 1:which + 4])
     ahead = [w.stem for w in beside if "function" not in w.classes]
     kind = ahead[0] if ahead and ahead[0] in lex.kinds and ahead[0] not in lex.loose else ""
-    content = ([i for i in line.telling if "idle" not in line.words[i].classes
+    polar = bool(line.words) and "aux" in line.words[0].classes and "question" not in line.has
+    last = line.telling[-1] if polar and line.telling else -1  # is my boss a man?
+    content = ([i for i in line.telling if ("idle" not in line.words[i].classes or i == last)
                 and not (i in at and len(at) > 1)] or line.telling)[:MAX_QUERY_TERMS]
     before = [_NO_WORD, *line.words]
     vital = {i for i in content if i not in at and (  # it names a thing or a person
         line.caps[i] and i > 0 or line.owners[i] or before[i].word == "'s")}
-    polar = bool(line.words) and "aux" in line.words[0].classes and "question" not in line.has
     return Asked(line, "person" if kind in lex.kinds["person"] else slot,
                  at | {i for i in content if kind and line.words[i].stem == kind},
                  kind, polar, tuple(content), vital, {})
