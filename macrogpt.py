@@ -7154,8 +7154,7 @@ def analyzed(lex: Lexicon, text: str) -> Asked:
     ahead = [w.stem for w in beside if "function" not in w.classes]
     kind = ahead[0] if ahead and ahead[0] in lex.kinds and ahead[0] not in lex.loose else ""
     polar = bool(line.words) and "aux" in line.words[0].classes and "question" not in line.has
-    last = line.telling[-1] if polar and line.telling else -1  # is my boss a man?
-    content = ([i for i in line.telling if ("idle" not in line.words[i].classes or i == last)
+    content = ([i for i in line.telling if (polar or "idle" not in line.words[i].classes)
                 and not (i in at and len(at) > 1)] or line.telling)[:MAX_QUERY_TERMS]
     before = [_NO_WORD, *line.words]
     vital = {i for i in content if i not in at and (  # it names a thing or a person
@@ -7583,21 +7582,32 @@ def _verdict(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: D
     only was, will be, may be or almost was so.
     """
     q, denied = asked.line, ("not" in line.has) != ("not" in asked.line.has)
-    if not asked.polar or owned < 0 or (
+    met = [i for i in near if i not in missing]
+    if not asked.polar or owned < 0 or not met or (
             line.has_phrase(lex, "unreal") - q.has_phrase(lex, "unreal")
-            or _role_clash(asked, line, near, at)
+            or _role_clash(asked, line, near, at) or _only_was(lex, q, line)
             or "subject" in q.has and "subject" not in line.has
-            or min((near[i] for i in near if i not in missing), default=0) < 2):
+            or min(asked.vital, default=-1) in missing):  # of my mother, asked of my father
         return ""
+    sure = all(near[i] > 3 or line.words[at[i]].stem in lex.kinds.get(q.words[i].stem, ())
+               for i in met)  # a house is near to living, and is not the same
     # A white door is not green, but whoever likes coffee may like tea as well.
-    excludes = "is" in q.words[0].classes
-    taken = {at[i] for i in near if i not in missing}  # my sister is no other child
-    if all(_has_rival(lex, q.words[i], line, taken, excludes) for i in missing):
+    excludes = "is" in q.words[0].classes and not any(w.word.endswith("ing") for w in q.words)
+    about = () if "subject" in line.has else line.telling[:1]
+    taken = {*(at[i] for i in met), *about}  # my sister is no other child
+    if sure and all(_has_rival(lex, q.words[i], line, taken, excludes) for i in missing):
         return "Yes. " if denied == bool(missing) else "No. "
     single = any(sign[0] == "=" for i in near if near[i] > 2
                  for sign in lex.senses.get(q.words[i].stem, ()))  # one has one name, one home
     named = all(q.caps[i] for i in missing) and (filled == 2 if asked.slot else any(line.caps[1:]))
-    return "No. " if single and named and not denied else ""
+    return "No. " if missing and single and named and not denied else ""
+
+
+def _only_was(lex: Lexicon, asked: Line, line: Line) -> bool:
+    """Return whether something was so, where it is asked whether it is."""
+    past = {*lex.pairs["past", asked.language].values()}
+    return "is" in asked.words[0].classes and past.isdisjoint(w.word for w in asked.words) and (
+        any("is" in w.classes and w.word in past for w in line.words))
 
 
 def _has_rival(lex: Lexicon, asked: Word, line: Line, taken: Container[int] = (),
@@ -7613,7 +7623,8 @@ def _role_clash(asked: Asked, line: Line, near: Dict[int, int], at: Dict[int, in
     """Return whether who does a thing and whom it is done to have changed places."""
     names = [i for i in asked.vital if near[i] and asked.line.caps[i]]
     deeds = [i for i in asked.terms if near[i] and i not in asked.vital]
-    return any((name < deed) != (at[name] < at[deed]) for name in names for deed in deeds
+    return any((a < b) != (at[a] < at[b]) for a, b in itertools.combinations(names, 2)) or any(
+        (name < deed) != (at[name] < at[deed]) for name in names for deed in deeds
                if not (at[deed] and "aux" in line.words[at[deed] - 1].classes))  # was done
 
 

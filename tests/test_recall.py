@@ -107,6 +107,15 @@ class Sets(unittest.TestCase):
                             ("I don't like coffee.", "Do I like tea?"),
                             ("My son eats apples.", "Does my son eat pears?"),
                             ("I speak French.", "Do I speak German?"),
+                            ("My boss is called Ruth.", "Is my boss a man?"),
+                            ("My uncle was a sailor.", "Is my uncle a sailor?"),
+                            ("My cat sleeps on the sofa.", "Does my cat sleep in my bed?"),
+                            ("My mother was born in Oslo.", "Was my father born in Oslo?"),
+                            ("My aunt has a house in Spain.", "Does my aunt live in Spain?"),
+                            ("My boss is called Ruth.", "Is Ruth my sister?"),
+                            ("Paul is taller than Jim.", "Is Jim taller than Paul?"),
+                            ("I lost my umbrella.", "Did I find my umbrella?"),
+                            ("I'm going to the dentist on Friday.", "Am I going to the doctor?"),
                             ("Ich mag Kaffee.", "Mag ich Tee?")):
             said = after(told, asked)
             self.assertFalse(said.text.startswith(("No", "Yes", "Nein", "Ja")), said.text)
