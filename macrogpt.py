@@ -14513,10 +14513,11 @@ def knocking(seconds: float) -> Iterator[None]:
     """Break every wait of the main thread off so often, for as long as the body lasts.
 
     Python notes a signal and sees to it later. One that comes just before a wait for the next line
-    would be noted, and seen to when that line comes, which may be never.
+    would be noted, and seen to when that line comes, which may be never. A terminal is left alone:
+    readline has a use of its own for that signal, and who sits there can press a key again.
     """
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not (
-            threading.main_thread()):
+    main = threading.current_thread() is threading.main_thread()
+    if not hasattr(signal, "setitimer") or not main or sys.stdin and sys.stdin.isatty():
         yield
         return
     before = signal.signal(signal.SIGALRM, lambda *_: None)

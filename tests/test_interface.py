@@ -527,7 +527,8 @@ class Signals(ProcessCase):
                         ).start()
         late.start()
         try:
-            with m.knocking(0.05), self.assertRaises(m.Terminated):
+            with mock.patch.object(sys, "stdin", None), m.knocking(0.05), self.assertRaises(
+                    m.Terminated):
                 os.read(read, 4)
             self.assertTrue(late.is_alive())
         finally:
