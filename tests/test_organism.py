@@ -429,7 +429,8 @@ class Rebirth(Home, unittest.TestCase):
         for text in (QUARTZ, "Copper turns green in the long rain."):
             self.assertIsNone(being.trainer.due())
             self.append(text)
-            self.until(lambda: being.memory.entries("layer AND text LIKE ?", f"%{text}%"))
+            self.until(lambda: being.memory.entries("layer IS NOT NULL AND text LIKE ?",
+                                                    f"%{text}%"))  # once reborn, it is 0
         self.learn(being)
         [event] = [e for e in being.memory.life() if e["event"] == "generation"]
         self.assertEqual((event["why"], being.growth.generation), ("deltas", 2))
