@@ -8429,7 +8429,10 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
     alike = {entry.id: entry for entry in (*said_so(memory, text, asking), *entries)}
     fits = list(_heard(lex, memory, asked, text, alike, like))
     fits.sort(key=lambda fit: (-round(fit.score, 2), rng.random()))
-    fits = list({(fit.entry.id, fit.answer): fit for fit in fits[::-1]}.values())[::-1]
+    best: Dict[Tuple[int, str], Recall] = {}
+    for fit in fits:  # one may fit several clauses
+        best.setdefault((fit.entry.id, fit.answer), fit)
+    fits = list(best.values())
     if not asking:
         return fits
     said, today = [], memory.today()

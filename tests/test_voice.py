@@ -1,4 +1,5 @@
 """Claims about RECALL and VOICE: what memory answers, what a model is shown, where it stops."""
+import contextlib
 import random
 import unittest
 
@@ -270,6 +271,30 @@ class Silence(unittest.TestCase):
         first = m.silence("We walked by the river and then we sat down for a while.")
         again = m.silence("They opened a bakery and then they closed it for good.", (), {first})
         self.assertNotEqual(first.split(". ")[-1], again.split(". ")[-1])
+
+
+class Hearing(unittest.TestCase):
+    """A message is heard as a whole and clause by clause."""
+
+    def test_what_fits_the_whole_and_a_clause_stands_once_and_where_it_fits_best(self):
+        with contextlib.closing(memory_of(
+                exchange("my exam is tomorrow", "Sleep well before it."),
+                exchange("the bus was late again", "Was it very late?"),
+                exchange("late for my exam tomorrow", "Then run."),
+                exchange("again late", "So it goes."))) as memory:
+            keys = {entry.text: entry.key for entry in memory.entries()}
+            def like(text):  # all that was said to it, by how many words it shares
+                words = set(text.replace(",", "").split())
+                return [(len(words & set(said.split()[1:])) / 8.0, key, 0)
+                        for said, key in keys.items()]
+            for text in ("the bus was late again, and my exam is tomorrow",
+                         "my exam is tomorrow, and the bus was late again"):
+                fits = m.recall(memory, text, random.Random(1), like=like)
+                scores = [round(fit.score, 2) for fit in fits]
+                self.assertEqual(scores, sorted(scores, reverse=True))
+                self.assertEqual([fit.answer for fit in fits].count("Then run."), 1)
+                self.assertEqual({fit.answer for fit in fits[:2]},
+                                 {"Sleep well before it.", "Was it very late?"})
 
 
 class Turns(unittest.TestCase):
