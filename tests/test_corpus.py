@@ -82,13 +82,13 @@ class Lines(unittest.TestCase):
             self.assertEqual("".join("".join(pieces).split()), "".join(text.split()))
         self.assertEqual(m.split_long_line("x" * 1_000_000, 240), ["x" * 240] * m.MAX_LINE_PIECES)
 
-    def test_what_is_told_anywhere_becomes_the_same_clean_lines_the_newest_of_many(self):
+    def test_what_is_told_anywhere_becomes_the_same_clean_lines(self):
         text = "Cafe\u0301 \x07Lina\r\n\n" + "no end " * 9 + "\nthe last"
-        self.assertEqual(m.lines_of(text, 40), [
+        self.assertEqual(m.clean_pieces(text.splitlines(), 40), [
             "Caf\u00e9 Lina", "no end no end no end no end no end no", "end no end no end no end",
             "the last"])
-        self.assertEqual(m.lines_of(text, 40, 1), ["the last"])
-        self.assertEqual(m.lines_of(" \n\x00", 40), [])
+        self.assertEqual(m.clean_pieces(text.splitlines()[-1:], 40), ["the last"])
+        self.assertEqual(m.clean_pieces([" ", "\x00"], 40), [])
 
 
 class Documents(unittest.TestCase):

@@ -457,6 +457,10 @@ class Piped(ProcessCase):
                              stdin=b"Shopping is on Friday.\nThe gate code is 4711.\n")
         self.assertEqual(done.stdout, b"The gate code is 4711.\n", done.stderr)
         self.assertNotIn("4711", self.good("memory", "search", "gate code"))
+        done = self.run_here("--no-train", "--set", "max_corpus_lines=1", "ask",
+                             "what is the gate code?", apart=True,
+                             stdin=b"The gate code is 4711.\nShopping is on Friday.\n")
+        self.assertEqual(done.stdout, b"The gate code is 4711.\n", done.stderr)  # its beginning
 
 
 class Training(ProcessCase):

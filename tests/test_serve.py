@@ -171,6 +171,15 @@ class Api(Serving, unittest.TestCase):
         self.assertIn("forget nothing", self.reply(self.port, "Forget my boat."))
         self.assertEqual([self.rows(table) for table in tables], before)
 
+    def test_no_reply_promises_to_keep_what_is_not_kept(self):
+        promises = (m.UNKNOWN_REPLY, *m.KEPT_REPLIES, "Ich merke es mir.", "Lo guardo.")
+        for text in ("My boat is called Ada.", "Mein Hund heißt Rex.", "Mi perro se llama Rex.",
+                     "What is on the packing list?", "What are my plans for tomorrow?",
+                     "What did I tell you today?", "Where is my passport?",
+                     "We walked to the lake and back, and it rained all the way."):
+            reply = self.reply(self.port, text)
+            self.assertFalse([words for words in promises if words in reply], (text, reply))
+
     def test_a_text_stops_at_a_stop_text_at_the_last_token_and_is_the_same_for_one_seed(self):
         texts = []
         for _ in range(2):

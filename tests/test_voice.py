@@ -247,7 +247,8 @@ class Silence(unittest.TestCase):
             self.assertIn(m.silence(text), [echo + words for words in said])
 
     def test_what_has_no_words_has_a_reply_all_the_same(self):
-        for text in ("", "?", "...", ":)", "!!!", "  "):
+        for text in ("", "?", "...", ":)", "!!!", "  ",
+                     "how much do i owe Rufus I agreed to it. anyway"):  # asks as a whole
             self.assertTrue(m.silence(text).strip(), text)
 
     def test_what_is_said_back_is_a_whole_sentence_turned_round_or_nothing(self):
