@@ -4343,8 +4343,6 @@ TALLY_PRIOR = (30.0, 10.0, 5.0, 3.0)
 MANY = 5  # counts from here on need not be told apart
 ROW_AGE = 64
 ROW_NUMBERS = 700_000    # numbers in all cached rows; a row has one for every id
-
-
 ID_BYTES = array("I").itemsize
 
 
@@ -5028,16 +5026,6 @@ class Sayings:
 # Everything that must outlive the process is in one SQLite file with a rollback journal: what was
 # said, what was read, what was learned. A commit is one transaction, a blob carries its checksum,
 # and a sealed layer is a row that the database itself refuses to rewrite.
-
-def minute_of(at: float) -> str:
-    """Return a time of the memory as people read it: 2026-05-03 18:04, by the clock on the wall."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
-
-
-def in_one_line(text: str) -> str:
-    """Return the lines of an entry or a message as one."""
-    return " / ".join(text.splitlines())
-
 
 MIGRATIONS: Tuple[str, ...] = (
     # 1: the first life
@@ -6028,6 +6016,16 @@ def index_words(source: str, document: Document, recall: bool, about: str = "") 
     return " ".join(["", *words, *mark])
 
 
+def minute_of(at: float) -> str:
+    """Return a time of the memory as people read it: 2026-05-03 18:04, by the clock on the wall."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+
+
+def in_one_line(text: str) -> str:
+    """Return the lines of an entry or a message as one."""
+    return " / ".join(text.splitlines())
+
+
 def session_name(text: str) -> str:
     """Return the name of a session, made of words from elsewhere; "" where they have no sign."""
     return clean_line("".join(c if c.isprintable() else " " for c in text), 80)
@@ -6233,10 +6231,10 @@ FADE = 16.0             # exchanges after which what was said counts half
 # Weights of the judge and the score from which a statement is quoted; the one from which it is
 # said is the owner's recall_score. Fitted by tests/fit_recall.py, which says on what.
 JUDGE = {
-    "quote": 0.058, "bias": -1.80, "tale": -2.85, "same": 0.47, "mass": 0.40, "rare": 0.88, "two":
-    1.21, "whole": 2.56, "thing lost": -0.26, "new": -1.63, "empty": -0.88, "empty whole": -1.93,
-    "half whole": -1.31, "filled thing": 0.74, "I": 0.28, "yours": -0.78, "owner": 0.27,
-    "other's": -0.69, "rival": -0.62, "leant": 0.19}
+    "quote": 0.058, "bias": -1.80, "tale": -2.85, "same": 0.47, "mass": 0.40, "rare": 0.88,
+    "two": 1.21, "whole": 2.56, "thing lost": -0.26, "new": -1.63, "empty": -0.88,
+    "empty whole": -1.93, "half whole": -1.31, "filled thing": 0.74, "I": 0.28, "yours": -0.78,
+    "owner": 0.27, "other's": -0.69, "rival": -0.62, "leant": 0.19}
 
 # What is known of words, one format for all. A line begins with = where its words name the same
 # thing, with ~ where they are near, with ! where forms follow their base; or with names of a kind
@@ -6385,41 +6383,39 @@ own me.en: my our mine ours, mein meine meinen meinem meiner meines unser unsere
  quels quelles, indefinite det.en: a an some, ein eine einen, un una, un une, prep function.en: at
  by from in into off on onto over through to under with for of about until till til since during
  after against among beneath beyond despite throughout toward towards underneath upon via per, in im
- an am auf aus bei mit nach von vom zu zum zur für über unter vor, en de a con por para sobre, de
- à au en dans avec pour sur sous par chez, opening function.en: hi hey hello oh ok okay well so
- and but please now then btw also just yes right again, und aber bitte, y pero sí, et mais, lost
+ an am auf aus bei mit nach von vom zu zum zur für über unter vor, en de a con por para sobre, de à
+ au en dans avec pour sur sous par chez, opening function.en: hi hey hello oh ok okay well so and
+ but please now then btw also just yes right again, und aber bitte, y pero sí, et mais, lost
  frame.en: forgot forgotten wonder wondering idea clue, vergessen, olvidé, advice aux.en: should
  shall could would, idle frame.en: forget give know remember remind say tell, tells function.de:
  dass, que, function.en: ago all already always another anybody anyone anything apart aside as be
- because been
- certainly definitely either else especially even everyone except few further hardly herself
- himself however indeed itself least mainly mostly neither normally ourselves otherwise
- particularly probably recently several simply somehow sometimes somewhere soon themselves
- therefore upon usually various wherever whenever
- being best better bit both currently doing done down ever everything exactly having here hers him
- kind let lot lots many matter maybe might more most much often one ones only or other ought out
- perhaps quite rather really same somebody someone something sort still such than theirs them
- thing things today too type up very whatever while wrong yet hm moment left, oder sich euch
- unseren unserer ihren ihrem seinen seinem wurde werden hatte können um auch noch schon sehr da
- wenn so als denn mal viel viele gegen jetzt man seit bis alle, unos unas o él ella se era estás
- fue ni muy ya también lo le esta este eso ese como más, ou on se était été aux c cette ces y très
- plus aussi d qu, me.en: me us myself, mich mir uns, me nos soy estoy tengo, me m moi, you.en: you
- your yours yourself, du dich dir dein deine deinen deinem deiner, tú te tu tus eres, tu te t toi
- ton ta tes vous votre vos, other.en: his her their its, sein seine ihr ihre, su sus, son sa ses,
- det.en: the this that these those any no each every, der die das den dem des einem einer eines,
- el la los las del al, le la les des l du, prep.en: above across along around behind below beside
- between inside near next opposite outside, hinter neben zwischen, bajo debajo detrás
+ because been certainly definitely either else especially even everyone except few further hardly
+ herself himself however indeed itself least mainly mostly neither normally ourselves otherwise
+ particularly probably recently several simply somehow sometimes somewhere soon themselves therefore
+ upon usually various wherever whenever being best better bit both currently doing done down ever
+ everything exactly having here hers him kind let lot lots many matter maybe might more most much
+ often one ones only or other ought out perhaps quite rather really same somebody someone something
+ sort still such than theirs them thing things today too type up very whatever while wrong yet hm
+ moment left, oder sich euch unseren unserer ihren ihrem seinen seinem wurde werden hatte können um
+ auch noch schon sehr da wenn so als denn mal viel viele gegen jetzt man seit bis alle, unos unas o
+ él ella se era estás fue ni muy ya también lo le esta este eso ese como más, ou on se était été aux
+ c cette ces y très plus aussi d qu, me.en: me us myself, mich mir uns, me nos soy estoy tengo, me m
+ moi, you.en: you your yours yourself, du dich dir dein deine deinen deinem deiner, tú te tu tus
+ eres, tu te t toi ton ta tes vous votre vos, other.en: his her their its, sein seine ihr ihre, su
+ sus, son sa ses, det.en: the this that these those any no each every, der die das den dem des einem
+ einer eines, el la los las del al, le la les des l du, prep.en: above across along around behind
+ below beside between inside near next opposite outside, hinter neben zwischen, bajo debajo detrás
  junto, derrière, not.en: not no never nobody nothing none without cannot nor, nicht kein keine
  keinen nie nichts, no nunca nada nadie, pas jamais rien ne n, aux.en: am is are was were do does
  did can will have has had may must, bin bist ist sind war waren habe hast hat haben kann kannst
  wird muss darf, es está son están soy estoy eres tengo tiene hay ha he puede, est es sont suis ai
  as a ont peut, question.en: who whom whose where when why how, wer wem wen wessen wo wann warum
- wieso wie wohin woher wogegen womit, quién quiénes dónde cuándo cómo cuánto cuánta cuántos
- cuántas, qui que quoi où quand comment combien pourquoi, pronoun.en: there it he she they this,
- es er sie das, pronoun.fr: il elle ce, leans.en: he she it they him them his her its their then
- but and so, idle.en: able ask be big think come dear find folk get go good got guy happen have high
- keep little long look lovely make man mean need new nice originally own part person put take try
- use usual usually way whole, machen gehen kommen, hacer, faire
+ wieso wie wohin woher wogegen womit, quién quiénes dónde cuándo cómo cuánto cuánta cuántos cuántas,
+ qui que quoi où quand comment combien pourquoi, pronoun.en: there it he she they this, es er sie
+ das, pronoun.fr: il elle ce, leans.en: he she it they him them his her its their then but and so,
+ idle.en: able ask be big think come dear find folk get go good got guy happen have high keep little
+ long look lovely make man mean need new nice originally own part person put take try use usual
+ usually way whole, machen gehen kommen, hacer, faire
 asks.name.en: name names named called nickname, name heißt heiße heißen, llama llamo llaman nombre,
  appelle appelles nom, asks.job.en: job profession occupation breed brand for_a_living for_work
  as_what do_$, als_was von_beruf beruf, en_qué_trabaja en_qué_trabajo de_qué_trabaja profesión,
@@ -6430,17 +6426,16 @@ asks.name.en: name names named called nickname, name heißt heiße heißen, llam
  cuánto_tiempo desde_cuándo, combien_de_temps depuis_quand, asks.time.en: how_often when what_time
  which_time what_day which_day what_date which_date what_month which_month what_year which_year
  what_hour which_weekday what_day_of_the_week which_day_of_the_week birthday date_of time_of, wann
- wie_oft wie_viel_uhr welchem_tag
- welchem_jahr welchen_tag geburtstag, cuándo qué_hora qué_día qué_año qué_fecha cumpleaños, quand
- quelle_heure quel_jour quelle_année quelle_date anniversaire, asks.number.en: how_many,
- wie_viele, cuántos cuántas, combien_de, asks.amount.en: how_much how_far cost costs price fee,
- wie_viel wie_weit kostet, cuánto cuánta cuesta, combien coûte, asks.measure.en: how_tall
- how_heavy how_high how_big how_wide how_deep how_thick how_hot how_cold how_fast how_strong
- how_large what_temperature, wie_groß wie_schwer wie_hoch wie_tief, asks.place.en: where address
- what_city which_city what_town which_town what_country which_country which_street which_room
- which_shop which_village what_place which_place which_building, wo wohin woher welcher_stadt
- adresse, dónde qué_ciudad dirección, où quelle_ville adresse, asks.person.en: who whom whose, wer
- wem wen wessen, quién quiénes, qui
+ wie_oft wie_viel_uhr welchem_tag welchem_jahr welchen_tag geburtstag, cuándo qué_hora qué_día
+ qué_año qué_fecha cumpleaños, quand quelle_heure quel_jour quelle_année quelle_date anniversaire,
+ asks.number.en: how_many, wie_viele, cuántos cuántas, combien_de, asks.amount.en: how_much how_far
+ cost costs price fee, wie_viel wie_weit kostet, cuánto cuánta cuesta, combien coûte,
+ asks.measure.en: how_tall how_heavy how_high how_big how_wide how_deep how_thick how_hot how_cold
+ how_fast how_strong how_large what_temperature, wie_groß wie_schwer wie_hoch wie_tief,
+ asks.place.en: where address what_city which_city what_town which_town what_country which_country
+ which_street which_room which_shop which_village what_place which_place which_building, wo wohin
+ woher welcher_stadt adresse, dónde qué_ciudad dirección, où quelle_ville adresse, asks.person.en:
+ who whom whose, wer wem wen wessen, quién quiénes, qui
 unreal.en: used_to stopped quit almost nearly doubt if unless would wanted wants want hope hopes
  plan will shall might may maybe perhaps wish never former, früher fast wenn würde möchte werde
  vielleicht bezweifle, solía casi si quería quizás, presque si voulais, changed.en: now new
@@ -6449,14 +6444,13 @@ unreal.en: used_to stopped quit almost nearly doubt if unless would wanted wants
  sorry excuse_me quick_question no nope yeah wait you_know_what guess_what fyi correction i_mean
  good_morning good_evening thanks say for_your_information anyway, hallo hi also ja nein übrigens
  sag, hola oye por_favor no, bonjour salut oui non dis, frame.en: told recall said show mention
- mentioned mind note, weißt weiß sagen sag erinnere erinnerst, sabes dime recuerdas recuérdame,
- sais dis rappelle,
- lost.fr: oublié, tells.en: that, tells.fr: que, whether.en: if whether, ob, si, si, wanted.en:
- name birthday age address number code password pin colour color size date time price, name nummer
- passwort adresse, nombre número contraseña, nom numéro, advice.en: might, soll sollte, debo, dois,
- forget.en: forget, vergiss, olvida, oublie, said.de: Du hast mir gesagt, Me dijiste, Tu m'as dit,
- unknown.de: Das weiß ich noch nicht, Eso no lo sé todavía, Je ne le sais pas encore, kept.de: Ich
- merke es mir, Lo guardo, Je le retiens
+ mentioned mind note, weißt weiß sagen sag erinnere erinnerst, sabes dime recuerdas recuérdame, sais
+ dis rappelle, lost.fr: oublié, tells.en: that, tells.fr: que, whether.en: if whether, ob, si, si,
+ wanted.en: name birthday age address number code password pin colour color size date time price,
+ name nummer passwort adresse, nombre número contraseña, nom numéro, advice.en: might, soll sollte,
+ debo, dois, forget.en: forget, vergiss, olvida, oublie, said.de: Du hast mir gesagt, Me dijiste, Tu
+ m'as dit, unknown.de: Das weiß ich noch nicht, Eso no lo sé todavía, Je ne le sais pas encore,
+ kept.de: Ich merke es mir, Lo guardo, Je le retiens
 day.en: today/0 tonight/0 this_morning/0 this_afternoon/0 this_evening/0 tomorrow/1 yesterday/-1
  last_night/-1 the_day_after_tomorrow/2 the_day_before_yesterday/-2, heute/0 morgen/1 gestern/-1
  übermorgen/2 vorgestern/-2, hoy/0 mañana/1 ayer/-1 anteayer/-2, aujourd'hui/0 demain/1 hier/-1,
@@ -6499,59 +6493,56 @@ refers.en: he she it they him them his her its their, er ihn ihm sein seine sein
  know_about tell_me_about know_of tell_me_all_about remember_about say_about
  tell_me_everything_about know_everything_about, über, sobre, sur, todo.en: to_do have_to_do
  left_to_do, list.en: list lists, liste, lista, liste, puts.en: put add write note include, setz
- setze schreib, pon añade apunta, mets ajoute, strikes.en: cross strike take remove delete tick
- drop scratch, streich streiche, quita tacha, enlève raye, done.en: done bought packed finished
- paid sent booked got ordered, erledigt gekauft, hecho comprado, fait acheté, more.en: heavier
- older bigger larger taller longer higher wider deeper faster dearer more later, schwerer älter
- größer länger teurer, less.en: lighter younger smaller shorter lower narrower cheaper slower less
- fewer earlier, leichter jünger kleiner kürzer billiger, sums.en: together altogether total,
- zusammen insgesamt, juntos juntas total, ensemble total, corrects.en: scrap, reckons.en: calculate
- compute sum makes equal equals much reckon result, request.en: write help make recommend suggest
- explain translate sing play draw find set remind call send look compose invent advise tell give say
- teach show read describe entertain cheer choose pick correct, wants.en: need want like love,
- given.en: story poem joke riddle recipe name idea tip tips advice help excuse game limerick
- twister speech verse song letter, duty.en:
- have_to has_to need_to got_to must, muss, tengo_que debo, dois, birth.en: born birthday, geboren,
- nacido nací nació, né née, added.en: more another extra, weitere, otro otra más, encore autre
+ setze schreib, pon añade apunta, mets ajoute, strikes.en: cross strike take remove delete tick drop
+ scratch, streich streiche, quita tacha, enlève raye, done.en: done bought packed finished paid sent
+ booked got ordered, erledigt gekauft, hecho comprado, fait acheté, more.en: heavier older bigger
+ larger taller longer higher wider deeper faster dearer more later, schwerer älter größer länger
+ teurer, less.en: lighter younger smaller shorter lower narrower cheaper slower less fewer earlier,
+ leichter jünger kleiner kürzer billiger, sums.en: together altogether total, zusammen insgesamt,
+ juntos juntas total, ensemble total, corrects.en: scrap, reckons.en: calculate compute sum makes
+ equal equals much reckon result, request.en: write help make recommend suggest explain translate
+ sing play draw find set remind call send look compose invent advise tell give say teach show read
+ describe entertain cheer choose pick correct, wants.en: need want like love, given.en: story poem
+ joke riddle recipe name idea tip tips advice help excuse game limerick twister speech verse song
+ letter, duty.en: have_to has_to need_to got_to must, muss, tengo_que debo, dois, birth.en: born
+ birthday, geboren, nacido nací nació, né née, added.en: more another extra, weitere, otro otra más,
+ encore autre
 ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, reckon.en: plus/+
  and_add/+ added_to/+ minus/- less/- take_away/- times/* multiplied_by/* divided_by// over//
  percent_of/%, plus/+ minus/- mal/* geteilt_durch// prozent_von/%, más/+ menos/- por/* entre//
  dividido_por//, plus/+ moins/- fois/* divisé_par//, until.en: since until till til from by, seit
- bis ab, desde hasta, depuis dès, joins.en: and but so because since
- while when though although until unless, und aber denn weil als während obwohl, y pero porque
- cuando mientras aunque, et mais car parce quand pendant, is.en: am is are was were, bin bist ist
- sind war waren, es está son están soy eres era, es est sont suis était, agenda.en: happen happened
- happening plan plans planned going scheduled, dated.en: on in, am im, el en, le en
+ bis ab, desde hasta, depuis dès, joins.en: and but so because since while when though although
+ until unless, und aber denn weil als während obwohl, y pero porque cuando mientras aunque, et mais
+ car parce quand pendant, is.en: am is are was were, bin bist ist sind war waren, es está son están
+ soy eres era, es est sont suis était, agenda.en: happen happened happening plan plans planned going
+ scheduled, dated.en: on in, am im, el en, le en
 sad.en: died dies dying dead death funeral buried grief cancer hospital surgery diagnosed ill sick
  hurt hurts pain crying cry cried lonely alone scared afraid worried anxious sad depressed miss
  misses divorce divorced fired failed lost stolen awful terrible worst horrible empty guilty ashamed
  exhausted stressed nightmare accident crash headache angry furious shouted dumped rejected cheated
  upset hate panic homesick bullied betrayed evicted sacked grieving widow widower dementia stroke
  miscarriage suicidal abused hopeless, traurig gestorben tot krank einsam angst verloren müde
- wütend, triste
- murió muerto enfermo enferma miedo perdí cansado cansada, triste mort morte malade peur perdu
- fatigué fatiguée, glad.en: happy glad won engaged pregnant promoted promotion wonderful lovely
- excited proud celebrate celebrated congratulations yay benign joy scored hired accepted
+ wütend, triste murió muerto enfermo enferma miedo perdí cansado cansada, triste mort morte malade
+ peur perdu fatigué fatiguée, glad.en: happy glad won engaged pregnant promoted promotion wonderful
+ lovely excited proud celebrate celebrated congratulations yay benign joy scored hired accepted
  prize cured remission recovered sober laughed danced dancing sang amazing brilliant fantastic
  awesome hooray graduated succeeded pleased delighted thrilled grateful relieved adopted praised,
- glücklich froh gewonnen bestanden
- schwanger verliebt, feliz contento contenta gané embarazada, heureux heureuse content contente
- gagné enceinte
+ glücklich froh gewonnen bestanden schwanger verliebt, feliz contento contenta gané embarazada,
+ heureux heureuse content contente gagné enceinte
 short.en: 'm/am 're/are 've/have 'll/will 'd/would whats/what_is wheres/where_is whos/who_is
  hows/how_is whens/when_is im/i_am ive/i_have dont/do_not doesnt/does_not didnt/did_not isnt/is_not
- arent/are_not cant/can_not can't/can_not won't/will_not wont/will_not thats/that_is
- theres/there_is wasnt/was_not teh/the u/you ur/your wher/where waht/what wat/what, short.fr: j'/je
- l'/le d'/de qu'/que c'/ce m'/me s'/se n'/ne t'/te, ending.en: ies/i ied/i y/i ss/ss us/us is/is
- ing ed es s e, en er es em et te ten st n e s t, os/o as/a es s, es ées ée és er ez ent e s é,
- silent.en: ing/e ed/e es/e e/e, turn.en: i/you we/you me/you us/you my/your our/your mine/yours
- ours/yours myself/yourself
- ourselves/yourselves i'm/you_are i've/you_have i'll/you_will i'd/you_would im/you_are ive/you_have
- am/are we're/you_are we've/you_have we'll/you_will we'd/you_would your/my yours/mine
- yourself/myself you're/I_am you've/I_have you'll/I_will you'd/I_would, mein/dein meine/deine
- meinen/deinen meinem/deinem meiner/deiner meines/deines unser/euer bin/bist habe/hast ich/du
- mich/dich mir/dir, mi/tu mis/tus soy/eres estoy/estás tengo/tienes vivo/vives trabajo/trabajas
- nací/naciste me/te llamo/llamas yo/tú nuestro/vuestro nuestra/vuestra, mon/ton ma/ta mes/tes
- suis/es ai/as je/tu j'ai/tu_as me/te m'appelle/t'appelles notre/votre nos/vos
+ arent/are_not cant/can_not can't/can_not won't/will_not wont/will_not thats/that_is theres/there_is
+ wasnt/was_not teh/the u/you ur/your wher/where waht/what wat/what, short.fr: j'/je l'/le d'/de
+ qu'/que c'/ce m'/me s'/se n'/ne t'/te, ending.en: ies/i ied/i y/i ss/ss us/us is/is ing ed es s e,
+ en er es em et te ten st n e s t, os/o as/a es s, es ées ée és er ez ent e s é, silent.en: ing/e
+ ed/e es/e e/e, turn.en: i/you we/you me/you us/you my/your our/your mine/yours ours/yours
+ myself/yourself ourselves/yourselves i'm/you_are i've/you_have i'll/you_will i'd/you_would
+ im/you_are ive/you_have am/are we're/you_are we've/you_have we'll/you_will we'd/you_would your/my
+ yours/mine yourself/myself you're/I_am you've/I_have you'll/I_will you'd/I_would, mein/dein
+ meine/deine meinen/deinen meinem/deinem meiner/deiner meines/deines unser/euer bin/bist habe/hast
+ ich/du mich/dich mir/dir, mi/tu mis/tus soy/eres estoy/estás tengo/tienes vivo/vives
+ trabajo/trabajas nací/naciste me/te llamo/llamas yo/tú nuestro/vuestro nuestra/vuestra, mon/ton
+ ma/ta mes/tes suis/es ai/as je/tu j'ai/tu_as me/te m'appelle/t'appelles notre/votre nos/vos
 """
 
 
@@ -6673,9 +6664,10 @@ class Lexicon:
             self.closed[language].get(self.odd.get(word, word), _NONE) & {"idle"})
         return Word(text, word, self.stem(word, language), frozenset(classes))
 
-    def are_rivals(self, one: Word, other: Word) -> bool:
-        """Return whether two words are opposites, or of one kind."""
-        return any(other.stem in rivals for rivals in self.rivals.get(one.stem, ()))
+    def are_rivals(self, one: Word, other: Word, of_kind: bool = True) -> bool:
+        """Return whether two words are opposites or, if that counts, of one kind."""
+        return any(other.stem in rivals for rivals in self.rivals.get(one.stem, ())
+                   if of_kind or len(rivals) == 1)
 
     @functools.lru_cache(1 << 12)
     def nearness(self, asked: Word, told: Word) -> int:
@@ -7209,17 +7201,21 @@ def heard_in(lex: Lexicon, text: str) -> List[str]:
     for piece in (piece for sentence in sentences for piece in _STOPS.split(sentence)):
         found, start = list(_WORD.finditer(piece)), 0
         language = lex.language_of([m[0].casefold() for m in found])
-        for i, m in enumerate(found[:-1]):
-            joins = "joins" in lex.word(m[0], language).classes
-            after = lex.line(piece[m.end():]).words[:1] if joins else []
-            if any(word.stem in lex.kinds["time"] or word.classes & {
-                    "subject", "own", "refers", "det"} for word in after) and (
-                        i or "question" not in lex.word(m[0], language).classes):
+        for i, m in enumerate(found):
+            classes = lex.word(m[0], language).classes
+            if "joins" in classes and (i or "question" not in classes) and (
+                    _has_subject(lex, piece[m.end():])):
                 clauses.append(piece[start:m.start()])
                 start = m.end()
         clauses.append(piece[start:])
     return list(dict.fromkeys([*sentences, *(part.strip() for part in clauses
                                              if len(_WORD.findall(part)) > 2)]))
+
+
+def _has_subject(lex: Lexicon, text: str) -> bool:
+    """Return whether a text begins as a clause of its own does: I, my cat, the rain, today she."""
+    return any(word.stem in lex.kinds["time"] or word.classes & {"subject", "own", "refers", "det"}
+               for word in lex.line(text).words[:1])
 
 
 def leans(lex: Lexicon, line: Line) -> bool:
@@ -7614,9 +7610,8 @@ def _has_rival(lex: Lexicon, asked: Word, line: Line, taken: Container[int] = ()
                of_kind: bool = True) -> bool:
     """Return whether a statement has, beside what is taken, the opposite of a word or, if of_kind,
     another of its kind."""
-    others = [word.stem for i, word in enumerate(line.words) if i not in taken]
-    return any(len(rivals) == 1 or of_kind for rivals in lex.rivals.get(asked.stem, ())
-               if not rivals.isdisjoint(others))
+    return any(lex.are_rivals(asked, word, of_kind) for i, word in enumerate(line.words)
+               if i not in taken)
 
 
 def _role_clash(asked: Asked, line: Line, near: Dict[int, int], at: Dict[int, int]) -> bool:
@@ -7986,9 +7981,9 @@ def _question_in(lex: Lexicon, text: str) -> str:
     """
     asking = [s for line in text.splitlines() for s in sentences_of(line[-MAX_ASKED_CHARS:])
               if asks(s, lex)]
-    names = asking and any("idle" not in word.classes for line in (lex.line(asking[-1]),)
-                           for word in (line.words[i] for i in line.telling))
-    return asking[-1] if names else text[:MAX_ASKED_CHARS]
+    line = lex.line(asking[-1] if asking else "")
+    names = any("idle" not in line.words[i].classes for i in line.telling)
+    return line.text if names else text[:MAX_ASKED_CHARS]
 
 
 # what a question leaves to the talk before it
@@ -8400,11 +8395,12 @@ Like = Callable[[str], List[Tuple[float, int, int]]]  # of a text: cosine, key, 
 def _heard(lex: Lexicon, memory: Memory, asked: Asked, text: str, alike: Dict[int, Entry],
            like: Optional[Like]) -> Iterator[Recall]:
     """Yield the exchanges that fit a text, or a clause of it; of what asks, a clause that asks."""
+    asking = asks(text, lex)
     if not like:
-        exact = asks(text, lex) and asks_for_a_fact(text)
+        exact = asking and asks_for_a_fact(text)
         yield from _exchange_fits(lex, memory, asked, text, alike.values(), {}, exact)
         return
-    wants = asks(text, lex) or wishes(lex, text)
+    wants = asking or wishes(lex, text)
     for part in dict.fromkeys([text, *heard_in(lex, text)][:MOST_PARTS]):
         if part != text and wants and not (asks(part, lex) or wishes(lex, part)):
             continue
