@@ -7877,12 +7877,12 @@ def filled_in(lex: Lexicon, memory: Memory, answer: str, text: str) -> Optional[
 
 def _exchange_fits(lex: Lexicon, memory: Memory, asked: Asked, text: str,
                    found: Iterable[Entry], near: Dict[Tuple[int, int], float],
-                   exact: bool = False, share: float = 1.0) -> Iterator[Recall]:
+                   share: float) -> Iterator[Recall]:
     """Yield the answers of the corpus's exchanges, by how like their question is to the text.
 
     near has the cosines of the sayings most like it, by the keys of exchanges and the places there;
-    where it has any, it counts as much as the words that are shared. Only the same words count
-    where they are to be exact; share is for how much of a message the text stands.
+    where it has any, it counts as much as the words that are shared. share is for how much of a
+    message the text stands.
     """
     line, folded = lex.line(text), folded_words(text)
     felt, begun = feeling_of(line), {word[:STEM_CHARS - 1] for word in folded}
@@ -7894,8 +7894,8 @@ def _exchange_fits(lex: Lexicon, memory: Memory, asked: Asked, text: str,
             if (asker, teller) == ("H", "A") and answer:
                 said_then, cosine = folded_words(words), near.get((entry.key, place), 0.0)
                 same = said_then == folded
-                if not same and (exact or not cosine and begun.isdisjoint(
-                        word[:STEM_CHARS - 1] for word in said_then)):
+                if not same and not cosine and begun.isdisjoint(
+                        word[:STEM_CHARS - 1] for word in said_then):
                     continue  # it shares no word, and most need not be taken apart
                 score = 1.0 if same else min(
                     0.98, _likeness(lex, line, lex.line(words), telling))
@@ -8392,24 +8392,24 @@ def _counted_up(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
 Like = Callable[[str], List[Tuple[float, int, int]]]  # of a text: cosine, key, place of sayings
 
 
-def _heard(lex: Lexicon, memory: Memory, asked: Asked, text: str, alike: Dict[int, Entry],
+def _heard(lex: Lexicon, memory: Memory, asked: Asked, text: str, entries: Iterable[Entry],
            like: Optional[Like]) -> Iterator[Recall]:
-    """Yield the exchanges that fit a text, or a clause of it; of what asks, a clause that asks."""
+    """Yield the exchanges that fit a text, or a clause of it; of what asks, a clause that asks.
+
+    Those of entries may fit all of it; without sentence vectors, what clauses say word for word.
+    """
     asking = asks(text, lex)
-    if not like:
-        exact = asking and asks_for_a_fact(text)
-        yield from _exchange_fits(lex, memory, asked, text, alike.values(), {}, exact)
-        return
     wants = asking or wishes(lex, text)
     for part in dict.fromkeys([text, *heard_in(lex, text)][:MOST_PARTS]):
         if part != text and wants and not (asks(part, lex) or wishes(lex, part)):
             continue
-        near = {(key, place): cosine for cosine, key, place in like(part)}
-        found = {entry.id: entry for entry in memory.by_keys([key for key, _ in near])}
-        found.update(alike if part == text else {})
+        near = {(key, place): cosine for cosine, key, place in like(part)} if like else {}
+        found = [*memory.by_keys([key for key, _ in near])]
+        found += said_so(memory, part, asking) if part == text or not like else []
+        found += entries if part == text else []
         share = len(folded_words(part)) / max(1, len(folded_words(text)))
-        yield from _exchange_fits(lex, memory, asked, part, found.values(), near,
-                                  share=1.0 - WHOLE + WHOLE * share)
+        yield from _exchange_fits(lex, memory, asked, part, {e.id: e for e in found}.values(),
+                                  near, 1.0 - WHOLE + WHOLE * share)
 
 
 def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
@@ -8422,8 +8422,7 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
     if not asked.line.words:
         return []
     asked, entries = gathered(lex, memory, asked)
-    alike = {entry.id: entry for entry in (*said_so(memory, text, asking), *entries)}
-    fits = list(_heard(lex, memory, asked, text, alike, like))
+    fits = list(_heard(lex, memory, asked, text, entries, like))
     fits.sort(key=lambda fit: (-round(fit.score, 2), rng.random()))
     best: Dict[Tuple[int, str], Recall] = {}
     for fit in fits:  # one may fit several clauses
@@ -9306,11 +9305,7 @@ class Turn:
             if best is not None:
                 yield from re.findall(r"\S+\s*", best.text)
                 return
-        like = next((fit for fit in self.fits if is_exchange(fit.entry)), None)
-        if not (factual or mind.sayings) and like and like.score >= LEAST_FIT:
-            yield from self._replied(Reply(like.answer, "exchange", like.entry, like.score))
-        else:
-            yield self._silence()
+        yield self._silence()
 
     def _silence(self, way: str = "") -> str:
         """Return what is said where nothing is known, in other words than of late."""

@@ -297,6 +297,18 @@ class Hearing(unittest.TestCase):
                 self.assertEqual({fit.answer for fit in fits[:2]},
                                  {"Sleep well before it.", "Was it very late?"})
 
+    def test_before_it_has_sentence_vectors_it_hears_clauses_by_their_words(self):
+        with contextlib.closing(memory_of(
+                exchange("I burned the caramel", "It turns in the second one looks away."),
+                exchange("is the third batch of glass dear", "That I cannot know."),
+                *(exchange(f"the mill has {count} wheels", "So many wheels!")
+                  for count in ("two", "three", "four", "five")))) as memory:
+            for text in ("I burned the caramel twice, but the third batch came out like glass",
+                         "The mill is shut today. I burned the caramel"):
+                fit = m.recall(memory, text, random.Random(1))[0]
+                self.assertEqual(fit.answer, "It turns in the second one looks away.")
+                self.assertLess(fit.score, 1.0)  # it answers a part of what was said
+
 
 class Turns(unittest.TestCase):
     """A turn says what it knows, or that it does not, and from where it has it."""
