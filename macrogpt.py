@@ -6231,10 +6231,10 @@ FADE = 16.0             # exchanges after which what was said counts half
 # Weights of the judge and the score from which a statement is quoted; the one from which it is
 # said is the owner's recall_score. Fitted by tests/fit_recall.py, which says on what.
 JUDGE = {
-    "quote": 0.058, "bias": -1.80, "tale": -2.85, "same": 0.47, "mass": 0.40, "rare": 0.88,
-    "two": 1.21, "whole": 2.56, "thing lost": -0.26, "new": -1.63, "empty": -0.88,
-    "empty whole": -1.93, "half whole": -1.31, "filled thing": 0.74, "I": 0.28, "yours": -0.78,
-    "owner": 0.27, "other's": -0.69, "rival": -0.62, "leant": 0.19}
+    "quote": 0.074, "bias": -1.48, "tale": -2.70, "same": 0.54, "mass": 0.38, "rare": 0.85,
+    "two": 1.22, "whole": 2.71, "thing lost": -0.26, "new": -1.73, "empty": -0.95,
+    "empty whole": -1.92, "half whole": -1.47, "filled thing": 0.72, "I": 0.20, "yours": -0.69,
+    "owner": 0.18, "other's": -0.40, "rival": -0.44, "leant": 0.29}
 
 # What is known of words, one format for all. A line begins with = where its words name the same
 # thing, with ~ where they are near, with ! where forms follow their base; or with names of a kind
@@ -6242,8 +6242,8 @@ JUDGE = {
 # Names with a language behind a dot are the closed classes of it, a group without a name is of the
 # next of en, de, es, fr: _ joins phrases, / pairs. Lines of this format in the owner's corpus add.
 WORD_TABLE = """
-= 2 two, 3 three, 4 four, 5 five, 6 six, 7 seven, 8 eight, 9 nine, 10 ten, 11 eleven, 12 twelve,
- 13 thirteen, 14 fourteen, 15 fifteen, 16 sixteen, 17 seventeen, 18 eighteen, 19 nineteen, 20 twenty
+= 2 two, 3 three, 4 four, 5 five, 6 six, 7 seven, 8 eight, 9 nine, 10 ten, 11 eleven, 12 twelve, 13
+ thirteen, 14 fourteen, 15 fifteen, 16 sixteen, 17 seventeen, 18 eighteen, 19 nineteen, 20 twenty
 = name call nickname heißen llamar llamo nombre appeler nom, né naissance, live home house reside
  address flat apartment dwell lodge move, wohnen wohne adresse, arbeiten beruf job, vivir vivo vive
  dirección, habiter habite adresse, born birth birthday birthdate birthplace, geboren geburtstag,
@@ -6330,16 +6330,16 @@ colour color farbe couleur: red orange yellow green blue purple violet pink brow
  kitten puppy hen chicken cow goat sheep donkey ewe, sibling: brother sister, sibling hermano:
  hermano hermana, hija: hija hijo, weekend: saturday sunday, saturday sunday: weekend, son: boy,
  daughter: girl, girl: daughter, boy: son, child kid: son daughter, open unlock: code password pin
- combination key passcode, money cost price pay: euro dollar franc pound cent penny crown, spouse
- partner: husband wife marry, wife husband: marry, relative family: mother father brother sister
- aunt uncle cousin niece nephew son daughter grandmother grandfather grandma grandpa wife husband
- child, parent: mother father mum dad mom, instrument: piano guitar violin cello flute trumpet drum
- clarinet saxophone oboe harp viola accordion organ trombone bass ukulele banjo recorder keyboard
- bassoon horn, sport: football soccer tennis basketball volleyball hockey golf rugby cricket
- badminton swimming running climbing judo karate boxing rowing sailing cycling skiing handball
- squash fencing yoga, drink beverage: tea coffee water milk juice wine beer cola lemonade cocoa
- chocolate whisky gin, bird: parrot budgie canary chicken hen duck goose pigeon sparrow owl, fruit:
- apple pear banana orange cherry plum grape strawberry raspberry melon peach apricot mango,
+ combination key passcode, money cost price pay: euro dollar franc pound cent penny crown quid buck
+ grand, spouse partner: husband wife marry, wife husband: marry, relative family: mother father
+ brother sister aunt uncle cousin niece nephew son daughter grandmother grandfather grandma grandpa
+ wife husband child, parent: mother father mum dad mom, instrument: piano guitar violin cello flute
+ trumpet drum clarinet saxophone oboe harp viola accordion organ trombone bass ukulele banjo
+ recorder keyboard bassoon horn, sport: football soccer tennis basketball volleyball hockey golf
+ rugby cricket badminton swimming running climbing judo karate boxing rowing sailing cycling skiing
+ handball squash fencing yoga, drink beverage: tea coffee water milk juice wine beer cola lemonade
+ cocoa chocolate whisky gin, bird: parrot budgie canary chicken hen duck goose pigeon sparrow owl,
+ fruit: apple pear banana orange cherry plum grape strawberry raspberry melon peach apricot mango,
  vegetable: carrot potato tomato onion cabbage spinach pea bean leek cucumber pumpkin broccoli,
  food dish meal: pizza pasta rice soup bread cheese lasagne curry salad cake sushi stew risotto
  noodle egg meat fish potato pancake porridge burger sandwich dumpling spaghetti paella, language:
@@ -6382,40 +6382,40 @@ own me.en: my our mine ours, mein meine meinen meinem meiner meines unser unsere
  question.en: what which, welche welcher welches welchen welchem was, qué cuál cuáles, quel quelle
  quels quelles, indefinite det.en: a an some, ein eine einen, un una, un une, prep function.en: at
  by from in into off on onto over through to under with for of about until till til since during
- after against among beneath beyond despite throughout toward towards underneath upon via per, in im
- an am auf aus bei mit nach von vom zu zum zur für über unter vor, en de a con por para sobre, de à
- au en dans avec pour sur sous par chez, opening function.en: hi hey hello oh ok okay well so and
- but please now then btw also just yes right again, und aber bitte, y pero sí, et mais, lost
+ after against among beneath beyond despite throughout toward towards underneath upon via per, in
+ im an am auf aus bei mit nach von vom zu zum zur für über unter vor, en de a con por para sobre,
+ de à au en dans avec pour sur sous par chez, opening function.en: hi hey hello oh ok okay well so
+ and but please now then btw also just yes right again, und aber bitte, y pero sí, et mais, lost
  frame.en: forgot forgotten wonder wondering idea clue, vergessen, olvidé, advice aux.en: should
  shall could would, idle frame.en: forget give know remember remind say tell, tells function.de:
  dass, que, function.en: ago all already always another anybody anyone anything apart aside as be
  because been certainly definitely either else especially even everyone except few further hardly
  herself himself however indeed itself least mainly mostly neither normally ourselves otherwise
- particularly probably recently several simply somehow sometimes somewhere soon themselves therefore
- upon usually various wherever whenever being best better bit both currently doing done down ever
- everything exactly having here hers him kind let lot lots many matter maybe might more most much
- often one ones only or other ought out perhaps quite rather really same somebody someone something
- sort still such than theirs them thing things today too type up very whatever while wrong yet hm
- moment left, oder sich euch unseren unserer ihren ihrem seinen seinem wurde werden hatte können um
- auch noch schon sehr da wenn so als denn mal viel viele gegen jetzt man seit bis alle, unos unas o
- él ella se era estás fue ni muy ya también lo le esta este eso ese como más, ou on se était été aux
- c cette ces y très plus aussi d qu, me.en: me us myself, mich mir uns, me nos soy estoy tengo, me m
- moi, you.en: you your yours yourself, du dich dir dein deine deinen deinem deiner, tú te tu tus
- eres, tu te t toi ton ta tes vous votre vos, other.en: his her their its, sein seine ihr ihre, su
- sus, son sa ses, det.en: the this that these those any no each every, der die das den dem des einem
- einer eines, el la los las del al, le la les des l du, prep.en: above across along around behind
- below beside between inside near next opposite outside, hinter neben zwischen, bajo debajo detrás
- junto, derrière, not.en: not no never nobody nothing none without cannot nor, nicht kein keine
- keinen nie nichts, no nunca nada nadie, pas jamais rien ne n, aux.en: am is are was were do does
- did can will have has had may must, bin bist ist sind war waren habe hast hat haben kann kannst
- wird muss darf, es está son están soy estoy eres tengo tiene hay ha he puede, est es sont suis ai
- as a ont peut, question.en: who whom whose where when why how, wer wem wen wessen wo wann warum
- wieso wie wohin woher wogegen womit, quién quiénes dónde cuándo cómo cuánto cuánta cuántos cuántas,
- qui que quoi où quand comment combien pourquoi, pronoun.en: there it he she they this, es er sie
- das, pronoun.fr: il elle ce, leans.en: he she it they him them his her its their then but and so,
- idle.en: able ask be big think come dear find folk get go good got guy happen have high keep little
- long look lovely make man mean need new nice originally own part person put take try use usual
- usually way whole, machen gehen kommen, hacer, faire
+ particularly probably recently several simply somehow sometimes somewhere soon themselves
+ therefore upon usually various wherever whenever being best better bit both currently doing done
+ down ever everything exactly having here hers him kind let lot lots many matter maybe might more
+ most much often one ones only or other ought out perhaps quite rather really same somebody someone
+ something sort still such than theirs them thing things today too type up very whatever while
+ wrong yet hm moment left, oder sich euch unseren unserer ihren ihrem seinen seinem wurde werden
+ hatte können um auch noch schon sehr da wenn so als denn mal viel viele gegen jetzt man seit bis
+ alle, unos unas o él ella se era estás fue ni muy ya también lo le esta este eso ese como más, ou
+ on se était été aux c cette ces y très plus aussi d qu, me.en: me us myself, mich mir uns, me nos
+ soy estoy tengo, me m moi, you.en: you your yours yourself, du dich dir dein deine deinen deinem
+ deiner, tú te tu tus eres, tu te t toi ton ta tes vous votre vos, other.en: his her their its,
+ sein seine ihr ihre, su sus, son sa ses, det.en: the this that these those any no each every, der
+ die das den dem des einem einer eines, el la los las del al, le la les des l du, prep.en: above
+ across along around behind below beside between inside near next opposite outside, hinter neben
+ zwischen, bajo debajo detrás junto, derrière, not.en: not no never nobody nothing none without
+ cannot nor, nicht kein keine keinen nie nichts, no nunca nada nadie, pas jamais rien ne n, aux.en:
+ am is are was were do does did can will have has had may must, bin bist ist sind war waren habe
+ hast hat haben kann kannst wird muss darf, es está son están soy estoy eres tengo tiene hay ha he
+ puede, est es sont suis ai as a ont peut, question.en: who whom whose where when why how, wer wem
+ wen wessen wo wann warum wieso wie wohin woher wogegen womit, quién quiénes dónde cuándo cómo
+ cuánto cuánta cuántos cuántas, qui que quoi où quand comment combien pourquoi, pronoun.en: there
+ it he she they this, es er sie das, pronoun.fr: il elle ce, leans.en: he she it they him them his
+ her its their then but and so, idle.en: able ask be big think come dear find folk get go good got
+ guy happen have high keep little long look lovely make man mean need new nice originally own part
+ person put take try use usual usually way whole, machen gehen kommen, hacer, faire
 asks.name.en: name names named called nickname, name heißt heiße heißen, llama llamo llaman nombre,
  appelle appelles nom, asks.job.en: job profession occupation breed brand for_a_living for_work
  as_what do_$, als_was von_beruf beruf, en_qué_trabaja en_qué_trabajo de_qué_trabaja profesión,
@@ -6424,18 +6424,18 @@ asks.name.en: name names named called nickname, name heißt heiße heißen, llam
  since_when until_when till_when til_when how_many_years how_many_months how_many_weeks
  how_many_days how_many_hours how_many_minutes since_which, wie_lange seit_wann bis_wann,
  cuánto_tiempo desde_cuándo, combien_de_temps depuis_quand, asks.time.en: how_often when what_time
- which_time what_day which_day what_date which_date what_month which_month what_year which_year
- what_hour which_weekday what_day_of_the_week which_day_of_the_week birthday date_of time_of, wann
- wie_oft wie_viel_uhr welchem_tag welchem_jahr welchen_tag geburtstag, cuándo qué_hora qué_día
- qué_año qué_fecha cumpleaños, quand quelle_heure quel_jour quelle_année quelle_date anniversaire,
- asks.number.en: how_many, wie_viele, cuántos cuántas, combien_de, asks.amount.en: how_much how_far
- cost costs price fee, wie_viel wie_weit kostet, cuánto cuánta cuesta, combien coûte,
- asks.measure.en: how_tall how_heavy how_high how_big how_wide how_deep how_thick how_hot how_cold
- how_fast how_strong how_large what_temperature, wie_groß wie_schwer wie_hoch wie_tief,
- asks.place.en: where address what_city which_city what_town which_town what_country which_country
- which_street which_room which_shop which_village what_place which_place which_building, wo wohin
- woher welcher_stadt adresse, dónde qué_ciudad dirección, où quelle_ville adresse, asks.person.en:
- who whom whose, wer wem wen wessen, quién quiénes, qui
+ which_time what_day which_day what_date which_date what_month which_month what_hour which_weekday
+ what_day_of_the_week which_day_of_the_week birthday date_of time_of, wann wie_oft wie_viel_uhr
+ welchem_tag welchen_tag geburtstag, cuándo qué_hora qué_día qué_fecha cumpleaños, quand
+ quelle_heure quel_jour quelle_date anniversaire, asks.year.en: what_year which_year, welchem_jahr,
+ qué_año, quelle_année, asks.number.en: how_many, wie_viele, cuántos cuántas, combien_de,
+ asks.amount.en: how_much how_far cost costs price fee, wie_viel wie_weit kostet, cuánto cuánta
+ cuesta, combien coûte, asks.measure.en: how_tall how_heavy how_high how_big how_wide how_deep
+ how_thick how_hot how_cold how_fast how_strong how_large what_temperature, wie_groß wie_schwer
+ wie_hoch wie_tief, asks.place.en: where address what_city which_city what_town which_town
+ what_country which_country which_street which_room which_shop which_village what_place which_place
+ which_building, wo wohin woher welcher_stadt adresse, dónde qué_ciudad dirección, où quelle_ville
+ adresse, asks.person.en: who whom whose, wer wem wen wessen, quién quiénes, qui
 unreal.en: used_to stopped quit almost nearly doubt if unless would wanted wants want hope hopes
  plan will shall might may maybe perhaps wish never former, früher fast wenn würde möchte werde
  vielleicht bezweifle, solía casi si quería quizás, presque si voulais, changed.en: now new
@@ -6444,13 +6444,13 @@ unreal.en: used_to stopped quit almost nearly doubt if unless would wanted wants
  sorry excuse_me quick_question no nope yeah wait you_know_what guess_what fyi correction i_mean
  good_morning good_evening thanks say for_your_information anyway, hallo hi also ja nein übrigens
  sag, hola oye por_favor no, bonjour salut oui non dis, frame.en: told recall said show mention
- mentioned mind note, weißt weiß sagen sag erinnere erinnerst, sabes dime recuerdas recuérdame, sais
- dis rappelle, lost.fr: oublié, tells.en: that, tells.fr: que, whether.en: if whether, ob, si, si,
- wanted.en: name birthday age address number code password pin colour color size date time price,
- name nummer passwort adresse, nombre número contraseña, nom numéro, advice.en: might, soll sollte,
- debo, dois, forget.en: forget, vergiss, olvida, oublie, said.de: Du hast mir gesagt, Me dijiste, Tu
- m'as dit, unknown.de: Das weiß ich noch nicht, Eso no lo sé todavía, Je ne le sais pas encore,
- kept.de: Ich merke es mir, Lo guardo, Je le retiens
+ mentioned mind note, weißt weiß sagen sag erinnere erinnerst, sabes dime recuerdas recuérdame,
+ sais dis rappelle, lost.fr: oublié, tells.en: that, tells.fr: que, whether.en: if whether, ob, si,
+ si, wanted.en: name birthday age address number code password pin colour color size date time
+ price, name nummer passwort adresse, nombre número contraseña, nom numéro, advice.en: might, soll
+ sollte, debo, dois, forget.en: forget, vergiss, olvida, oublie, said.de: Du hast mir gesagt, Me
+ dijiste, Tu m'as dit, unknown.de: Das weiß ich noch nicht, Eso no lo sé todavía, Je ne le sais pas
+ encore, kept.de: Ich merke es mir, Lo guardo, Je le retiens
 day.en: today/0 tonight/0 this_morning/0 this_afternoon/0 this_evening/0 tomorrow/1 yesterday/-1
  last_night/-1 the_day_after_tomorrow/2 the_day_before_yesterday/-2, heute/0 morgen/1 gestern/-1
  übermorgen/2 vorgestern/-2, hoy/0 mañana/1 ayer/-1 anteayer/-2, aujourd'hui/0 demain/1 hier/-1,
@@ -6493,20 +6493,20 @@ refers.en: he she it they him them his her its their, er ihn ihm sein seine sein
  know_about tell_me_about know_of tell_me_all_about remember_about say_about
  tell_me_everything_about know_everything_about, über, sobre, sur, todo.en: to_do have_to_do
  left_to_do, list.en: list lists, liste, lista, liste, puts.en: put add write note include, setz
- setze schreib, pon añade apunta, mets ajoute, strikes.en: cross strike take remove delete tick drop
- scratch, streich streiche, quita tacha, enlève raye, done.en: done bought packed finished paid sent
- booked got ordered, erledigt gekauft, hecho comprado, fait acheté, more.en: heavier older bigger
- larger taller longer higher wider deeper faster dearer more later, schwerer älter größer länger
- teurer, less.en: lighter younger smaller shorter lower narrower cheaper slower less fewer earlier,
- leichter jünger kleiner kürzer billiger, sums.en: together altogether total, zusammen insgesamt,
- juntos juntas total, ensemble total, corrects.en: scrap, reckons.en: calculate compute sum makes
- equal equals much reckon result, request.en: write help make recommend suggest explain translate
- sing play draw find set remind call send look compose invent advise tell give say teach show read
- describe entertain cheer choose pick correct, wants.en: need want like love, given.en: story poem
- joke riddle recipe name idea tip tips advice help excuse game limerick twister speech verse song
- letter, duty.en: have_to has_to need_to got_to must, muss, tengo_que debo, dois, birth.en: born
- birthday, geboren, nacido nací nació, né née, added.en: more another extra, weitere, otro otra más,
- encore autre
+ setze schreib, pon añade apunta, mets ajoute, strikes.en: cross strike take remove delete tick
+ drop scratch, streich streiche, quita tacha, enlève raye, done.en: done bought packed finished
+ paid sent booked got ordered, erledigt gekauft, hecho comprado, fait acheté, more.en: heavier
+ older bigger larger taller longer higher wider deeper faster dearer more later, schwerer älter
+ größer länger teurer, less.en: lighter younger smaller shorter lower narrower cheaper slower less
+ fewer earlier, leichter jünger kleiner kürzer billiger, sums.en: together altogether total,
+ zusammen insgesamt, juntos juntas total, ensemble total, corrects.en: scrap, reckons.en: calculate
+ compute sum makes equal equals much reckon result, request.en: write help make recommend suggest
+ explain translate sing play draw find set remind call send look compose invent advise tell give
+ say teach show read describe entertain cheer choose pick correct, wants.en: need want like love,
+ given.en: story poem joke riddle recipe name idea tip tips advice help excuse game limerick
+ twister speech verse song letter, duty.en: have_to has_to need_to got_to must, muss, tengo_que
+ debo, dois, birth.en: born birthday, geboren, nacido nací nació, né née, added.en: more another
+ extra, weitere, otro otra más, encore autre
 ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, reckon.en: plus/+
  and_add/+ added_to/+ minus/- less/- take_away/- times/* multiplied_by/* divided_by// over//
  percent_of/%, plus/+ minus/- mal/* geteilt_durch// prozent_von/%, más/+ menos/- por/* entre//
@@ -6514,35 +6514,36 @@ ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, rec
  bis ab, desde hasta, depuis dès, joins.en: and but so because since while when though although
  until unless, und aber denn weil als während obwohl, y pero porque cuando mientras aunque, et mais
  car parce quand pendant, is.en: am is are was were, bin bist ist sind war waren, es está son están
- soy eres era, es est sont suis était, agenda.en: happen happened happening plan plans planned going
- scheduled, dated.en: on in, am im, el en, le en
+ soy eres era, es est sont suis était, agenda.en: happen happened happening plan plans planned
+ going scheduled, dated.en: on in, am im, el en, le en
 sad.en: died dies dying dead death funeral buried grief cancer hospital surgery diagnosed ill sick
  hurt hurts pain crying cry cried lonely alone scared afraid worried anxious sad depressed miss
- misses divorce divorced fired failed lost stolen awful terrible worst horrible empty guilty ashamed
- exhausted stressed nightmare accident crash headache angry furious shouted dumped rejected cheated
- upset hate panic homesick bullied betrayed evicted sacked grieving widow widower dementia stroke
- miscarriage suicidal abused hopeless, traurig gestorben tot krank einsam angst verloren müde
- wütend, triste murió muerto enfermo enferma miedo perdí cansado cansada, triste mort morte malade
- peur perdu fatigué fatiguée, glad.en: happy glad won engaged pregnant promoted promotion wonderful
- lovely excited proud celebrate celebrated congratulations yay benign joy scored hired accepted
- prize cured remission recovered sober laughed danced dancing sang amazing brilliant fantastic
- awesome hooray graduated succeeded pleased delighted thrilled grateful relieved adopted praised,
- glücklich froh gewonnen bestanden schwanger verliebt, feliz contento contenta gané embarazada,
- heureux heureuse content contente gagné enceinte
+ misses divorce divorced fired failed lost stolen awful terrible worst horrible empty guilty
+ ashamed exhausted stressed nightmare accident crash headache angry furious shouted dumped rejected
+ cheated upset hate panic homesick bullied betrayed evicted sacked grieving widow widower dementia
+ stroke miscarriage suicidal abused hopeless, traurig gestorben tot krank einsam angst verloren
+ müde wütend, triste murió muerto enfermo enferma miedo perdí cansado cansada, triste mort morte
+ malade peur perdu fatigué fatiguée, glad.en: happy glad won engaged pregnant promoted promotion
+ wonderful lovely excited proud celebrate celebrated congratulations yay benign joy scored hired
+ accepted prize cured remission recovered sober laughed danced dancing sang amazing brilliant
+ fantastic awesome hooray graduated succeeded pleased delighted thrilled grateful relieved adopted
+ praised, glücklich froh gewonnen bestanden schwanger verliebt, feliz contento contenta gané
+ embarazada, heureux heureuse content contente gagné enceinte
 short.en: 'm/am 're/are 've/have 'll/will 'd/would whats/what_is wheres/where_is whos/who_is
  hows/how_is whens/when_is im/i_am ive/i_have dont/do_not doesnt/does_not didnt/did_not isnt/is_not
- arent/are_not cant/can_not can't/can_not won't/will_not wont/will_not thats/that_is theres/there_is
- wasnt/was_not teh/the u/you ur/your wher/where waht/what wat/what, short.fr: j'/je l'/le d'/de
- qu'/que c'/ce m'/me s'/se n'/ne t'/te, ending.en: ies/i ied/i y/i ss/ss us/us is/is ing ed es s e,
- en er es em et te ten st n e s t, os/o as/a es s, es ées ée és er ez ent e s é, silent.en: ing/e
- ed/e es/e e/e, turn.en: i/you we/you me/you us/you my/your our/your mine/yours ours/yours
- myself/yourself ourselves/yourselves i'm/you_are i've/you_have i'll/you_will i'd/you_would
- im/you_are ive/you_have am/are we're/you_are we've/you_have we'll/you_will we'd/you_would your/my
- yours/mine yourself/myself you're/I_am you've/I_have you'll/I_will you'd/I_would, mein/dein
- meine/deine meinen/deinen meinem/deinem meiner/deiner meines/deines unser/euer bin/bist habe/hast
- ich/du mich/dich mir/dir, mi/tu mis/tus soy/eres estoy/estás tengo/tienes vivo/vives
- trabajo/trabajas nací/naciste me/te llamo/llamas yo/tú nuestro/vuestro nuestra/vuestra, mon/ton
- ma/ta mes/tes suis/es ai/as je/tu j'ai/tu_as me/te m'appelle/t'appelles notre/votre nos/vos
+ arent/are_not cant/can_not can't/can_not won't/will_not wont/will_not thats/that_is
+ theres/there_is wasnt/was_not teh/the u/you ur/your wher/where waht/what wat/what, short.fr: j'/je
+ l'/le d'/de qu'/que c'/ce m'/me s'/se n'/ne t'/te, ending.en: ies/i ied/i y/i ss/ss us/us is/is
+ ing ed es s e, en er es em et te ten st n e s t, os/o as/a es s, es ées ée és er ez ent e s é,
+ silent.en: ing/e ed/e es/e e/e, turn.en: i/you we/you me/you us/you my/your our/your mine/yours
+ ours/yours myself/yourself ourselves/yourselves i'm/you_are i've/you_have i'll/you_will
+ i'd/you_would im/you_are ive/you_have am/are we're/you_are we've/you_have we'll/you_will
+ we'd/you_would your/my yours/mine yourself/myself you're/I_am you've/I_have you'll/I_will
+ you'd/I_would, mein/dein meine/deine meinen/deinen meinem/deinem meiner/deiner meines/deines
+ unser/euer bin/bist habe/hast ich/du mich/dich mir/dir, mi/tu mis/tus soy/eres estoy/estás
+ tengo/tienes vivo/vives trabajo/trabajas nací/naciste me/te llamo/llamas yo/tú nuestro/vuestro
+ nuestra/vuestra, mon/ton ma/ta mes/tes suis/es ai/as je/tu j'ai/tu_as me/te m'appelle/t'appelles
+ notre/votre nos/vos
 """
 
 
@@ -6720,9 +6721,11 @@ class Lexicon:
                     if tuple(words[at:at + len(phrase)]) == phrase), default=0)
 
     def language_of(self, words: Sequence[str]) -> str:
-        """Return the language that has most of the words as function words."""
+        """Return the language that has most of the words as function words, or as short for them.
+        """
         return max(self.endings, key=lambda language: sum(
-            "function" in self.closed[language].get(word, ()) for word in words))
+            "function" in self.closed[language].get(word, ())
+            or word in self.pairs["short", language] for word in words))
 
 
 _NONE: AbstractSet[str] = frozenset()
@@ -6802,6 +6805,7 @@ class Line:
         self.owners = [self._owner(i) for i in range(len(self.words))]
         self.caps = [word.text[:1].isupper() and "function" not in word.classes and (  # names
             i > 0 or word.stem not in lex.known) and word.stem not in lex.kinds["time"]
+            and not (word.text.isupper() and len(word.text) > STEM_CHARS)  # nor what is shouted
             for i, word in enumerate(self.words)]
         self.has: AbstractSet[str] = frozenset().union(*(word.classes for word in self.words))
 
@@ -7136,10 +7140,13 @@ def analyzed(lex: Lexicon, text: str) -> Asked:
     """Return a question taken apart."""
     line = lex.line(lex.opened(text)[0].strip() or text)
     words, size = [*(word.word for word in line.words), "$"], range(len(line.words) + 1)
-    slot, at = next((
+    asks_first = next((i for i in size[:-1] if "question" in line.words[i].classes), -1)
+    slot, at = next((  # a later "who" goes with what stands before it
         (kind[5:], set(range(i, i + lex.phrase_at(words, i, kind, language))))
         for kind, language in lex.phrases if kind.startswith("asks.") and language == line.language
-        for i in size if lex.phrase_at(words, i, kind, language)), ("", set()))
+        for i in size if lex.phrase_at(words, i, kind, language) and (
+            i <= asks_first or i == size[-1] or "question" not in line.words[i].classes)),
+        ("", set()))
     which = next((i for i, word in enumerate(line.words) if "which" in word.classes), len(words))
     beside = itertools.takewhile(  # what does the holiday cost: it asks for no kind of holiday
         lambda w: lex.odd.get(w.word, w.word) != "do", line.words[which + 1:which + 4])
@@ -7170,7 +7177,7 @@ class Unit(NamedTuple):
 
 
 ABBREVIATED = re.compile(r"(?:\b(?:mr|mrs|ms|dr|st|prof|ing|rev|jr|sr|no|vs|approx|e\.g|i\.e|a\.m|"
-                         r"p\.m)|\b\w)\.$", re.I)
+                         r"p\.m)|(?<!['’])\b\w)\.$", re.I)
 _BREAKS = re.compile(r"(?<=[.!?…;])[\"')\]]*\s+|(?<=[。！？।॥؟۔။។።])")
 _CLAUSES = re.compile(r",(?: (?:and|but|und|aber|y|et|mais))? | (?:and|but|und|aber|y|et|mais) ",
                       re.I)
@@ -7224,8 +7231,8 @@ def leans(lex: Lexicon, line: Line) -> bool:
         if "refers" in word.classes or "stands" in word.classes and at - 1 in line.telling and (
                 lex.kinds["number"].isdisjoint(line.words[at - 1][1:3])):  # thirty-one is a number
             return True
-        if at in line.telling and (line.caps[at] or line.owners[at]) and (
-                word.stem not in lex.kinds["time"]):
+        named = line.caps[at] or line.owners[at] or at == 0 and {*line.telling[:2]} == {0, 1}
+        if at in line.telling and named and word.stem not in lex.kinds["time"]:
             return "stands" in _NONE.union(*(w.classes for w in line.words[at + 1:at + 2]))
     return bool(line.words) and "prep" in line.words[0].classes and len(line.words) < 7 and (
         not line.has & {"aux", "subject"})
@@ -7321,6 +7328,20 @@ def _units_of(lex: Lexicon, entry: Entry, needles: Iterable[str]) -> Iterator[Un
                     yield Unit(entry, lex.line(rest), text=rest)
 
 
+def _beside(lex: Lexicon, units: Iterable[Unit]) -> Iterator[Unit]:
+    """Yield statements, and those of the owner's also with the one before them in a message.
+
+    What is told in one breath belongs together: the clock strikes thirteen; the rack is bent.
+    """
+    last: Optional[Unit] = None
+    for unit in units:
+        yield unit
+        if last and last.entry is unit.entry and not unit.about and unit.entry.source in TOLD:
+            about = f"{last.text}{'.' * last.text[-1:].isalnum()}"
+            yield Unit(unit.entry, lex.line(f"{about} {unit.text}"), text=unit.text, about=about)
+        last = unit
+
+
 # who is who
 
 
@@ -7370,10 +7391,10 @@ def _called(lex: Lexicon, memory: Memory, asked: Asked) -> Dict[int, AbstractSet
 def _filled(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: Dict[int, int],
             used: AbstractSet[int], before: int) -> int:
     """Return how surely a statement fills a question's gap, 0 to 2, with what it has beside it."""
-    if len(used) < len(line.telling) and any(near[i] > 2 + (
+    filled = 2  # the very word that asks is there, and something else
+    if len(used) == len(line.telling) or not any(near[i] > 2 + (
             asked.line.words[i].stem == asked.kind) for i in asked.asking & near.keys()):
-        return 2  # the very word that asks is there, and something else
-    filled = _filling(lex, asked, line, used, before)
+        filled = _filling(lex, asked, line, used, before)
     if asked.slot != "name" or not asked.vital:
         return filled
     things = [i for i in asked.vital if not asked.line.caps[i]] or asked.vital
@@ -7392,7 +7413,7 @@ def _filling(lex: Lexicon, asked: Asked, line: Line, used: Container[int], befor
         return 0
     if _began(lex, asked, line):
         return 2
-    test = {"time": _when, "place": _where, **dict.fromkeys(
+    test = {"time": _when, "year": _when, "place": _where, **dict.fromkeys(
         ("number", "amount", "measure", "age", "span"), _counted)}.get(asked.slot, _named)
     padded = [_NO_WORD, _NO_WORD, *line.words, _NO_WORD]
     return max((test(lex, asked.slot, line, used, at, *padded[at:at + 4])
@@ -7417,8 +7438,8 @@ def _counted(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
     """Return how surely a word is a count, an amount, a size, an age, a span of time."""
     if not _is_number(lex, word):
         return 2 * (slot == "span" and word.stem in lex.kinds["since"])
-    if _is_number(lex, after):  # forty-eight: the last word decides
-        return 0
+    if _is_number(lex, after) or re.fullmatch(r"\d+(?:st|nd|rd|th)", word.word):
+        return 0  # forty-eight: the last word decides; the 28th is a day
     unit, ends = after.stem in lex.kinds["unit"], after is _NO_WORD
     timely = after.stem in lex.kinds["time"] or before.word == "at"
     aged = any(w.stem in lex.kinds["aged"] for w in line.words[max(0, at - 2):at + 4])
@@ -7428,7 +7449,7 @@ def _counted(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
     other = not counts and at + 1 in line.telling
     return {"number": 2 if counts else 0 if labels or other else 1 + any(
                 i in used for i in range(at - 2, at)),
-            "amount": 2 - (timely or at + 1 in used and not unit),
+            "amount": 2 - (timely or "subject" in first.classes or at + 1 in used and not unit),
             "measure": 1 + (ends or unit and not timely), "span": 1 + unit,
             "age": 2 if aged or told else int("prep" in before.classes)}[slot]
 
@@ -7436,8 +7457,11 @@ def _counted(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
 def _when(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
           first: Word, before: Word, word: Word, after: Word) -> int:
     """Return how surely a word is a time."""
-    return 2 * (word.stem in lex.kinds["time"] | lex.kinds["unit"]) or (
-        _is_number(lex, word) * (1 + ("prep" in before.classes)))
+    if slot == "year":
+        return 2 * bool(re.fullmatch(r"[12]\d{3}", word.word)) or int(_is_number(lex, word))
+    if word.stem in lex.kinds["time"]:  # after lunch, and not: after that
+        return 2 * ("prep" not in word.classes or "function" not in after.classes)
+    return _is_number(lex, word) * (1 + ("prep" in before.classes))
 
 
 def _where(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
@@ -7455,8 +7479,9 @@ def _where(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
         return 2 * (behind.isupper() or behind.isdigit())
     led = word.word not in ("to", "of", "about", "by", "for", "during") or line.caps[j] or (
         word.word in ("to", "by") and "det" in line.words[j - 1].classes)
-    return 2 * (j > at and led and ahead.stem not in lex.kinds["time"]
-                and not _is_number(lex, ahead) and "function" not in ahead.classes)
+    timely = ahead.stem in lex.kinds["time"] or ahead.word in lex.pairs["nth", line.language]
+    return 2 * (j > at and led and not timely and not _is_number(lex, ahead)
+                and "function" not in ahead.classes)
 
 
 def _named(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
@@ -7466,7 +7491,8 @@ def _named(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
     unknown = line.text.islower() and telling and word.stem not in lex.known
     if slot == "person":
         if line.caps[at]:
-            return 1 if before.word in ("in", "at", "near", "from", "to") else 2
+            lead = first if "det" in before.classes else before
+            return 1 if lead.word in ("in", "at", "near", "from", "to") else 2
         led = before.classes & {"own"} or before.word in ("by", "from", "with", "von", "por", "par")
         return int(word.stem in lex.kinds["person"] or bool(led) and telling or unknown)
     if slot == "name":
@@ -7489,7 +7515,8 @@ class Judged(NamedTuple):
     near: Dict[int, int]
     filled: int
     verdict: str
-    own: bool = True  # it has one of them itself, not only what it leans on
+    own: bool = True   # it has one of them itself, not only what it leans on
+    news: bool = True  # it says more than what is asked, without which it answers nothing
 
 
 def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], Judged]:
@@ -7512,6 +7539,7 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
     held, whole = bool(vital) and not set(vital) & set(lost), bool(used) and not lost
     own = any(near[i] and at[i] >= before for i in near)
     typed = bool(asked.slot or asked.kind or bare) and not asked.polar
+    new = sum(j not in used and "idle" not in line.words[j].classes for j in line.telling)
     found = {
         "bias": True,
         "tale": unit.entry.source not in TOLD and not line.speaker and _leaning(unit.entry.text),
@@ -7520,26 +7548,30 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
         "mass": sum(asked.weights[i] for i in terms if near[i]),
         "rare": max((asked.weights[i] for i in terms if near[i] > 2), default=0.0),
         "two": len(used) > 1, "whole": whole, "thing lost": bool(vital) and not held,
-        "new": min(3, sum(j not in used and "idle" not in line.words[j].classes
-                          for j in line.telling)) / 3.0,
+        "new": min(3, new) / 3.0,
         "empty": typed and not filled, "empty whole": typed and not filled and whole,
         "half whole": typed and filled == 1 and whole,
         "filled thing": held and filled == 2,
         "I": "subject" in q.has and "subject" in line.has,
         "yours": "you" in q.has and not q.has & {"me"} and "you" not in line.has,
         "owner": max(owned, default=0) > 0,
-        "other's": min(owned, default=0) < 0 or bool(line.speaker) and "subject" in q.has,
+        "other's": min(owned, default=0) < 0,
         "rival": any(_has_rival(lex, q.words[i], line) for i in lost),
         "leant": before > 0 and not own}
     return {name: float(value) for name, value in found.items()}, Judged(
-        0.0, unit, near, filled, verdict, own)
+        0.0, unit, near, filled, verdict, own, bool(new or asked.polar))
 
 
 def _matched(lex: Lexicon, asked: Asked, line: Line) -> Tuple[Dict[int, int], Dict[int, int]]:
     """Return how near a statement comes to each term of a question, and where."""
-    best = {i: max(((lex.nearness(asked.line.words[i], line.words[j]), -j) for j in line.telling),
-                   default=(0, 0)) for i in asked.terms}
-    return {i: grade for i, (grade, _) in best.items()}, {i: -j for i, (_, j) in best.items()}
+    words, near, at = asked.line.words, {}, {}  # type: Any, Dict[int, int], Dict[int, int]
+    same = {line.words[j].stem for j in line.telling} & {words[i].stem for i in asked.terms}
+    for i in asked.terms:
+        grade, j = max(((lex.nearness(words[i], line.words[j]), -j) for j in line.telling
+                        if words[i].stem in same or line.words[j].stem not in same),
+                       default=(0, 0))  # what another word is, this one is not as well
+        near[i], at[i] = grade, -j
+    return near, at
 
 
 def _only_names(lex: Lexicon, asked: Asked, line: Line, used: Container[int]) -> bool:
@@ -7693,15 +7725,21 @@ def judged(lex: Lexicon, asked: Asked, entries: Iterable[Entry]) -> List[Judged]
     needles = {_unmarked(form.rstrip("*"))[:4] for i in asked.terms
                for form in lex.forms(asked.line.words[i])}
     bare = all(i in asked.asking for i in asked.terms)
-    units = (unit for entry in entries for unit in _units_of(lex, entry, needles))
-    found = [signals(lex, asked, unit) for unit in itertools.islice(units, MOST_UNITS)]
-    return sorted((each._replace(score=weighed(values, JUDGE)) for values, each in found
-                   if bare or any(each.near.values())), key=lambda each: -each.score)
+    units = (unit for entry in entries for unit in _beside(lex, _units_of(lex, entry, needles)))
+    found = [signals(lex, asked, unit) for unit in itertools.islice(units, MOST_UNITS)
+             if unit.line.telling]  # hello there tells nothing
+    best: Dict[Tuple[int, str], Judged] = {}  # by itself, or with what stands before it
+    for each in sorted((each._replace(score=each.news * weighed(values, JUDGE))
+                        for values, each in found if bare or any(each.near.values())),
+                       key=lambda each: -each.score):
+        best.setdefault((each.unit.entry.id, each.unit.text or each.unit.line.text), each)
+    return list(best.values())
 
 
 def _mends(lex: Lexicon, unit: Unit) -> bool:
     """Return whether a statement says that what it leans on is so no longer."""
-    line = lex.line(unit.entry.text.strip() if unit.entry.source in TOLD else unit.text)
+    said = next((part for part in sentences_of(unit.entry.text) if unit.text in part), unit.text)
+    line = lex.line(said if unit.entry.source in TOLD else unit.text)  # with its "no, I meant"
     return any(line.has_phrase(lex, kind) for kind in ("ended", "corrects", "changed"))
 
 
@@ -7719,7 +7757,8 @@ def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) 
     fits = [each for each in found if each.unit.entry.source in TOLD and each.filled >= top.filled
             and all(each.near[i] > 2 for i in top.near if top.near[i] > 2)
             and (each is top or each.score >= least or _mends(lex, each.unit)
-                 or each.own and each.unit.about.startswith(top.unit.text))
+                 or each.own and each.unit.about.startswith(top.unit.text)
+                 and leans(lex, lex.line(each.unit.text)))
             and (each is top or each.own or _mends(lex, each.unit))
             and (not several or _subject(each.unit.line) == _subject(top.unit.line)
                  or _mends(lex, each.unit))]
@@ -7975,15 +8014,19 @@ def said_so(memory: Memory, text: str, asking: bool) -> List[Entry]:
 
 
 def _question_in(lex: Lexicon, text: str) -> str:
-    """Return the last sentence of a text that asks, or all of it.
+    """Return the last sentence of a text that asks, to the end of what asks in it, or all of it.
 
     All of it, too, where that sentence names nothing: the boiler is cold, whom do I call?
     """
     asking = [s for line in text.splitlines() for s in sentences_of(line[-MAX_ASKED_CHARS:])
               if asks(s, lex)]
-    line = lex.line(asking[-1] if asking else "")
+    said = asking[-1] if asking else ""
+    clauses = [part for part in heard_in(lex, said) if asks(part, lex)]
+    if clauses and not is_question(said):  # why is the sky blue, my son wants to know
+        said = said[:said.find(clauses[-1]) + len(clauses[-1])]
+    line = lex.line(said)
     names = any("idle" not in line.words[i].classes for i in line.telling)
-    return line.text if names else text[:MAX_ASKED_CHARS]
+    return said if names else text[:MAX_ASKED_CHARS]
 
 
 # what a question leaves to the talk before it
@@ -8435,8 +8478,8 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
     for each in found:
         line, unit = each.unit.line, each.unit
         names = [asked.line.words[i].text for i in asked.vital if asked.line.caps[i]]
-        unsure = asked.polar and not each.verdict or line.speaker and names and not any(
-            name in line.speaker for name in names)  # is quoted at most
+        unsure = asked.polar and not each.verdict or line.speaker and (  # is quoted at most
+            "subject" in asked.line.has or names and not any(n in line.speaker for n in names))
         said.append(Recall(
             min(each.score, least / 2.0) if unsure else each.score, unit.entry,
             each.verdict + said_back(lex, unit, today), unit.text or line.text, (),
@@ -8655,10 +8698,12 @@ def asks_for_a_fact(text: str) -> bool:
     lex = lexicon()
     if not asks(text, lex):
         return False
-    line = analyzed(lex, text).line
-    if line.has & {"you", "advice"}:
+    asked = analyzed(lex, _question_in(lex, text))
+    line = asked.line
+    if line.has & {"you", "advice"} or _is_general(asked) and not asked.polar:
         return False
-    named = any(line.caps[1:]) or any(word.word in ("'s", "the") for word in line.words)
+    named = any(line.caps[1:]) or any(one.word in ("'s", "the") and not (
+        other.classes & {"function", "idle"}) for one, other in zip(line.words, line.words[1:]))
     return bool(line.has & {"me", "own"} or named and line.telling)
 
 

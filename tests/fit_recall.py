@@ -82,7 +82,8 @@ def rows_of(group, memory, rng, read=False):
         asked, entries = m.gathered(lex, told, m.analyzed(lex, m._question_in(lex, words)))
         rows = [(m.signals(lex, asked, unit)[0],
                  unit.text.strip(" .") in fact and unit.entry.id > newest, verdict)
-                for unit, verdict in ((x.unit, x.verdict) for x in m.judged(lex, asked, entries))]
+                for unit, verdict in ((x.unit, x.verdict) for x in m.judged(lex, asked, entries)
+                                      if x.news)]
         # an exchanged question may be about another fact after all
         if tag != "X" or not any(found["whole"] for found, *_ in rows):
             yield tag, asked.polar, rows if tag != "S" or m.asks(words) else []

@@ -138,6 +138,29 @@ class Replies(unittest.TestCase):
         self.assertEqual((said.source, said.text),
                          ("quote", 'I am not sure, but you told me: "My brother likes jazz."'))
 
+    def test_what_is_told_in_one_breath_belongs_together_and_no_more_is_said_than_answers(self):
+        told = "My ladder is at the joiner's. One rung broke. My drill is in the loft."
+        for asked, said in (("What broke on my ladder?", "One rung broke."),
+                            ("Where is my drill?", "Your drill is in the loft."),
+                            ("Where is my ladder?", "Your ladder is at the joiner's.")):
+            reply = after(told, asked).text
+            self.assertIn(said, reply, asked)
+            self.assertEqual("drill" in reply, "drill" in asked, reply)
+        self.assertEqual(after(told, "Where is my drill?").text, "Your drill is in the loft.")
+
+    def test_what_only_says_the_question_again_or_fills_another_gap_is_no_answer(self):
+        for told, asked in (("I sold the old harp.", "Who took the old harp when I sold it?"),
+                            ("Baby Nils weighed 3500 grams.", "On what date was baby Nils born?"),
+                            ("My rent is due on the 28th.", "How much is my rent?"),
+                            ("After that Olga rests.", "What time does Olga rest?"),
+                            ("I swim in the lake on Sundays.", "In what year was the lake made?")):
+            said = after(told, asked)
+            self.assertNotEqual(said.source, "memory", (asked, said.text))
+
+    def test_a_greeting_tells_nothing_that_may_be_quoted(self):
+        for asked in ("Which string do I give him?", "Who is there?", "Where is it?"):
+            self.assertNotIn(after(["hi", "Hello there!"], asked).source, ("memory", "quote"))
+
     def test_in_any_language_it_is_said_to_the_owner_and_the_telling_word_decides(self):
         for told, asked, key in (
                 (["My right shoe is called Bob.", "My left shoe is called Ann."],
