@@ -1924,7 +1924,7 @@ class PackedMatrix:
     def times(self, columns: bool, other: "PackedMatrix", across: bool) -> Iterator[List[float]]:
         """Yield each row of the other matrix (column, if across) times all rows (columns)."""
         if columns not in self._lanes:
-            self._lanes[columns] = Lanes(self._fine, self._parts(not columns), self.shape[columns])
+            self._lanes[columns] = Lanes(self._fine, self.parts_of(not columns), self.shape[columns])
         lanes, fixed = self._lanes[columns], other.scalars
         return (lanes.times(fixed.part(place), fixed.unit) for place in other._parts(across))
 
@@ -6373,10 +6373,10 @@ colour color farbe couleur: red orange yellow green blue purple violet pink brow
  zehn elf zwölf uno dos tres cuatro cinco seis siete ocho nueve diez doce deux trois quatre cinq
  sept huit neuf dix onze douze, since: since until till til seit bis desde hasta depuis, reason:
  because since so for to weil denn um porque para parce pour, aged: age edad old turn alt ans años,
- work: job employ profession teach drive study, ordinal: first second third fourth fifth sixth
- last, opposite: like/hate open/close left/right hot/cold first/last next/last old/new before/after
- arrive/leave start/end begin/end begin/finish morning/evening north/south east/west big/small
- up/down full/empty buy/sell married/single home/away front/back
+ work: job employ profession teach drive study, opposite: like/hate open/close left/right hot/cold
+ first/last next/last old/new before/after arrive/leave start/end begin/end begin/finish
+ morning/evening north/south east/west big/small up/down full/empty buy/sell married/single
+ home/away front/back
 own me.en: my our mine ours, mein meine meinen meinem meiner meines unser unsere unserem, mi mis
  nuestro nuestra, mon ma mes notre nos, subject me.en: i we, ich wir, yo nosotros, je j nous, which
  question.en: what which, welche welcher welches welchen welchem was, qué cuál cuáles, quel quelle
@@ -6486,27 +6486,27 @@ refers.en: he she it they him them his her its their, er ihn ihm sein seine sein
  antigua, avant ancien ancienne, ended.en: any_more anymore no_longer gave given sold away quit
  cancelled lost threw got_rid stopped broke died, nicht_mehr kein_mehr verkauft gekündigt, ya_no
  vendí vendimos, ne_plus vendu, corrects.en: no nope actually sorry wait correction i_mean i_meant
- rather oops wrong mistyped misspelt out_of_date put_it_off mistake, nein doch ich_meine, no perdón
- quiero_decir, non pardon je_veux_dire, goes_on.en: and what_about how_about, und was_ist_mit, y,
- et, says.en: say said tell told mention mentioned, sagte gesagt erzählt, dije dicho contado, dit
- raconté, lately.en: just last, gerade zuletzt, última último, dernier dernière, about.en:
- know_about tell_me_about know_of tell_me_all_about remember_about say_about
- tell_me_everything_about know_everything_about, über, sobre, sur, todo.en: to_do have_to_do
- left_to_do, list.en: list lists, liste, lista, liste, puts.en: put add write note include, setz
- setze schreib, pon añade apunta, mets ajoute, strikes.en: cross strike take remove delete tick
- drop scratch, streich streiche, quita tacha, enlève raye, done.en: done bought packed finished
- paid sent booked got ordered, erledigt gekauft, hecho comprado, fait acheté, more.en: heavier
- older bigger larger taller longer higher wider deeper faster dearer more later, schwerer älter
- größer länger teurer, less.en: lighter younger smaller shorter lower narrower cheaper slower less
- fewer earlier, leichter jünger kleiner kürzer billiger, sums.en: together altogether total,
- zusammen insgesamt, juntos juntas total, ensemble total, corrects.en: scrap, reckons.en: calculate
- compute sum makes equal equals much reckon result, request.en: write help make recommend suggest
- explain translate sing play draw find set remind call send look compose invent advise tell give
- say teach show read describe entertain cheer choose pick correct, wants.en: need want like love,
- given.en: story poem joke riddle recipe name idea tip tips advice help excuse game limerick
- twister speech verse song letter, duty.en: have_to has_to need_to got_to must, muss, tengo_que
- debo, dois, birth.en: born birthday, geboren, nacido nací nació, né née, added.en: more another
- extra, weitere, otro otra más, encore autre
+ rather oops wrong mistyped misspelt out_of_date put_it_off mistake i_am_mistaken i'm_mistaken
+ i_was_wrong my_mistake, nein doch ich_meine, no perdón quiero_decir, non pardon je_veux_dire,
+ goes_on.en: and what_about how_about, und was_ist_mit, y, et, says.en: say said saying tell told
+ telling mention mentioned, sagte gesagt erzählt, dije dicho contado, dit raconté, lately.en: just
+ last, gerade zuletzt, última último, dernier dernière, about.en: know_about tell_me_about know_of
+ tell_me_all_about remember_about say_about tell_me_everything_about know_everything_about, über,
+ sobre, sur, todo.en: to_do have_to_do left_to_do, list.en: list lists, liste, lista, liste,
+ puts.en: put add write note include, setz setze schreib, pon añade apunta, mets ajoute,
+ strikes.en: cross strike take remove delete tick drop scratch, streich streiche, quita tacha,
+ enlève raye, done.en: done bought packed finished paid sent booked got ordered, erledigt gekauft,
+ hecho comprado, fait acheté, more.en: heavier older bigger larger taller longer higher wider
+ deeper faster dearer more later, schwerer älter größer länger teurer, less.en: lighter younger
+ smaller shorter lower narrower cheaper slower less fewer earlier, leichter jünger kleiner kürzer
+ billiger, sums.en: together altogether total, zusammen insgesamt, juntos juntas total, ensemble
+ total, corrects.en: scrap, reckons.en: calculate compute sum makes equal equals much reckon
+ result, request.en: write help make recommend suggest explain translate sing play draw find set
+ remind call send look compose invent advise tell give say teach show read describe entertain cheer
+ choose pick correct, wants.en: need want like love, given.en: story poem joke riddle recipe name
+ idea tip tips advice help excuse game limerick twister speech verse song letter, duty.en: have_to
+ has_to need_to got_to must, muss, tengo_que debo, dois, birth.en: born birthday, geboren, nacido
+ nací nació, né née, added.en: more another extra, weitere, otro otra más, encore autre
 ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, reckon.en: plus/+
  and_add/+ added_to/+ minus/- less/- take_away/- times/* multiplied_by/* divided_by// over//
  percent_of/%, plus/+ minus/- mal/* geteilt_durch// prozent_von/%, más/+ menos/- por/* entre//
@@ -6795,7 +6795,7 @@ class Line:
         found = _WORD.findall(text.replace("’", "'").replace("-in-law", "inlaw"))
         self.text, self.speaker = text, speaker
         self.language = lex.language_of([word.casefold() for word in found])
-        parts = [part for piece in found for part in self._parts(lex, piece)]
+        parts = [part for piece in found for part in self.parts_of(lex, piece)]
         self.words = [lex.word(part, self.language) for part in parts]
         if speaker:  # whose "I" is not the owner's
             named = [lex.word(part, "") for part in _WORD.findall(speaker)]
@@ -6809,7 +6809,7 @@ class Line:
             for i, word in enumerate(self.words)]
         self.has: AbstractSet[str] = frozenset().union(*(word.classes for word in self.words))
 
-    def _parts(self, lex: Lexicon, piece: str) -> List[str]:
+    def parts_of(self, lex: Lexicon, piece: str) -> List[str]:
         """Return a piece between spaces as words: it's → it is, j'ai → je ai, Ann's → Ann 's."""
         short = lex.pairs["short", self.language]
         head, mark, tail = piece.partition("'")
@@ -6819,7 +6819,7 @@ class Line:
         if after in short:
             return [head, short[after]]
         if before in short:
-            return [short[before], *self._parts(lex, tail)]
+            return [short[before], *self.parts_of(lex, tail)]
         if tail == "t" and head.endswith("n"):
             return [head[:-1], "not"]
         if tail in ("", "s"):
@@ -6872,7 +6872,7 @@ class When(NamedTuple):
 # Ways to name days; a word in capitals stands for what the table has under that name.
 _DATE_FORMS = (
     ("iso", r"(\d{4})-(\d\d)-(\d\d)"),
-    ("day month", r"(?:the )?(\d{1,2})(?:st|nd|rd|th|\.)?(?: of| de)? (MONTH)"
+    ("day month", r"(?:the )?(\d{1,2}|NTH)(?:st|nd|rd|th|\.)?(?: of| de)? (MONTH)"
                   r"(?:,? (?:de )?(\d{4}))?"),
     ("month day", r"(MONTH) (?:the )?(\d{1,2})(?:st|nd|rd|th)?(?![\d:])(?:,? (\d{4}))?"),
     ("month", r"(?:DATED|UNTIL) (MONTH)(?: (\d{4}))?"),
@@ -6908,7 +6908,10 @@ def days_in(lex: Lexicon, text: str, today: datetime.date) -> List[When]:
             groups = [group and group.casefold() for group in match.groups()]
             with contextlib.suppress(ValueError, OverflowError):  # there is no 31 June
                 days = _days(lex, language, name, groups, today, passed)
-                if days and 1 < days[0].year < 9000 and not any(
+                next_word = "".join(_WORD.findall(text[match.end():])[:1])
+                floor = name == "nth" and next_word and (  # the fourth floor is no day
+                    "function" not in lex.word(next_word, language).classes)
+                if days and 1 < days[0].year < 9000 and not floor and not any(
                         w.start < match.end() and match.start() < w.end for w in found):
                     found.append(When(*days, *match.span(), name))
     return sorted(found, key=attrgetter("start"))
@@ -7754,8 +7757,10 @@ def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) 
         return found
     top, several = found[0], _wants_all(asked)
     former = bool(asked.line.has_phrase(lex, "former"))
+    words = asked.line.words
+    needed = [i for i in top.near if top.near[i] > 2 and not words[i].classes & {"changed", "idle"}]
     fits = [each for each in found if each.unit.entry.source in TOLD and each.filled >= top.filled
-            and all(each.near[i] > 2 for i in top.near if top.near[i] > 2)
+            and all(each.near[i] > 2 for i in needed or top.near if top.near[i] > 2)
             and (each is top or each.score >= least or _mends(lex, each.unit)
                  or each.own and each.unit.about.startswith(top.unit.text)
                  and leans(lex, lex.line(each.unit.text)))
@@ -8254,7 +8259,8 @@ def list_items(lex: Lexicon, memory: Memory, name: AbstractSet[str], kind: str =
             unit = Unit(entry, lex.line(lex.opened(line)[0]), text=line)
             head, colon, rest = line.partition(":")
             stems = {word.stem for word in unit.line.words}
-            listed = bool(unit.line.has_phrase(lex, kind))
+            listed = bool(unit.line.has_phrase(lex, kind)) or bool(colon and "," in rest and (
+                name and name <= {word.stem for word in lex.line(head).words}))  # shopping: milk, …
             duty = _duty(lex, line) if kind == "todo" and "subject" in unit.line.has else ""
             if duty:
                 items, used, ours = [*items, *_split_items(duty)], [*used, unit], True
@@ -8262,7 +8268,9 @@ def list_items(lex: Lexicon, memory: Memory, name: AbstractSet[str], kind: str =
             if listed:
                 ours = name <= stems or not name
             adds = "puts" in (unit.line.words or [_NO_WORD])[0].classes or (
-                listed and not colon and "aux" in unit.line.has)
+                listed and not colon and "aux" in unit.line.has) or (
+                "joins" in lex.line(line).has and unit.text != unit.line.text
+                and not unit.line.has & {"aux", "subject"} and len(unit.line.words) < 6)  # and tape
             if colon and ours and listed:
                 items, used = _split_items(rest), [unit]
             elif used and ours and adds and "strikes" not in unit.line.has:
@@ -8396,7 +8404,9 @@ def _compared(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
 
 def _figure_of(lex: Lexicon, memory: Memory, name: str) -> Optional[Tuple[float, Unit, str]]:
     """Return the number told last of a thing, the statement, and the thing; None where none was."""
-    for unit in reversed(_about(lex, memory, analyzed(lex, name))):
+    found = _about(lex, memory, analyzed(lex, name)) or _about(
+        lex, memory, analyzed(lex, name.rpartition(" ")[0] or name))  # what the chest weighs
+    for unit in reversed(found):
         digits_first = sorted(unit.line.words, key=lambda w: not w.word[:1].isdigit())
         values = [v for v in (_value(lex, w, unit.line) for w in digits_first) if v is not None]
         if values:
@@ -8421,7 +8431,8 @@ def _counted_up(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
             before = [_value(lex, word, line) for word in line.words[max(0, j - 3):j]]
             here += next((int(v) for v in before if v is not None and v % 1.0 == 0.0), 0)
         if here and unit.entry.source in TOLD:
-            added, ended = "added" in line.has, bool(line.has_phrase(lex, "ended"))
+            added = bool({"added"} & line.has or {"sums"} & asked.line.has)
+            ended = bool(line.has_phrase(lex, "ended"))
             total = total + here if added else total - here if ended else here
             counted = [*counted, unit] if added or ended else [unit]
     if len(names) > max(1, total) and asked.slot == "number":
@@ -8494,9 +8505,14 @@ def _with_others(lex: Lexicon, asked: Asked, found: Sequence[Judged], said: Sequ
     """Return the best answer with those that answer beside it, and with what is to be reckoned."""
     top, best = found[0], said[0]
     if top.unit.entry.source in TOLD and _began(lex, asked, top.unit.line):
-        days = days_in(lex, top.unit.text, told_day(top.unit.entry))
+        text, day = top.unit.line.text, told_day(top.unit.entry)
+        at = max(text.casefold().find(asked.line.words[i].word) for i in asked.terms)
+        days = sorted(days_in(lex, text, day), key=lambda when: (when.start < at, when.start))
         return best._replace(answer=f"{best.answer} That is {_length(days[0].first, today)}.") if (
             days and days[0].first < today) else best
+    if asked.slot == "time" and not top.filled and top.unit.entry.source in TOLD:
+        return best._replace(
+            answer=f"{best.answer} You told me {_when_told(lex, top.unit, today)}.")
     if not _wants_all(asked):
         return best
     beside = [(each, fit) for each, fit in zip(found[1:], said[1:]) if fit.score >= least
@@ -8641,10 +8657,11 @@ def mended(lex: Lexicon, recent: Sequence[Entry], text: str) -> Optional[str]:
 
 
 def _mended(lex: Lexicon, before: str, text: str, last: bool) -> Optional[str]:
-    opening = len(text) - len(lex.opened(text)[0])
-    new, old = lex.line(text[opening:]), lex.line(before)
+    rest = _corrected(lex, text)
+    text = rest or lex.opened(text)[0]
+    new, old = lex.line(text), lex.line(before)
     if not before or asks(text, lex) or "subject" in new.has or "own" in new.has or not (
-            _corrects(lex, text) or "not" in new.has):
+            rest or "not" in new.has):
         return None
     words, denied = new.words, [i for i, word in enumerate(new.words) if "not" in word.classes]
     gone = [j for i in denied for j, word in enumerate(old.words) if j in old.telling and any(
@@ -8655,40 +8672,64 @@ def _mended(lex: Lexicon, before: str, text: str, last: bool) -> Optional[str]:
     if denied and not gone or not fresh or len(fresh) > 4 or not (gone or last):
         return None
     i = fresh[0]
-    at = gone[:1] or [j for j in reversed(old.telling) if _same_sort(lex, new, i, old, j)][:1]
+    at = gone[:1] or sorted((j for j in old.telling if _same_sort(lex, new, i, old, j)),
+                            key=lambda j: (-_in_common(lex, new, i, old, j), -j))[:1]
     lead = [j for j, word in enumerate(old.words) if "prep" in word.classes and i and
             word.word == words[0].word]
     if not at and (lead or "refers" in new.has or "det" in words[0].classes):
         start = lead[-1] + 1 if lead else next((j + 1 for j, word in enumerate(old.words)
                                                 if j and "aux" in word.classes), 0)
         at = [j for j in old.telling if j >= start > 0][:1]
-    if not at:
+    spans, places = _spans(lex, new), _spans(lex, old)
+    if not (at and spans and places):
         return None
-    spans, end = [], 0
-    for word in old.words:
-        start = before.find(word.text, end)
-        end = start + len(word.text)
-        spans.append((start, end))
-    if any(start < 0 for start, _ in spans):  # it's is two words
-        return None
-    end = i
+    first, end = at[0], i
+    while first and before[places[first - 1][1]:places[first][0]] in _JOINTS:
+        first -= 1
+    while i and text[spans[i - 1][1]:spans[i][0]] in _JOINTS:
+        i -= 1
     while end + 1 in fresh or end + 2 in fresh and _is_number(lex, words[end + 2]):
         end += 1
-    said = " ".join(words[k].text for k in range(i, end + 1))
-    return f"{before[:spans[at[0]][0]]}{said}{before[spans[at[0]][1]:]}".replace(" 's", "'s")
+    return before[:places[first][0]] + text[spans[i][0]:spans[end][1]] + before[places[at[0]][1]:]
 
 
-def _corrects(lex: Lexicon, text: str) -> bool:
-    """Return whether a text begins as a correction does."""
-    words = [word.casefold() for word in _WORD.findall(text[:MAX_ASKED_CHARS])] or [""]
-    return lex.phrase_at(words, 0, "corrects", lex.language_of(words)) > 0
+def _spans(lex: Lexicon, line: Line) -> List[Tuple[int, int]]:
+    """Return where the words of a line stand in its text, the two of "it's" at one place."""
+    spans = [match.span() for match in _WORD.finditer(line.text)
+             for _ in line.parts_of(lex, match[0].replace("’", "'"))]
+    return spans if len(spans) == len(line.words) else []
+
+
+_JOINTS = (":", ".", "-")  # of 9:40
+
+
+def _in_common(lex: Lexicon, new: Line, i: int, old: Line, j: int) -> int:
+    """Return how much two words have in common: both numbers, of one sort, the same neighbours."""
+    one, other = new.words[i], old.words[j]
+    beside = sum(new.words[i + step].stem == old.words[j + step].stem for step in (-1, 1)
+                 if 0 <= i + step < len(new.words) and 0 <= j + step < len(old.words))
+    digits = one.word[:1].isdigit() and other.word[:1].isdigit()
+    return 2 * beside + digits + sum({one.word, other.word} <= pairs.keys()
+                                     for pairs in lex.pairs.values())
+
+
+def _corrected(lex: Lexicon, text: str) -> str:
+    """Return what follows the words with which a correction begins; "" if it begins so with none.
+    """
+    spans = [match.span() for match in _WORD.finditer(text[:MAX_ASKED_CHARS])]
+    words, at, begun, size = [text[a:b].casefold() for a, b in spans], 0, False, 1
+    language = lex.language_of(words)
+    while size and at < len(words):
+        sizes = [lex.phrase_at(words, at, kind, language) for kind in ("corrects", "opening")]
+        at, begun, size = at + max(sizes), begun or sizes[0] > 0, max(sizes)
+    return text[spans[at][0]:] if begun and at < len(spans) else ""
 
 
 def _same_sort(lex: Lexicon, one: Line, i: int, other: Line, j: int) -> bool:
     """Return whether two words are of one sort: numbers or times, names, or of one kind."""
     a, b = one.words[i], other.words[j]
-    timely = [_is_number(lex, w) or w.stem in lex.kinds["ordinal"] | lex.kinds["time"]
-              for w in (a, b)]
+    timely = [_is_number(lex, w) or w.word in lex.pairs["nth", line.language]
+              or w.stem in lex.kinds["time"] for line, w in ((one, a), (other, b))]
     return a.stem != b.stem and (all(timely) or not any(timely) and (
         one.caps[i] and other.caps[j] or lex.are_rivals(a, b)))
 
