@@ -1924,7 +1924,7 @@ class PackedMatrix:
     def times(self, columns: bool, other: "PackedMatrix", across: bool) -> Iterator[List[float]]:
         """Yield each row of the other matrix (column, if across) times all rows (columns)."""
         if columns not in self._lanes:
-            self._lanes[columns] = Lanes(self._fine, self.parts_of(not columns), self.shape[columns])
+            self._lanes[columns] = Lanes(self._fine, self._parts(not columns), self.shape[columns])
         lanes, fixed = self._lanes[columns], other.scalars
         return (lanes.times(fixed.part(place), fixed.unit) for place in other._parts(across))
 
@@ -6231,10 +6231,10 @@ FADE = 16.0             # exchanges after which what was said counts half
 # Weights of the judge and the score from which a statement is quoted; the one from which it is
 # said is the owner's recall_score. Fitted by tests/fit_recall.py, which says on what.
 JUDGE = {
-    "quote": 0.074, "bias": -1.48, "tale": -2.70, "same": 0.54, "mass": 0.38, "rare": 0.85,
-    "two": 1.22, "whole": 2.71, "thing lost": -0.26, "new": -1.73, "empty": -0.95,
-    "empty whole": -1.92, "half whole": -1.47, "filled thing": 0.72, "I": 0.20, "yours": -0.69,
-    "owner": 0.18, "other's": -0.40, "rival": -0.44, "leant": 0.29}
+    "quote": 0.071, "bias": -1.44, "tale": -2.50, "same": 0.56, "mass": 0.36, "rare": 0.79,
+    "two": 1.18, "whole": 2.68, "thing lost": -0.21, "new": -1.73, "empty": -0.95,
+    "empty whole": -1.83, "half whole": -1.35, "filled thing": 0.73, "I": 0.19, "yours": -0.70,
+    "owner": 0.16, "other's": -0.42, "rival": -0.42, "leant": 0.29}
 
 # What is known of words, one format for all. A line begins with = where its words name the same
 # thing, with ~ where they are near, with ! where forms follow their base; or with names of a kind
@@ -6908,9 +6908,9 @@ def days_in(lex: Lexicon, text: str, today: datetime.date) -> List[When]:
             groups = [group and group.casefold() for group in match.groups()]
             with contextlib.suppress(ValueError, OverflowError):  # there is no 31 June
                 days = _days(lex, language, name, groups, today, passed)
-                next_word = "".join(_WORD.findall(text[match.end():])[:1])
-                floor = name == "nth" and next_word and (  # the fourth floor is no day
-                    "function" not in lex.word(next_word, language).classes)
+                beside = re.match(rf" (?:{_WORD.pattern})", text[match.end():])
+                floor = name == "nth" and beside and (  # the fourth floor is no day
+                    "function" not in lex.word(beside[0].strip(), language).classes)
                 if days and 1 < days[0].year < 9000 and not floor and not any(
                         w.start < match.end() and match.start() < w.end for w in found):
                     found.append(When(*days, *match.span(), name))
@@ -7401,8 +7401,23 @@ def _filled(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: Di
     if asked.slot != "name" or not asked.vital:
         return filled
     things = [i for i in asked.vital if not asked.line.caps[i]] or asked.vital
-    beside = any(_names_beside(lex, line, at[i]) for i in things if near[i] > 1)
-    return min(filled, 1 + beside)  # it is to be the name of what is asked about
+    return min(filled, 2 * any(  # it is to be the name of what is asked about
+        _names_beside(lex, line, at[i]) or _is_named(line, at[i], before)
+        for i in things if near[i] > 1))
+
+
+def _is_named(line: Line, at: int, before: int) -> bool:
+    """Return whether a word that names follows what a sentence, or the one before it, begins with.
+
+    The goat in the field is called Bo; we have new people upstairs, they are called the Mills.
+    """
+    words, start = line.words, before if at >= before else 0
+    named = any("asks.name" in words[i].classes and {i + 1, i + 2, i + 3} & {*line.telling}
+                for i in range(at + 1, len(words)))
+    while at > start and (at - 1 in line.telling or words[at - 1].word == "'s"):
+        at -= 1
+    leads = all("idle" in words[i].classes for i in line.telling if start <= i < at)
+    return named and leads and (start == before or "refers" in words[before].classes)
 
 
 def _filling(lex: Lexicon, asked: Asked, line: Line, used: Container[int], before: int) -> int:
@@ -7526,7 +7541,7 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
     """Return what there is to say about a question and a statement, by name, for the judge."""
     line, q = unit.line, asked.line
     near, at = _matched(lex, asked, line)
-    renamed = _renamed(asked, line, near, at)
+    renamed = _renamed(asked, line, near, at) if asked.slot != "name" else set()
     before = len(lex.line(unit.about, line.speaker).words) if unit.about else 0
     used = {at[i] for i in near if near[i] > 2 * (i in asked.asking)}
     bare = bool(renamed) and not asked.polar and _only_names(lex, asked, line, used)
@@ -8683,14 +8698,11 @@ def _mended(lex: Lexicon, before: str, text: str, last: bool) -> Optional[str]:
     spans, places = _spans(lex, new), _spans(lex, old)
     if not (at and spans and places):
         return None
-    first, end = at[0], i
-    while first and before[places[first - 1][1]:places[first][0]] in _JOINTS:
-        first -= 1
-    while i and text[spans[i - 1][1]:spans[i][0]] in _JOINTS:
-        i -= 1
+    first, i = (_joined(*each, -1) for each in ((before, places, at[0]), (text, spans, i)))
+    last, end = _joined(before, places, at[0], 1), i
     while end + 1 in fresh or end + 2 in fresh and _is_number(lex, words[end + 2]):
         end += 1
-    return before[:places[first][0]] + text[spans[i][0]:spans[end][1]] + before[places[at[0]][1]:]
+    return before[:places[first][0]] + text[spans[i][0]:spans[end][1]] + before[places[last][1]:]
 
 
 def _spans(lex: Lexicon, line: Line) -> List[Tuple[int, int]]:
@@ -8703,11 +8715,22 @@ def _spans(lex: Lexicon, line: Line) -> List[Tuple[int, int]]:
 _JOINTS = (":", ".", "-")  # of 9:40
 
 
+def _joined(text: str, spans: Sequence[Tuple[int, int]], at: int, step: int) -> int:
+    """Return the last word, one way on from a place, that signs join to it: 40, of 9:40."""
+    while 0 <= at + step < len(spans):
+        left, right = sorted((at, at + step))
+        if text[spans[left][1]:spans[right][0]] not in _JOINTS:
+            break
+        at += step
+    return at
+
+
 def _in_common(lex: Lexicon, new: Line, i: int, old: Line, j: int) -> int:
     """Return how much two words have in common: both numbers, of one sort, the same neighbours."""
     one, other = new.words[i], old.words[j]
-    beside = sum(new.words[i + step].stem == old.words[j + step].stem for step in (-1, 1)
-                 if 0 <= i + step < len(new.words) and 0 <= j + step < len(old.words))
+    beside = sum(a.stem == b.stem or a.word.isdigit() and b.word.isdigit()
+                 for step in (-1, 1) if min(i, j) + step >= 0
+                 for a, b in zip(new.words[i + step:][:1], old.words[j + step:]))
     digits = one.word[:1].isdigit() and other.word[:1].isdigit()
     return 2 * beside + digits + sum({one.word, other.word} <= pairs.keys()
                                      for pairs in lex.pairs.values())

@@ -157,6 +157,36 @@ class Replies(unittest.TestCase):
             said = after(told, asked)
             self.assertNotEqual(said.source, "memory", (asked, said.text))
 
+    def test_a_correction_takes_the_place_of_what_is_most_of_its_sort(self):
+        for told, said, now in (
+                ("The vet is on the fifth of May at half nine.", "No, I meant the eleventh.",
+                 "The vet is on the eleventh of May at half nine."),
+                ("The choir meets at 7:30 in room 12.", "sorry, room 15",
+                 "The choir meets at 7:30 in room 15."),
+                ("The choir meets at 7:30 in room 12.", "Wait, 8:15.",
+                 "The choir meets at 8:15 in room 12."),
+                ("My uncle lives in Hull.", "Actually it's Derby.", "My uncle lives in Derby."),
+                ("The clerk is a Mrs Abel.", "I am mistaken, it is Mrs Arden, not Abel.",
+                 "The clerk is a Mrs Arden.")):
+            with contextlib.closing(memory_of(told, read=False)) as memory:
+                self.assertEqual(m.mended(m.lexicon(), memory.told(), said), now)
+
+    def test_a_name_is_said_only_of_whom_it_is_said_to_be(self):
+        told = ["The grey foal is named Pim, the groom chose it.",
+                "We have new people next door. They are called the Hollands."]
+        for asked, key in (("What is the foal called?", "Pim"),
+                           ("What are the people next door called?", "Hollands")):
+            said = after(told, asked)
+            self.assertEqual((said.source, key in said.text), ("memory", True), said.text)
+        self.assertNotEqual(after(told, "What is the groom's name?").source, "memory")
+
+    def test_an_ordinal_before_a_thing_is_no_day_and_one_before_a_month_is(self):
+        lex, day = m.lexicon(), datetime.date(2026, 5, 20)
+        for text, first in (("It's on the fourth floor.", None), ("on the third, dinner", 3),
+                            ("the sixth of October", 6), ("on the second we go", 2)):
+            days = [when.first.day for when in m.days_in(lex, text, day)]
+            self.assertEqual(days, [first] * (first is not None), text)
+
     def test_a_greeting_tells_nothing_that_may_be_quoted(self):
         for asked in ("Which string do I give him?", "Who is there?", "Where is it?"):
             self.assertNotIn(after(["hi", "Hello there!"], asked).source, ("memory", "quote"))
