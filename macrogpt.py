@@ -6690,7 +6690,7 @@ class Lexicon:
         same, (short, long) = len(os.path.commonprefix([a, b])), sorted((len(a), len(b)))
         alike = same >= STEM_CHARS and long - same < 4 or 4 <= same == short and (
             long - same < 3 or short > STEM_CHARS)
-        return int(same > 0 and not (a in self.known and b in self.known) and (
+        return int(not (a in self.known and b in self.known) and (
             alike or a not in self.known and _one_slip(a, b)))
 
     @functools.lru_cache(1 << 12)
@@ -6820,7 +6820,7 @@ class Line:
             return [head, short[after]]
         if before in short:
             return [short[before], *self.parts_of(lex, tail)]
-        if tail == "t" and head.endswith("n"):
+        if tail == "t":
             return [head[:-1], "not"]
         if tail in ("", "s"):
             asks = lex.closed[self.language].get(head.casefold(), ())
@@ -7062,7 +7062,7 @@ def opened(lex: Lexicon, text: str) -> Tuple[str, str]:
     for i in range(at, min(at + 8, len(words))):
         if "frame" in classes[i]:
             rest, mode = _after_frame(classes, at, i)
-            if mode and not re.search("[.!?] ", text[spans[i][0]:spans[rest][0]]):
+            if mode:
                 return text[spans[rest][0]:], mode
         elif classes[i] & {"question", "own"} or not classes[i]:  # grandpa forgot who I was
             break
@@ -7158,9 +7158,8 @@ def analyzed(lex: Lexicon, text: str) -> Asked:
     polar = bool(line.words) and "aux" in line.words[0].classes and "question" not in line.has
     content = ([i for i in line.telling if (polar or "idle" not in line.words[i].classes)
                 and not (i in at and len(at) > 1)] or line.telling)[:MAX_QUERY_TERMS]
-    before = [_NO_WORD, *line.words]
     vital = {i for i in content if i not in at and (  # it names a thing or a person
-        line.caps[i] and i > 0 or line.owners[i] or before[i].word == "'s")}
+        line.caps[i] and i > 0 or line.owners[i])}
     return Asked(line, "person" if kind in lex.kinds["person"] else slot,
                  at | {i for i in content if kind and line.words[i].stem == kind},
                  kind, polar, tuple(content), vital, {})
@@ -7487,7 +7486,7 @@ def _where(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
     """Return how surely a word, or what a preposition leads to, is a place."""
     if word.stem in lex.kinds["place"]:
         return 2
-    if "prep" not in word.classes or word.word == "with" and "aux" not in before.classes:
+    if "prep" not in word.classes or word.word == "with":
         return int(line.caps[at] and at > 0 and "prep" not in before.classes)
     j = next((j for j in range(at + 1, min(at + 5, len(line.words))) if not line.words[j].classes
               & {"det", "own", "prep", "other", "you", "function"}), at)  # in the left pocket
@@ -7498,8 +7497,7 @@ def _where(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
     led = word.word not in ("to", "of", "about", "by", "for", "during") or line.caps[j] or (
         word.word in ("to", "by") and "det" in line.words[j - 1].classes)
     timely = ahead.stem in lex.kinds["time"] or ahead.word in lex.pairs["nth", line.language]
-    return 2 * (j > at and led and not timely and not _is_number(lex, ahead)
-                and "function" not in ahead.classes)
+    return 2 * (j > at and led and not timely and not _is_number(lex, ahead))
 
 
 def _named(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
@@ -7516,7 +7514,7 @@ def _named(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
     if slot == "name":
         called = "asks.name" in before.classes and telling
         if not line.caps[at] and not called:
-            return int("asks.name" in word.classes or unknown)
+            return int(unknown)
         beside = at - 1 in used or at + 1 in used or at > 0 and line.caps[at - 1]
         aux = "aux" in before.classes or "aux" in after.classes
         return 2 if called or beside or aux else int("prep" not in before.classes)
@@ -7571,7 +7569,7 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
         "half whole": typed and filled == 1 and whole,
         "filled thing": held and filled == 2,
         "I": "subject" in q.has and "subject" in line.has,
-        "yours": "you" in q.has and not q.has & {"me"} and "you" not in line.has,
+        "yours": "you" in q.has and not q.has & {"me"},
         "owner": max(owned, default=0) > 0,
         "other's": min(owned, default=0) < 0,
         "rival": any(_has_rival(lex, q.words[i], line) for i in lost),
@@ -7596,7 +7594,7 @@ def _only_names(lex: Lexicon, asked: Asked, line: Line, used: Container[int]) ->
     """Return whether a statement says only who is who, which is not what is asked."""
     return asked.slot not in ("person", "name") and all(
         line.caps[j] or j in used or line.words[j].stem in lex.kinds["person"]
-        or "asks.name" in line.words[j].classes for j in line.telling)
+        for j in line.telling)
 
 
 def _renamed(asked: Asked, line: Line, near: Dict[int, int], at: Dict[int, int]) -> Set[int]:
@@ -7678,9 +7676,7 @@ def _owner_fit(asked: Asked, line: Line, i: int, at: int) -> int:
     mine, theirs = asked.line.owners[i], line.owners[at]
     if line.speaker and asked.line.caps[i]:  # what somebody says is said of himself
         return 1 if line.words[at].text in line.speaker else -1
-    words = asked.line.words
-    if mine == theirs and not line.speaker or any(
-            theirs in names and words[k].stem == mine for k, names in asked.names.items()):
+    if mine == theirs and not line.speaker:
         return int(mine not in ("", "the"))
     return -int(mine in ("my", "your") and (bool(line.speaker) or theirs not in ("", "the")))
 
@@ -7776,9 +7772,7 @@ def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) 
     needed = [i for i in top.near if top.near[i] > 2 and not words[i].classes & {"changed", "idle"}]
     fits = [each for each in found if each.unit.entry.source in TOLD and each.filled >= top.filled
             and all(each.near[i] > 2 for i in needed or top.near if top.near[i] > 2)
-            and (each is top or each.score >= least or _mends(lex, each.unit)
-                 or each.own and each.unit.about.startswith(top.unit.text)
-                 and leans(lex, lex.line(each.unit.text)))
+            and (each is top or each.score >= least or _mends(lex, each.unit))
             and (each is top or each.own or _mends(lex, each.unit))
             and (not several or _subject(each.unit.line) == _subject(top.unit.line)
                  or _mends(lex, each.unit))]
@@ -7885,6 +7879,7 @@ def reckoned(lex: Lexicon, text: str) -> Optional[str]:
     """Return what the sum in a text comes to, exactly, or None if there is none: 17 plus 4."""
     languages = dict.fromkeys((lex.line(text[:MAX_ASKED_CHARS]).language, "en"))
     plain = re.sub(r"(?<=\d),(?=\d{3})", "", text[:MAX_ASKED_CHARS].casefold())
+    plain = re.sub(r"(?<=\d)( ?%) \w+ (?=\d)", r"\1", plain)  # 17% of 340
     for kind, language in itertools.product(("reckon", "count"), languages):
         for word, sign in sorted(lex.pairs[kind, language].items(), key=lambda p: -len(p[0])):
             if kind == "reckon" or len(word) > 2:
@@ -8056,29 +8051,44 @@ def in_context(lex: Lexicon, text: str, turns: Sequence[Tuple[str, str]], depth:
     """Return a question with what it leaves to the talk before it: And her brother?"""
     text = _MARKER.sub("", text)
     asked = [k for k, (role, _) in enumerate(turns) if role == "owner"]
-    line = lex.line(lex.opened(text)[0].strip() or text)
-    words = [word.word for word in line.words]
-    goes_on = lex.phrase_at(words, 0, "goes_on", line.language) if words else 0
+    line, rest = lex.line(lex.opened(text)[0].strip() or text), _going_on(lex, text)
     leaning = next((i for i, word in enumerate(line.words) if "refers" in word.classes), -1)
     named = [i for i in line.telling if i < leaning and (line.caps[i] or line.owners[i])]
-    if not asked or not depth or len(text) > MAX_ASKED_CHARS or named or (
-            not (asks(text, lex) or goes_on) or leaning < 0 and (not goes_on or "aux" in line.has)):
+    if not asked or not depth or len(text) > MAX_ASKED_CHARS or named or not (
+            rest or leaning >= 0 and asks(text, lex)):
         return text
-    k = asked[-1]
+    k, said = asked[-1], rest or text
     before = in_context(lex, turns[k][1], turns[:k], depth - 1)
     reply = turns[k + 1][1] if k + 1 < len(turns) else ""
-    topic = _topic(lex, before, reply, line.words[leaning].word if leaning >= 0 else "")
-    if leaning >= 0 and topic:
-        word, ahead = line.words[leaning], leaning + 1 in line.telling
-        owns = "other" in word.classes and ahead
-        at = [m for m in _WORD.finditer(text) if m[0].casefold() == word.word][:1]
-        if at:
-            text = text[:at[0].start()] + topic + "'s" * owns + text[at[0].end():]
-    if not goes_on or "aux" in line.has:
-        return text
-    rest = " ".join(_WORD.findall(text)[goes_on:])
+    topic = _topic(lex, before, reply, line.words[leaning].word) if leaning >= 0 else ""
+    at = [m for m in _WORD.finditer(said) if m[0].casefold() == line.words[leaning].word][:1]
+    if topic and at:
+        owns = "other" in line.words[leaning].classes and leaning + 1 in line.telling
+        said = said[:at[0].start()] + topic + "'s" * owns + said[at[0].end():]
+    return (_asked_again(lex, before, said) or text) if rest else said
+
+
+def _going_on(lex: Lexicon, text: str) -> str:
+    """Return of what else a text asks what was asked before: of "and on Sunday?" the rest; or "".
+    """
+    spans = [match.span() for match in _WORD.finditer(text[:MAX_ASKED_CHARS])]
+    words = [text[a:b].casefold() for a, b in spans]
+    size = lex.phrase_at(words, 0, "goes_on", lex.language_of(words))
+    rest = text[spans[size][0]:].strip(" ?") if 0 < size < len(words) else ""
+    clause = bool(rest) and lex.line(rest).has & {"aux", "question", "subject"}
+    return rest if (size > 1 or is_question(text)) and not clause else ""
+
+
+def _asked_again(lex: Lexicon, before: str, said: str) -> str:
+    """Return a question asked again of another thing, or of another time or place; or ""."""
+    lead = lex.line(said).words[0]
+    if not asks(before, lex):
+        return ""
+    if "prep" in lead.classes:
+        same = re.search(rf"(?i)\b{re.escape(lead.word)}\b", before)
+        return f"{before[:same.start() if same else None].rstrip(' ?')} {said}?"
     first = _topic(lex, before, "", "")  # what was asked of is now asked of another
-    return before.replace(first, rest, 1) if first and rest else text
+    return before.replace(first, said, 1) if first else ""
 
 
 def _topic(lex: Lexicon, question: str, reply: str, pronoun: str) -> str:
@@ -8592,7 +8602,8 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
     said = [fit for fit in fits if is_exchange(fit.entry)]
     best, alike = (fits[0].score if fits else 0.0 for fits in (told, said))
     factual = asks_for_a_fact(text)
-    if told and best >= least and (factual or best >= alike):
+    if told and best >= least and (  # a tale that was read is no answer to talk
+            factual or told[0].entry.source in TOLD and best >= alike):
         return Reply(told[0].answer, "memory", told[0].entry, best,
                      (told[0].entry, *told[0].others)), fits
     likely = least + (1.0 - least) / 10.0

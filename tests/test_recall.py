@@ -187,6 +187,19 @@ class Replies(unittest.TestCase):
             days = [when.first.day for when in m.days_in(lex, text, day)]
             self.assertEqual(days, [first] * (first is not None), text)
 
+    def test_what_goes_on_asks_the_same_of_another_or_of_another_time(self):
+        lex, asked = m.lexicon(), "What does Vera do on Mondays?"
+        for text, meant in (("And Knut?", "What does Knut do on Mondays?"),
+                            ("What about my aunt", "What does my aunt do on Mondays?"),
+                            ("And her brother?", "What does Vera's brother do on Mondays?"),
+                            ("and on Fridays?", "What does Vera do on Fridays?"),
+                            ("And my aunt too.", "And my aunt too."),
+                            ("And how are you?", "And how are you?")):
+            turns = [("owner", asked), ("self", "Vera sings on Mondays.")]
+            self.assertEqual(m.in_context(lex, text, turns), meant)
+        self.assertEqual(m.in_context(lex, "And you?", [("owner", "I am well"), ("self", "Good.")]),
+                         "And you?")
+
     def test_a_greeting_tells_nothing_that_may_be_quoted(self):
         for asked in ("Which string do I give him?", "Who is there?", "Where is it?"):
             self.assertNotIn(after(["hi", "Hello there!"], asked).source, ("memory", "quote"))
