@@ -6614,6 +6614,9 @@ class Lexicon:
         self.dates = functools.lru_cache(None)(functools.partial(_date_forms, self))
         self.dated = functools.lru_cache(1 << 12)(
             lambda text: bool(days_in(self, text, datetime.date(2000, 1, 1))))
+        joints = "|".join(sorted({word for words in self.closed.values() for word in words
+                                  if words[word] >= {"joins", "opening"}}))  # and, but, mais
+        self.joints = re.compile(rf",(?: (?:{joints}))? | (?:{joints}) ", re.I)
         self.loose = self.stems(("time", "place", "unit", "number", "work", "since", "reason"))
         self.known = {*self.senses, *self.kinds}.union(*self.kinds.values())
         for pair in self.pairs["opposite", ""].items():
@@ -7181,8 +7184,6 @@ class Unit(NamedTuple):
 ABBREVIATED = re.compile(r"(?:\b(?:mr|mrs|ms|dr|st|prof|ing|rev|jr|sr|no|vs|approx|e\.g|i\.e|a\.m|"
                          r"p\.m)|(?<!['’])\b\w)\.$", re.I)
 _BREAKS = re.compile(r"(?<=[.!?…;])[\"')\]]*\s+|(?<=[。！？।॥؟۔။។።])")
-_CLAUSES = re.compile(r",(?: (?:and|but|und|aber|y|et|mais))? | (?:and|but|und|aber|y|et|mais) ",
-                      re.I)
 _STOPS = re.compile(r"[,;:–—]\s+|\s[-–—]+\s")
 _LOG_LINE = re.compile(r"([\[(]?\d[\w./:, -]{4,30}?[\])]?(?: -)? )?"
                        r"([^\W\d_][\w.'’-]*(?: [^\W\d_a-z][\w.'’-]*){0,2}): (\S.*)")
@@ -7251,7 +7252,7 @@ def statements_of(text: str, lex: Optional[Lexicon] = None) -> List[str]:
 def _clauses(lex: Lexicon, sentence: str) -> List[str]:
     """Return the clauses of a sentence that have a subject and a verb of their own."""
     start, found = 0, []
-    for cut in _CLAUSES.finditer(sentence):
+    for cut in lex.joints.finditer(sentence):
         one, other = lex.line(sentence[start:cut.start()]), lex.line(sentence[cut.end():])
         named = bool(other.caps[:1]) and (other.caps[0] or bool(other.words[0].classes & {
             "own", "refers"}))
