@@ -6791,6 +6791,13 @@ _MARKER = re.compile(r"^[HA]:\s*")
 _PERSONAL = frozenset(("me", "own", "subject", "you"))
 
 
+def _words_in(lex: Lexicon, text: str) -> Tuple[List[Tuple[int, int]], List[str], str]:
+    """Return where the words of a text stand, the words in small letters, and their language."""
+    spans = [match.span() for match in _WORD.finditer(text)]
+    words = [text[a:b].casefold().replace("’", "'") for a, b in spans]
+    return spans, words, lex.language_of(words)
+
+
 class Line:
     """A sentence taken apart: its words, whose they are, and which are names."""
 
@@ -6902,8 +6909,8 @@ def _date_forms(lex: Lexicon, language: str) -> List[Tuple[str, Pattern[str]]]:
 
 def days_in(lex: Lexicon, text: str, today: datetime.date) -> List[When]:
     """Return the days that a text names, as seen from a day, in the order in which it does."""
-    words = [word.casefold() for word in _WORD.findall(text)]
-    language, found = lex.language_of(words), []  # type: str, List[When]
+    _, words, language = _words_in(lex, text)
+    found: List[When] = []
     past = {*lex.pairs["past", language].values()}
     passed = any(word in past or language == "en" and word.endswith("ed") for word in words)
     for name, form in lex.dates(language):
@@ -7008,8 +7015,7 @@ def named_days(lex: Lexicon, language: str, first: datetime.date, last: datetime
 
 def as_of(lex: Lexicon, text: str, told: datetime.date, today: datetime.date) -> str:
     """Return a statement of one day as it is said on another: "tomorrow" is then "on 9 May"."""
-    days = days_in(lex, text, told)
-    language = lex.language_of([word.casefold() for word in _WORD.findall(text)])
+    days, (_, _, language) = days_in(lex, text, told), _words_in(lex, text)
     over = bool(days) and all(w.last < today for w in days) and any(w.last >= told for w in days)
     for when in reversed(days):
         week = 0 < (when.last - when.first).days < 7
@@ -7055,9 +7061,8 @@ class Asked(NamedTuple):
 def opened(lex: Lexicon, text: str) -> Tuple[str, str]:
     """Return a text without its opening courtesies, and whether they "ask", "tell", or neither."""
     text = _MARKER.sub("", text[:MAX_ASKED_CHARS])
-    spans = [m.span() for m in _WORD.finditer(text)]
-    words = [text[a:b].casefold().replace("’", "'") for a, b in spans]
-    language, at, size = lex.language_of(words), 0, 1
+    spans, words, language = _words_in(lex, text)
+    at, size = 0, 1
     while size and at + size < len(words):
         size = lex.phrase_at(words, at, "opening", language)
         at += size if at + size < len(words) else 0
@@ -8072,9 +8077,8 @@ def in_context(lex: Lexicon, text: str, turns: Sequence[Tuple[str, str]], depth:
 def _going_on(lex: Lexicon, text: str) -> str:
     """Return of what else a text asks what was asked before: of "and on Sunday?" the rest; or "".
     """
-    spans = [match.span() for match in _WORD.finditer(text[:MAX_ASKED_CHARS])]
-    words = [text[a:b].casefold() for a, b in spans]
-    size = lex.phrase_at(words, 0, "goes_on", lex.language_of(words))
+    spans, words, language = _words_in(lex, text[:MAX_ASKED_CHARS])
+    size = lex.phrase_at(words, 0, "goes_on", language)
     rest = text[spans[size][0]:].strip(" ?") if 0 < size < len(words) else ""
     clause = bool(rest) and lex.line(rest).has & {"aux", "question", "subject"}
     return rest if (size > 1 or is_question(text)) and not clause else ""
@@ -8314,9 +8318,7 @@ def list_items(lex: Lexicon, memory: Memory, name: AbstractSet[str], kind: str =
 
 def _duty(lex: Lexicon, text: str) -> str:
     """Return what a text says is to be done: call the roofer, of "I have to call the roofer"."""
-    spans = [m.span() for m in _WORD.finditer(text)]
-    words = [text[a:b].casefold() for a, b in spans]
-    language = lex.language_of(words)
+    spans, words, language = _words_in(lex, text)
     ends = [i + lex.phrase_at(words, i, "duty", language) for i in range(len(words))
             if lex.phrase_at(words, i, "duty", language)]
     return text[spans[ends[0]][0]:] if ends and ends[0] < len(spans) else ""
@@ -8457,7 +8459,7 @@ def _counted_up(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
             before = [_value(lex, word, line) for word in line.words[max(0, j - 3):j]]
             here += next((int(v) for v in before if v is not None and v % 1.0 == 0.0), 0)
         if here and unit.entry.source in TOLD:
-            added = bool({"added"} & line.has or {"sums"} & asked.line.has)
+            added = "added" in line.has or "sums" in asked.line.has
             ended = bool(line.has_phrase(lex, "ended"))
             total = total + here if added else total - here if ended else here
             counted = [*counted, unit] if added or ended else [unit]
@@ -8751,9 +8753,8 @@ def _in_common(lex: Lexicon, new: Line, i: int, old: Line, j: int) -> int:
 def _corrected(lex: Lexicon, text: str) -> str:
     """Return what follows the words with which a correction begins; "" if it begins so with none.
     """
-    spans = [match.span() for match in _WORD.finditer(text[:MAX_ASKED_CHARS])]
-    words, at, begun, size = [text[a:b].casefold() for a, b in spans], 0, False, 1
-    language = lex.language_of(words)
+    spans, words, language = _words_in(lex, text[:MAX_ASKED_CHARS])
+    at, begun, size = 0, False, 1
     while size and at < len(words):
         sizes = [lex.phrase_at(words, at, kind, language) for kind in ("corrects", "opening")]
         at, begun, size = at + max(sizes), begun or sizes[0] > 0, max(sizes)
