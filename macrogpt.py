@@ -8283,37 +8283,48 @@ def list_items(lex: Lexicon, memory: Memory, name: AbstractSet[str], kind: str =
     """
     items: List[str] = []
     used: List[Unit] = []
-    ours = False
+    ours, last = False, None  # whether the list is spoken of; what was told before
     for entry in memory.told("e.id > ?", memory.about_count() - MOST_TO_SCAN):
-        for line in entry.text.splitlines():
-            unit = Unit(entry, lex.line(lex.opened(line)[0]), text=line)
-            head, colon, rest = line.partition(":")
-            stems = {word.stem for word in unit.line.words}
-            listed = bool(unit.line.has_phrase(lex, kind)) or bool(colon and "," in rest and (
-                name and name <= {word.stem for word in lex.line(head).words}))  # shopping: milk, …
-            duty = _duty(lex, line) if kind == "todo" and "subject" in unit.line.has else ""
-            if duty:
-                items, used, ours = [*items, *_split_items(duty)], [*used, unit], True
-                continue
-            if listed:
-                ours = name <= stems or not name
-            adds = "puts" in (unit.line.words or [_NO_WORD])[0].classes or (
-                listed and not colon and "aux" in unit.line.has) or (
-                "joins" in lex.line(line).has and unit.text != unit.line.text
-                and not unit.line.has & {"aux", "subject"} and len(unit.line.words) < 6)  # and tape
-            if colon and ours and listed:
-                items, used = _split_items(rest), [unit]
-            elif used and ours and adds and "strikes" not in unit.line.has:
-                items, used = [*items, *_split_items(_object(lex, unit.line))], [*used, unit]
-            elif used and "not" not in unit.line.has and (
-                    ours and "strikes" in unit.line.has or "done" in unit.line.has
-                    or kind == "todo" and (  # the kettle's descaled
-                        "aux" in unit.line.has or any(w.word == "'s" for w in unit.line.words))):
-                kept = [item for item in items if not {w.stem for w in lex.line(item).words if
-                        "function" not in w.classes} & {w.stem for w in unit.line.words}]
-                used += [unit] * (kept != items)
-                items = kept
+        for text in entry.text.splitlines():
+            unit = Unit(entry, lex.line(lex.opened(text)[0]), text=text)
+            act, said, ours = _list_act(lex, unit, name, kind, ours, used[-1:] == [last])
+            last = unit
+            if act == "begins":
+                items, used = said, [unit]
+            elif act == "adds" and (used or kind == "todo"):
+                items, used = [*items, *said], [*used, unit]
+            elif act == "strikes" and used:
+                gone = {word.stem for word in unit.line.words if "function" not in word.classes}
+                kept = [item for item in items
+                        if gone.isdisjoint(word.stem for word in lex.line(item).words)]
+                used, items = [*used, *[unit] * (kept != items)], kept
     return items, used
+
+
+def _list_act(lex: Lexicon, unit: Unit, name: AbstractSet[str], kind: str, ours: bool,
+              goes_on: bool) -> Tuple[str, List[str], bool]:
+    """Return what a statement does to a list ("begins", "adds", "strikes" or ""), with which items,
+    and whether the list is spoken of from then on; goes_on is whether it was just before."""
+    line, (head, colon, rest) = unit.line, unit.text.partition(":")
+    duty = _duty(lex, unit.text) if kind == "todo" and "subject" in line.has else ""
+    if duty:
+        return "adds", _split_items(duty), True
+    heads = {word.stem for word in lex.line(head).words}
+    listed = bool(line.has_phrase(lex, kind)) or bool(  # shopping: milk, eggs
+        colon and "," in rest and name and name <= heads)
+    if listed:
+        ours = not name or name <= {word.stem for word in line.words}
+    if colon and ours and listed:
+        return "begins", _split_items(rest), ours
+    fragment = len(line.words) < len(lex.line(unit.text).words) and len(line.words) < MOST_ECHOED
+    more = goes_on and fragment and not line.has & {"aux", "subject"}  # and tape
+    puts = bool(line.words) and "puts" in line.words[0].classes or listed and "aux" in line.has
+    if ours and (puts or more) and "strikes" not in line.has:
+        return "adds", _split_items(_object(lex, line)), ours
+    over = kind == "todo" and (  # the kettle's descaled
+        "aux" in line.has or any(word.word == "'s" for word in line.words))
+    strikes = ours and "strikes" in line.has or "done" in line.has or over
+    return "strikes" if strikes and "not" not in line.has else "", [], ours
 
 
 def _duty(lex: Lexicon, text: str) -> str:
