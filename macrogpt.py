@@ -6231,10 +6231,10 @@ FADE = 16.0             # exchanges after which what was said counts half
 # Weights of the judge and the score from which a statement is quoted; the one from which it is
 # said is the owner's recall_score. Fitted by tests/fit_recall.py, which says on what.
 JUDGE = {
-    "quote": 0.071, "bias": -1.44, "tale": -2.50, "same": 0.56, "mass": 0.36, "rare": 0.79,
-    "two": 1.18, "whole": 2.68, "thing lost": -0.21, "new": -1.73, "empty": -0.95,
-    "empty whole": -1.83, "half whole": -1.35, "filled thing": 0.73, "I": 0.19, "yours": -0.70,
-    "owner": 0.16, "other's": -0.42, "rival": -0.42, "leant": 0.29}
+    "quote": 0.07, "bias": -1.48, "tale": -2.51, "same": 0.59, "mass": 0.37, "rare": 0.74,
+    "two": 1.13, "whole": 2.66, "thing lost": -0.19, "new": -1.70, "empty": -0.92,
+    "empty whole": -1.80, "half whole": -1.43, "filled thing": 0.65, "I": 0.22, "yours": -0.79,
+    "owner": 0.20, "other's": -0.33, "rival": -0.54, "leant": 0.30}
 
 # What is known of words, one format for all. A line begins with = where its words name the same
 # thing, with ~ where they are near, with ! where forms follow their base; or with names of a kind
@@ -6491,22 +6491,24 @@ refers.en: he she it they him them his her its their, er ihn ihm sein seine sein
  goes_on.en: and what_about how_about, und was_ist_mit, y, et, says.en: say said saying tell told
  telling mention mentioned, sagte gesagt erzählt, dije dicho contado, dit raconté, lately.en: just
  last, gerade zuletzt, última último, dernier dernière, about.en: know_about tell_me_about know_of
- tell_me_all_about remember_about say_about tell_me_everything_about know_everything_about, über,
- sobre, sur, todo.en: to_do have_to_do left_to_do, list.en: list lists, liste, lista, liste,
- puts.en: put add write note include, setz setze schreib, pon añade apunta, mets ajoute,
- strikes.en: cross strike take remove delete tick drop scratch, streich streiche, quita tacha,
- enlève raye, done.en: done bought packed finished paid sent booked got ordered, erledigt gekauft,
- hecho comprado, fait acheté, more.en: heavier older bigger larger taller longer higher wider
- deeper faster dearer more later, schwerer älter größer länger teurer, less.en: lighter younger
- smaller shorter lower narrower cheaper slower less fewer earlier, leichter jünger kleiner kürzer
- billiger, sums.en: together altogether total, zusammen insgesamt, juntos juntas total, ensemble
- total, corrects.en: scrap, reckons.en: calculate compute sum makes equal equals much reckon
- result, request.en: write help make recommend suggest explain translate sing play draw find set
- remind call send look compose invent advise tell give say teach show read describe entertain cheer
- choose pick correct, wants.en: need want like love, given.en: story poem joke riddle recipe name
- idea tip tips advice help excuse game limerick twister speech verse song letter, duty.en: have_to
- has_to need_to got_to must, muss, tengo_que debo, dois, birth.en: born birthday, geboren, nacido
- nací nació, né née, added.en: more another extra, weitere, otro otra más, encore autre
+ tell_me_all_about remember_about say_about tell_me_everything_about
+ tell_me_everything_you_know_about tell_me_all_you_know_about tell_me_what_you_know_about
+ know_everything_about, über, sobre, sur, todo.en: to_do have_to_do left_to_do, list.en: list
+ lists, liste, lista, liste, puts.en: put add write note include, setz setze schreib, pon añade
+ apunta, mets ajoute, strikes.en: cross strike take remove delete tick drop scratch, streich
+ streiche, quita tacha, enlève raye, done.en: done bought packed finished paid sent booked got
+ ordered, erledigt gekauft, hecho comprado, fait acheté, more.en: heavier older bigger larger
+ taller longer higher wider deeper faster dearer more later, schwerer älter größer länger teurer,
+ less.en: lighter younger smaller shorter lower narrower cheaper slower less fewer earlier,
+ leichter jünger kleiner kürzer billiger, sums.en: together altogether total, zusammen insgesamt,
+ juntos juntas total, ensemble total, corrects.en: scrap, reckons.en: calculate compute sum makes
+ equal equals much reckon result, request.en: write help make recommend suggest explain translate
+ sing play draw find set remind call send look compose invent advise tell give say teach show read
+ describe entertain cheer choose pick correct, wants.en: need want like love, given.en: story poem
+ joke riddle recipe name idea tip tips advice help excuse game limerick twister speech verse song
+ letter, duty.en: have_to has_to need_to got_to must, muss, tengo_que debo, dois, birth.en: born
+ birthday, geboren, nacido nací nació, né née, added.en: more another extra, weitere, otro otra
+ más, encore autre
 ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, reckon.en: plus/+
  and_add/+ added_to/+ minus/- less/- take_away/- times/* multiplied_by/* divided_by// over//
  percent_of/%, plus/+ minus/- mal/* geteilt_durch// prozent_von/%, más/+ menos/- por/* entre//
@@ -6544,6 +6546,8 @@ short.en: 'm/am 're/are 've/have 'll/will 'd/would whats/what_is wheres/where_is
  tengo/tienes vivo/vives trabajo/trabajas nací/naciste me/te llamo/llamas yo/tú nuestro/vuestro
  nuestra/vuestra, mon/ton ma/ta mes/tes suis/es ai/as je/tu j'ai/tu_as me/te m'appelle/t'appelles
  notre/votre nos/vos
+asks.code.en: code pin number combination passcode password, code nummer passwort kennwort pin,
+ código número contraseña, code numéro mot_de_passe
 """
 
 
@@ -7526,6 +7530,10 @@ def _named(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
         return 2 if called or beside or aux else int("prep" not in before.classes)
     if slot == "reason":
         return 2 * (word.stem in lex.kinds["reason"])
+    if slot == "code" and not telling:
+        return 0
+    if slot == "code":
+        return 2 if any(c.isdigit() for c in word.word) else int(word.stem not in lex.known)
     return int(telling or _is_number(lex, word))
 
 
@@ -7792,7 +7800,8 @@ def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) 
 
 def _subject(line: Line) -> str:
     """Return the stem of the first thing or person that a statement names."""
-    return next((line.words[i].stem for i in line.telling if line.caps[i] or line.owners[i]), "")
+    return next((line.words[i].stem for i in line.telling if line.caps[i] or (
+        line.owners[i] and "idle" not in line.words[i].classes)), "")
 
 
 # what is said
@@ -8291,7 +8300,7 @@ def list_items(lex: Lexicon, memory: Memory, name: AbstractSet[str], kind: str =
             last = unit
             if act == "begins":
                 items, used = said, [unit]
-            elif act == "adds" and (used or kind == "todo"):
+            elif act == "adds":
                 items, used = [*items, *said], [*used, unit]
             elif act == "strikes" and used:
                 gone = {word.stem for word in unit.line.words if "function" not in word.classes}
@@ -8316,6 +8325,9 @@ def _list_act(lex: Lexicon, unit: Unit, name: AbstractSet[str], kind: str, ours:
         ours = not name or name <= {word.stem for word in line.words}
     if colon and ours and listed:
         return "begins", _split_items(rest), ours
+    made = re.search(r"\bwith (.+)", unit.text) if wishes(lex, unit.text) else None
+    if made and ours and listed:  # make a packing list with a tent and a rope
+        return "begins", _split_items(made[1]), ours
     fragment = len(line.words) < len(lex.line(unit.text).words) and len(line.words) < MOST_ECHOED
     more = goes_on and fragment and not line.has & {"aux", "subject"}  # and tape
     puts = bool(line.words) and "puts" in line.words[0].classes or listed and "aux" in line.has
@@ -8343,9 +8355,10 @@ def _split_items(text: str) -> List[str]:
 
 def _object(lex: Lexicon, line: Line) -> str:
     """Return what is put somewhere: a torch, of "put a torch on it"."""
-    start = int("puts" in line.words[0].classes)
-    ends = [i for i, word in enumerate(line.words) if i and word.classes & {"prep", "aux"}]
-    return " ".join(word.text for word in line.words[start:(ends or [len(line.words)])[0]])
+    start, spans = int("puts" in line.words[0].classes), _spans(lex, line)
+    end = next((i for i, word in enumerate(line.words) if i and word.classes & {"prep", "aux"}),
+               len(line.words))
+    return line.text[spans[start][0]:spans[end - 1][1]] if start < end <= len(spans) else ""
 
 
 def _about(lex: Lexicon, memory: Memory, asked: Asked) -> List[Unit]:
@@ -8505,6 +8518,10 @@ def _heard(lex: Lexicon, memory: Memory, asked: Asked, text: str, entries: Itera
                                   near, 1.0 - WHOLE + WHOLE * share)
 
 
+# What is asked for by these is told surely from all else: no number, no reason, no answer.
+_STRICT = frozenset("reason age number amount measure span year".split())
+
+
 def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
            like: Optional[Like] = None, lex: Optional[Lexicon] = None) -> List[Recall]:
     """Return what fits the text, best first; equal exchanges in an order that rng decides."""
@@ -8528,8 +8545,10 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
     for each in found:
         line, unit = each.unit.line, each.unit
         names = [asked.line.words[i].text for i in asked.vital if asked.line.caps[i]]
-        unsure = asked.polar and not each.verdict or line.speaker and (  # is quoted at most
-            "subject" in asked.line.has or names and not any(n in line.speaker for n in names))
+        unsure = asked.polar and not each.verdict or (  # is quoted at most
+            asked.slot in _STRICT and not each.filled or bool(asked.line.has & {"more", "less"})
+            or line.speaker and ("subject" in asked.line.has or names and not any(
+                name in line.speaker for name in names)))
         said.append(Recall(
             min(each.score, least / 2.0) if unsure else each.score, unit.entry,
             each.verdict + said_back(lex, unit, today), unit.text or line.text, (),
