@@ -7529,7 +7529,8 @@ def _named(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
         aux = "aux" in before.classes or "aux" in after.classes
         return 2 if called or beside or aux else int("prep" not in before.classes)
     if slot == "reason":
-        return 2 * (word.stem in lex.kinds["reason"])
+        leads = "prep" in word.classes and line.caps[at + 1:at + 2] == [True]  # moved to Bergen
+        return 2 * (word.stem in lex.kinds["reason"] and not leads)
     if slot == "code" and not telling:
         return 0
     if slot == "code":
@@ -8023,15 +8024,17 @@ def _likeness(lex: Lexicon, a: Line, b: Line, telling: Dict[str, float]) -> floa
     return alike / 2.0 if all(people) and not people[0] & people[1] else alike
 
 
-def said_so(memory: Memory, text: str, asking: bool) -> List[Entry]:
-    """Return exchanges in which somebody says just these words, or holds them in a row, or says
-    just the first or last of them; common words have so many that the newest need not be those.
+def said_so(memory: Memory, text: str, asking: bool, just: bool = False) -> List[Entry]:
+    """Return exchanges in which somebody says just these words, or else holds them in a row, or
+    says just the first or last of them; of common words the newest need not be those.
     """
     words = folded_words(text[:MAX_ASKED_CHARS])
     if not 0 < len(words) <= MAX_QUERY_TERMS:
         return []
     said = " ".join(words)
     ids = memory.ids_holding([[f"h {said} a"]], MOST_TOLD)
+    if just:
+        return memory.entries_of(ids)
     if not ids and memory.about_count() < MOST_TO_SCAN:
         ids = memory.ids_holding([["h " + said], [said + " a"]], MOST_TOLD)
         ends = {f"h {' '.join(part)} a" for size in range(2, len(words))
@@ -8625,7 +8628,9 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
                  like: Optional[Like] = None) -> Tuple[Optional[Reply], List[Recall]]:
     """Return what memory replies by itself to a text, or None; and all that fits, if not rejected.
     """
-    known, text = lexicon_of(memory), in_context(lexicon(), text, turns)
+    known = lexicon_of(memory)
+    if not any("{" in entry.text for entry in said_so(memory, text, True, True)):
+        text = in_context(lexicon(), text, turns)  # what time is it: "it" is no bus spoken of
     whole = _sum(known, memory, text) or looked_up(known, memory, text)
     if whole and rejection(text, whole.text) not in rejected:
         return whole, []

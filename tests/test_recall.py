@@ -200,6 +200,33 @@ class Replies(unittest.TestCase):
         self.assertEqual(m.in_context(lex, "And you?", [("owner", "I am well"), ("self", "Good.")]),
                          "And you?")
 
+    def test_it_in_a_question_of_the_clock_is_nothing_that_was_spoken_of(self):
+        turns = [("owner", "I wait for the ferry."), ("self", "I will keep that.")]
+        with contextlib.closing(memory_of("I wait for the ferry.", read=False)) as memory:
+            memory.add_entry("corpus", m.Document(("H: What time is it?", "A: It is {time}."), True))
+            for asked, source in (("What time is it?", "tool"), ("Where is it?", "quote")):
+                said, _ = m.recollection(memory, asked, random.Random(1), 0.55, (), turns)
+                self.assertIn(said.source, (source, "memory") if source == "quote" else (source,))
+
+    def test_a_list_is_made_put_on_and_struck_off_in_plain_words(self):
+        told = ["Make a packing list with a rope, a pot and a lamp.",
+                "Put soap, salt and tea on the packing list.", "and a spoon",
+                "Cross the pot off the packing list."]
+        self.assertEqual(after(told, "What is on the packing list?").text,
+                         "A rope, a lamp, soap, salt, tea and a spoon.")
+        self.assertEqual(after(["Put rice on the shopping list."],
+                               "What is on the shopping list?").text, "Rice.")
+
+    def test_how_old_how_many_and_why_are_not_claimed_where_no_number_or_reason_is_told(self):
+        for told, asked in (("My dentist is Dr Holm.", "How old is Dr Holm?"),
+                            ("Vera moved to Bergen.", "Why did Vera move?"),
+                            ("The people in the blue tent are from Ghent.",
+                             "How many people are in the blue tent?"),
+                            ("My landlord is called Mr Brand.", "What is my landlord's number?")):
+            self.assertNotEqual(after(told, asked).source, "memory", asked)
+        self.assertEqual(after("My gate code is 6120.", "What is the code of my gate?").text,
+                         "Your gate code is 6120.")
+
     def test_a_greeting_tells_nothing_that_may_be_quoted(self):
         for asked in ("Which string do I give him?", "Who is there?", "Where is it?"):
             self.assertNotIn(after(["hi", "Hello there!"], asked).source, ("memory", "quote"))
