@@ -6231,10 +6231,10 @@ FADE = 16.0             # exchanges after which what was said counts half
 # Weights of the judge and the score from which a statement is quoted; the one from which it is
 # said is the owner's recall_score. Fitted by tests/fit_recall.py, which says on what.
 JUDGE = {
-    "quote": 0.07, "bias": -1.48, "tale": -2.51, "same": 0.59, "mass": 0.37, "rare": 0.74,
-    "two": 1.13, "whole": 2.66, "thing lost": -0.19, "new": -1.70, "empty": -0.92,
-    "empty whole": -1.80, "half whole": -1.43, "filled thing": 0.65, "I": 0.22, "yours": -0.79,
-    "owner": 0.20, "other's": -0.33, "rival": -0.54, "leant": 0.30}
+    "quote": 0.068, "bias": -1.45, "tale": -2.53, "same": 0.54, "mass": 0.38, "rare": 0.73,
+    "two": 1.13, "whole": 2.71, "thing lost": -0.18, "new": -1.73, "empty": -0.97,
+    "empty whole": -1.82, "half whole": -1.38, "filled thing": 0.72, "I": 0.21, "yours": -0.58,
+    "owner": 0.18, "other's": -0.43, "rival": -0.55, "leant": 0.33}
 
 # What is known of words, one format for all. A line begins with = where its words name the same
 # thing, with ~ where they are near, with ! where forms follow their base; or with names of a kind
@@ -7405,7 +7405,8 @@ def _filled(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: Di
     """Return how surely a statement fills a question's gap, 0 to 2, with what it has beside it."""
     filled = 2  # the very word that asks is there, and something else
     if len(used) == len(line.telling) or not any(near[i] > 2 + (
-            asked.line.words[i].stem == asked.kind) for i in asked.asking & near.keys()):
+            asked.slot == "code" or asked.line.words[i].stem == asked.kind)
+            for i in asked.asking & near.keys()):
         filled = _filling(lex, asked, line, used, before)
     if asked.slot != "name" or not asked.vital:
         return filled
@@ -7531,10 +7532,9 @@ def _named(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
     if slot == "reason":
         leads = "prep" in word.classes and line.caps[at + 1:at + 2] == [True]  # moved to Bergen
         return 2 * (word.stem in lex.kinds["reason"] and not leads)
-    if slot == "code" and not telling:
-        return 0
-    if slot == "code":
-        return 2 if any(c.isdigit() for c in word.word) else int(word.stem not in lex.known)
+    if slot == "code":  # 4711; or a word, where a password is told
+        digits = any(c.isdigit() for c in word.word)
+        return 2 * digits or int(telling and "asks.code" in line.has)
     return int(telling or _is_number(lex, word))
 
 
@@ -8522,7 +8522,7 @@ def _heard(lex: Lexicon, memory: Memory, asked: Asked, text: str, entries: Itera
 
 
 # What is asked for by these is told surely from all else: no number, no reason, no answer.
-_STRICT = frozenset("reason age number amount measure span year".split())
+_STRICT = frozenset("reason age number amount measure span year code".split())
 
 
 def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
