@@ -8441,20 +8441,33 @@ def _compared(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
               today: datetime.date) -> Looked:
     """What told numbers come to: which of two things is more, by how much, or both together."""
     more, less, sums = (kind in asked.line.has for kind in ("more", "less", "sums"))
-    names = [said for _, said in things_named(lex, asked.line)]
-    if not (more or less or sums) or len(names) < 2:
+    if not (more or less or sums):
         return None
+    names = [said for _, said in things_named(lex, asked.line)]
+    names = names if len(names) > 1 else _told_of(lex, memory, asked)
     found = [each for each in (_figure_of(lex, memory, name) for name in names) if each]
     if len(found) < 2 or len({value for value, _, _ in found}) < 2 and not sums:
         return None
     told = " ".join(dict.fromkeys(said_back(lex, unit, today) for _, unit, _ in found))
     values = [value for value, _, _ in found]
-    if sums or asked.slot:  # how much longer
+    if sums or asked.slot not in ("", "person"):  # how much longer
         lead = f"{sum(values) if sums else max(values) - min(values):g}: "
     else:
         name = turned((max if more else min)(found, key=itemgetter(0))[2])
         lead = f"{name[:1].upper()}{name[1:]}. "
     return lead + told, [unit for _, unit, _ in found]
+
+
+def _told_of(lex: Lexicon, memory: Memory, asked: Asked) -> List[str]:
+    """Return by which names things were told of that a question names by one word: which suitcase?
+    """
+    for noun in (asked.line.words[i] for i in asked.terms if not asked.line.words[i].classes):
+        heads = (pair for unit in _about(lex, memory, analyzed(lex, noun.text))
+                 for pair in things_named(lex, lex.line(unit.text)))
+        names = [*dict.fromkeys(said for head, said in heads if lex.nearness(noun, head) == 4)]
+        if len(names) > 1:
+            return names
+    return []
 
 
 def _figure_of(lex: Lexicon, memory: Memory, name: str) -> Optional[Tuple[float, Unit, str]]:

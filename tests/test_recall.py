@@ -217,6 +217,18 @@ class Replies(unittest.TestCase):
         self.assertEqual(after(["Put rice on the shopping list."],
                                "What is on the shopping list?").text, "Rice.")
 
+    def test_things_of_one_name_are_compared_and_added_up(self):
+        told = ["The red trunk weighs 21 kilos.", "The blue trunk weighs 16 kilos.",
+                "My sister is 31.", "My brother is 28."]
+        for asked, begins in (("Which trunk is heavier?", "The red trunk."),
+                              ("Which trunk is lighter?", "The blue trunk."),
+                              ("How much heavier is the red trunk?", "5: "),
+                              ("How much do both trunks weigh together?", "37: "),
+                              ("Who is older, my sister or my brother?", "Your sister.")):
+            said = after(told, asked).text
+            self.assertTrue(said.startswith(begins), (asked, said))
+        self.assertNotEqual(after(told[:1], "Which trunk is heavier?").source, "memory")
+
     def test_how_old_how_many_and_why_are_not_claimed_where_no_number_or_reason_is_told(self):
         for told, asked in (("My dentist is Dr Holm.", "How old is Dr Holm?"),
                             ("Vera moved to Bergen.", "Why did Vera move?"),
