@@ -6240,7 +6240,8 @@ JUDGE = {
 # thing, with ~ where they are near, with ! where forms follow their base; or with names of a kind
 # and a colon. A comma or | divides groups, a space at the beginning goes on with the line before.
 # Names with a language behind a dot are the closed classes of it, a group without a name is of the
-# next of en, de, es, fr: _ joins phrases, / pairs. Lines of this format in the owner's corpus add.
+# next of en, de, es, fr: _ joins phrases, / pairs. Of what may be asked for (asks.…) the first that
+# a question names counts. Lines of this format in the owner's corpus add.
 WORD_TABLE = """
 = 2 two, 3 three, 4 four, 5 five, 6 six, 7 seven, 8 eight, 9 nine, 10 ten, 11 eleven, 12 twelve, 13
  thirteen, 14 fourteen, 15 fifteen, 16 sixteen, 17 seventeen, 18 eighteen, 19 nineteen, 20 twenty
@@ -6546,8 +6547,8 @@ short.en: 'm/am 're/are 've/have 'll/will 'd/would whats/what_is wheres/where_is
  tengo/tienes vivo/vives trabajo/trabajas nací/naciste me/te llamo/llamas yo/tú nuestro/vuestro
  nuestra/vuestra, mon/ton ma/ta mes/tes suis/es ai/as je/tu j'ai/tu_as me/te m'appelle/t'appelles
  notre/votre nos/vos
-asks.code.en: code pin number combination passcode password, code nummer passwort kennwort pin,
- código número contraseña, code numéro mot_de_passe
+holds.en: with, mit, con, avec, asks.code.en: code pin number combination passcode password, code
+ nummer passwort kennwort pin, código número contraseña, code numéro mot_de_passe
 """
 
 
@@ -7218,14 +7219,13 @@ def heard_in(lex: Lexicon, text: str) -> List[str]:
     """
     sentences, clauses = sentences_of(text), []  # type: List[str], List[str]
     for piece in (piece for sentence in sentences for piece in _STOPS.split(sentence)):
-        found, start = list(_WORD.finditer(piece)), 0
-        language = lex.language_of([m[0].casefold() for m in found])
-        for i, m in enumerate(found):
-            classes = lex.word(m[0], language).classes
+        (spans, words, language), start = _words_in(lex, piece), 0
+        for i, (begin, end) in enumerate(spans):
+            classes = lex.word(words[i], language).classes
             if "joins" in classes and (i or "question" not in classes) and (
-                    _has_subject(lex, piece[m.end():])):
-                clauses.append(piece[start:m.start()])
-                start = m.end()
+                    _has_subject(lex, piece[end:])):
+                clauses.append(piece[start:begin])
+                start = end
         clauses.append(piece[start:])
     return list(dict.fromkeys([*sentences, *(part.strip() for part in clauses
                                              if len(_WORD.findall(part)) > 2)]))
@@ -7284,10 +7284,15 @@ def told_about(lex: Lexicon, last: Entry, text: str) -> str:
     return _gathering(lex, last.about, told) if last.about else told
 
 
+def _stopped(text: str) -> str:
+    """Return a text with a full stop, if it ends in a letter or a digit."""
+    return text + "." * text[-1:].isalnum()
+
+
 def _gathering(lex: Lexicon, about: str, text: str) -> str:
     """Return what a next statement leans on: this too, where it says a name."""
     named = any(lex.line(text).caps) and len(about) + len(text) < MAX_ASKED_CHARS
-    return f"{about} {text}{'.' * text[-1:].isalnum()}" if named else about
+    return f"{about} {_stopped(text)}" if named else about
 
 
 def named_in(lex: Lexicon, lines: Sequence[str], today: datetime.date) -> str:
@@ -7336,7 +7341,7 @@ def _units_of(lex: Lexicon, entry: Entry, needles: Iterable[str]) -> Iterator[Un
                     yield Unit(entry, lex.line(f"{about} {rest}"), text=rest, about=about)
                     about = _gathering(lex, about, rest)
                 else:
-                    about = rest + "." * rest[-1:].isalnum()
+                    about = _stopped(rest)
                     yield Unit(entry, lex.line(rest), text=rest)
 
 
@@ -7349,7 +7354,7 @@ def _beside(lex: Lexicon, units: Iterable[Unit]) -> Iterator[Unit]:
     for unit in units:
         yield unit
         if last and last.entry is unit.entry and not unit.about and unit.entry.source in TOLD:
-            about = f"{last.text}{'.' * last.text[-1:].isalnum()}"
+            about = _stopped(last.text)
             yield Unit(unit.entry, lex.line(f"{about} {unit.text}"), text=unit.text, about=about)
         last = unit
 
@@ -7403,11 +7408,10 @@ def _called(lex: Lexicon, memory: Memory, asked: Asked) -> Dict[int, AbstractSet
 def _filled(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: Dict[int, int],
             used: AbstractSet[int], before: int) -> int:
     """Return how surely a statement fills a question's gap, 0 to 2, with what it has beside it."""
-    filled = 2  # the very word that asks is there, and something else
-    if len(used) == len(line.telling) or not any(near[i] > 2 + (
-            asked.slot == "code" or asked.line.words[i].stem == asked.kind)
-            for i in asked.asking & near.keys()):
-        filled = _filling(lex, asked, line, used, before)
+    there = len(used) < len(line.telling) and any(near[i] > 2 + (  # the very word, and more
+        asked.slot == "code" or asked.line.words[i].stem == asked.kind)
+        for i in asked.asking & near.keys())
+    filled = 2 if there else _filling(lex, asked, line, used, before)
     if asked.slot != "name" or not asked.vital:
         return filled
     things = [i for i in asked.vital if not asked.line.caps[i]] or asked.vital
@@ -7595,7 +7599,9 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
 
 def _matched(lex: Lexicon, asked: Asked, line: Line) -> Tuple[Dict[int, int], Dict[int, int]]:
     """Return how near a statement comes to each term of a question, and where."""
-    words, near, at = asked.line.words, {}, {}  # type: Any, Dict[int, int], Dict[int, int]
+    near: Dict[int, int] = {}
+    at: Dict[int, int] = {}
+    words = asked.line.words
     same = {line.words[j].stem for j in line.telling} & {words[i].stem for i in asked.terms}
     for i in asked.terms:
         grade, j = max(((lex.nearness(words[i], line.words[j]), -j) for j in line.telling
@@ -8024,17 +8030,19 @@ def _likeness(lex: Lexicon, a: Line, b: Line, telling: Dict[str, float]) -> floa
     return alike / 2.0 if all(people) and not people[0] & people[1] else alike
 
 
-def said_so(memory: Memory, text: str, asking: bool, just: bool = False) -> List[Entry]:
+def _just_said(memory: Memory, words: Sequence[str]) -> List[int]:
+    """Return the ids of exchanges in which somebody says just these words."""
+    return memory.ids_holding([[f"h {' '.join(words)} a"]], MOST_TOLD)
+
+
+def said_so(memory: Memory, text: str, asking: bool) -> List[Entry]:
     """Return exchanges in which somebody says just these words, or else holds them in a row, or
     says just the first or last of them; of common words the newest need not be those.
     """
     words = folded_words(text[:MAX_ASKED_CHARS])
     if not 0 < len(words) <= MAX_QUERY_TERMS:
         return []
-    said = " ".join(words)
-    ids = memory.ids_holding([[f"h {said} a"]], MOST_TOLD)
-    if just:
-        return memory.entries_of(ids)
+    said, ids = " ".join(words), _just_said(memory, words)
     if not ids and memory.about_count() < MOST_TO_SCAN:
         ids = memory.ids_holding([["h " + said], [said + " a"]], MOST_TOLD)
         ends = {f"h {' '.join(part)} a" for size in range(2, len(words))
@@ -8054,8 +8062,8 @@ def _question_in(lex: Lexicon, text: str) -> str:
     asking = [s for line in text.splitlines() for s in sentences_of(line[-MAX_ASKED_CHARS:])
               if asks(s, lex)]
     said = asking[-1] if asking else ""
-    clauses = [part for part in heard_in(lex, said) if asks(part, lex)]
-    if clauses and not is_question(said):  # why is the sky blue, my son wants to know
+    if not is_question(said):  # why is the sky blue, my son wants to know
+        clauses = [part for part in heard_in(lex, said) if asks(part, lex)] or [said]
         said = said[:said.find(clauses[-1]) + len(clauses[-1])]
     line = lex.line(said)
     names = any("idle" not in line.words[i].classes for i in line.telling)
@@ -8328,9 +8336,9 @@ def _list_act(lex: Lexicon, unit: Unit, name: AbstractSet[str], kind: str, ours:
         ours = not name or name <= {word.stem for word in line.words}
     if colon and ours and listed:
         return "begins", _split_items(rest), ours
-    made = re.search(r"\bwith (.+)", unit.text) if wishes(lex, unit.text) else None
-    if made and ours and listed:  # make a packing list with a tent and a rope
-        return "begins", _split_items(made[1]), ours
+    holds = [i for i, word in enumerate(line.words) if "holds" in word.classes]
+    if holds and ours and listed and wishes(lex, unit.text):  # make a list with a tent and a rope
+        return "begins", _split_items(line.text[_spans(lex, line)[holds[0]][1]:]), ours
     fragment = len(line.words) < len(lex.line(unit.text).words) and len(line.words) < MOST_ECHOED
     more = goes_on and fragment and not line.has & {"aux", "subject"}  # and tape
     puts = bool(line.words) and "puts" in line.words[0].classes or listed and "aux" in line.has
@@ -8418,7 +8426,7 @@ def _one_by_one(lex: Lexicon, units: Sequence[Unit], today: datetime.date) -> st
     """Return statements as one text, what some lean on before them and once only."""
     held: Dict[str, List[Unit]] = {}
     for unit in units:
-        base = unit.about or unit.text + "." * unit.text[-1:].isalnum()
+        base = unit.about or _stopped(unit.text)
         held.setdefault(base, []).insert(0, unit)
     said = []
     for about, kin in held.items():
@@ -8580,7 +8588,7 @@ def _with_others(lex: Lexicon, asked: Asked, found: Sequence[Judged], said: Sequ
     top, best = found[0], said[0]
     if top.unit.entry.source in TOLD and _began(lex, asked, top.unit.line):
         text, day = top.unit.line.text, told_day(top.unit.entry)
-        at = max(text.casefold().find(asked.line.words[i].word) for i in asked.terms)
+        at = max((text.casefold().find(asked.line.words[i].word) for i in asked.terms), default=-1)
         days = sorted(days_in(lex, text, day), key=lambda when: (when.start < at, when.start))
         return best._replace(answer=f"{best.answer} That is {_length(days[0].first, today)}.") if (
             days and days[0].first < today) else best
@@ -8641,9 +8649,10 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
                  like: Optional[Like] = None) -> Tuple[Optional[Reply], List[Recall]]:
     """Return what memory replies by itself to a text, or None; and all that fits, if not rejected.
     """
-    known = lexicon_of(memory)
-    if not any("{" in entry.text for entry in said_so(memory, text, True, True)):
-        text = in_context(lexicon(), text, turns)  # what time is it: "it" is no bus spoken of
+    known, meant = lexicon_of(memory), in_context(lexicon(), text, turns)
+    if meant != text and not any("{" in entry.text for entry in memory.entries_of(
+            _just_said(memory, folded_words(text)))):
+        text = meant  # but what time is it: "it" is no bus spoken of
     whole = _sum(known, memory, text) or looked_up(known, memory, text)
     if whole and rejection(text, whole.text) not in rejected:
         return whole, []
@@ -8760,8 +8769,8 @@ def _mended(lex: Lexicon, before: str, text: str, last: bool) -> Optional[str]:
     spans, places = _spans(lex, new), _spans(lex, old)
     if not (at and spans and places):
         return None
-    first, i = (_joined(*each, -1) for each in ((before, places, at[0]), (text, spans, i)))
-    last, end = _joined(before, places, at[0], 1), i
+    first, last = _joined(before, places, at[0], -1), _joined(before, places, at[0], 1)
+    end = i = _joined(text, spans, i, -1)
     while end + 1 in fresh or end + 2 in fresh and _is_number(lex, words[end + 2]):
         end += 1
     return before[:places[first][0]] + text[spans[i][0]:spans[end][1]] + before[places[last][1]:]
@@ -8995,10 +9004,9 @@ def silence(text: str, rejected: Container[str] = (), said: Iterable[str] = (),
 def _wish(lex: Lexicon, text: str) -> str:
     """Return what a sentence wishes to be forgotten, or ""."""
     rest = lex.opened(text)[0] if not asks(text, lex) else text
-    words = _WORD.findall(rest)
-    language = lex.language_of(word.casefold() for word in words)
-    if len(words) < 2 or "forget" not in lex.closed[language].get(words[0].casefold(), ()) or (
-            lex.closed[language].get(words[1].casefold(), _NONE) & {"question", "tells", "not"}
+    _, words, language = _words_in(lex, rest)
+    if len(words) < 2 or "forget" not in lex.closed[language].get(words[0], ()) or (
+            lex.closed[language].get(words[1], _NONE) & {"question", "tells", "not"}
             and not lex.line(rest).has & {"me", "own"}):
         return ""
     return rest[len(words[0]):].strip(" .!")
