@@ -2567,6 +2567,7 @@ def _drop_old_libraries(folder: str) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+# `check_library` needs a model: it stands at the end of section 10.
 CHECK_CODE = """
 import importlib, os, sys
 folder, name = os.path.split(sys.argv[1])
@@ -2614,96 +2615,6 @@ def _by_address(function: Any, kinds: Sequence[str]) -> Callable[..., Any]:
                 for kind, arg in zip(kinds, args)]
         return function(*[arg.buffer_info()[0] if type(arg) is array else arg for arg in held])
     return call
-
-
-def trial(engine: Engine) -> List[array]:
-    """Return all that comes of a tiny model's step and of a token that it then says.
-
-    Every kernel is reached, and in products every kind of block and of rest.
-    """
-    rng, made = random.Random(1), []
-
-    def some(n: int) -> array:
-        return engine.buffer_of([rng.gauss(0.0, 0.3) for _ in range(n)])
-
-    def new(n: int) -> array:
-        made.append(engine.buffer(n))
-        return made[-1]
-    _try_learning(engine, some, new)
-    _try_speaking(engine, some, new)
-    return made
-
-
-def _try_learning(engine: Engine, some: Callable[[int], array], new: Callable[[int], array]
-                  ) -> None:
-    """Take a model of one block, whose operations each stand once, through a step of AdamW."""
-    rows, heads, width, vocab, starts = 31, 2, 10, 270, array("i", [0, 2, 31])
-    dim, n = heads * width, rows * heads * width
-    table, into, gate, angles = (some(k) for k in (vocab * dim, 3 * dim * dim, 2 * dim * dim,
-                                                   rows * width))
-    ids, targets = (array("i", range(first, vocab, 8)[:rows]) for first in (0, 5))
-    targets[2] = -1
-    x, kept, normed, mixed, opened, dx, dkept, dnormed, dmixed, dopened = (
-        new(n) for _ in range(10))
-    qkv, turned, dqkv, dturned, gates, dgates = (new(k * n) for k in (3, 3, 3, 3, 2, 2))
-    logits, dlogits, lse, inverse, sums, losses = (
-        new(rows * k) for k in (vocab, vocab, heads, 1, 1, 1))
-    dtable, dinto, dgate, first, second = (new(k * dim) for k in (
-        vocab, 3 * dim, 2 * dim, vocab, vocab))
-    engine.gather_rows(table, ids, x, rows, dim)
-    engine.dropout_apply(x, kept, n, 0.2, 7)
-    engine.rmsnorm_forward(kept, normed, inverse, rows, dim, 1e-5)
-    engine.matmul_nt(normed, into, qkv, rows, dim, 3 * dim)
-    engine.rope_turn(qkv, angles, turned, rows, 3 * dim, 2 * dim, width, 1.0)
-    engine.attend("attention_forward", (turned, mixed, lse), starts, heads, width)
-    engine.matmul_nt(mixed, gate, gates, rows, dim, 2 * dim)
-    engine.swiglu_forward(gates, opened, rows, dim)
-    engine.matmul_nt(opened, table, logits, rows, dim, vocab)
-    engine.cross_entropy_forward(logits, targets, sums, losses, rows, vocab)
-    engine.cross_entropy_backward(logits, targets, sums, dlogits, rows, vocab, 1.0)
-    engine.matmul_nn(dlogits, table, dopened, rows, vocab, dim)
-    engine.matmul_tn(dlogits, opened, dtable, vocab, rows, dim)
-    engine.swiglu_backward(dopened, gates, dgates, rows, dim)
-    engine.matmul_nn(dgates, gate, dmixed, rows, 2 * dim, dim)
-    engine.matmul_tn(dgates, mixed, dgate, 2 * dim, rows, dim)
-    engine.attend("attention_backward", (dmixed, turned, lse, dturned), starts, heads, width)
-    engine.rope_turn(dturned, angles, dqkv, rows, 3 * dim, 2 * dim, width, -1.0)
-    engine.matmul_nn(dqkv, into, dnormed, rows, 3 * dim, dim)
-    engine.matmul_tn(dqkv, normed, dinto, 3 * dim, rows, dim)
-    engine.rmsnorm_backward(dnormed, normed, inverse, dkept, rows, dim)
-    engine.dropout_apply(dkept, dx, n, 0.2, 7)
-    engine.scatter_rows(dx, ids, dtable, rows, dim)
-    norm = engine.dot(dtable, dtable, len(dtable))
-    engine.adamw_step(table, dtable, first, second, dim, len(table), 0.1, 0.9, 0.95, 1e-3, 0.1,
-                      10.0, 20.0, 1.0 / sqrt(norm))
-    engine.add_scaled(table, dtable, len(table), -1.0)
-
-
-def _try_speaking(engine: Engine, some: Callable[[int], array], new: Callable[[int], array]
-                  ) -> None:
-    """Pass a token through a block, draw the next, and do what is left."""
-    heads, width, hidden, vocab, block = 2, 10, 13, 40, 9
-    dim, room = heads * width, new(400)
-    x, keys, values, logits = some(dim), some(dim * block), some(dim * block), new(vocab)
-    weights = [some(k * dim) for k in (3 * dim, dim, 2 * hidden, hidden)]
-    engine.decode_block(x, *weights, some(width), keys, values, room, dim, heads, hidden, 6, 7,
-                        block, 1e-5)
-    engine.decode_head(x, some(vocab * dim), logits, room, dim, vocab, 3.0, 1e-5)
-    made, past = new(4), array("i", [5, 3, 7, 3, 39, 5, 3, 7, 3])
-    for i, chance in enumerate((0.1, 0.6, 0.9)):
-        made[i] = engine.sample_token(some(vocab), vocab, some(200), past, len(past), 0.8, 0.5, 2,
-                                      9.0, 12, 0.9, 0.02, 0.8, chance)
-    made[3] = engine.softmax(logits, vocab)
-    engine.multiply_adds(new(96), 3, 0.5)
-
-
-def check_library(path: str) -> None:
-    """Try compiled kernels beside their Python.  Raises EngineError when they differ."""
-    for mine, plain in zip(trial(NativeEngine(load_kernels(path))), trial(reference_engine())):
-        bound = 1e-4 * max(map(abs, plain))
-        if not all(abs(a - b) <= bound for a, b in zip(mine, plain)):
-            raise EngineError("compiled kernels do not compute what their Python does; "
-                              "try another compiler with CC")
 
 
 def native_engine(build: bool = True, patient: bool = True,
@@ -3989,7 +3900,7 @@ def draw_token(logits: Sequence[float], history: array, config: Config, rng: ran
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
-# 10 · TRAINING — one step, one window, one honest number   uses: 2 5 6 7 8
+# 10 · TRAINING — one step, one window, one honest number   uses: 0 2 4 5 6 7 8
 # ──────────────────────────────────────────────────────────────────────────────────────
 #
 # Documents become one stream of ids, with an end-of-text where a blank line stood; windows are cut
@@ -4308,6 +4219,40 @@ def load_router(tokenizer: EvolvingTokenizer, layer: Layer) -> Router:
         raw = joined.encode("latin-1")
         counts.append({raw[3 * i:3 * i + 3]: n for i, n in enumerate(often)})
     return Router(tokenizer, counts, layer.manifest)
+
+
+def trial(engine: Engine) -> List[array]:
+    """Return all that comes of a tiny model's step and of the tokens that it then says.
+
+    Every kernel is reached, and in products every kind of block and of rest.
+    """
+    rng, model = random.Random(1), GPT(Shape(1, 20, 2, 13, 40, 10_000.0, 1e-5), 270, engine, None)
+
+    def some(n: int) -> array:
+        return engine.buffer_of([rng.gauss(0.0, 0.3) for _ in range(n)])
+    for param in model.trainable():  # livelier than at birth: what is wrong must show
+        param.load(some(len(param.data)))
+    windows = [[3, 9, 7], [*range(0, 232, 8), 7]]
+    train_step(model, AdamW(0.9, 0.95, 1e-3, 0.1, 1.0), windows, 0.1, 0.2, rng)
+    made = [numbers for param in model.trainable() for numbers in (param.data, *param.moments)]
+    cache, past = model.new_cache(), array("i", [5, 3, 7, 3, 39, 5, 3, 7, 3])
+    made += [model.feed(cache, past[:-1]), model.feed(cache, past[-1:])]
+    drawn, rounds = engine.buffer(4), engine.buffer(96)
+    for i, chance in enumerate((0.1, 0.6, 0.9)):
+        drawn[i] = engine.sample_token(some(40), 40, some(200), past, len(past), 0.8, 0.5, 2, 9.0,
+                                       12, 0.9, 0.02, 0.8, chance)
+    drawn[3] = engine.softmax(made[-1], model.vocab_size)
+    engine.multiply_adds(rounds, 3, 0.5)
+    return [*made, drawn, rounds]
+
+
+def check_library(path: str) -> None:
+    """Try compiled kernels beside their Python.  Raises EngineError when they differ."""
+    for mine, plain in zip(trial(NativeEngine(load_kernels(path))), trial(reference_engine())):
+        bound = 1e-4 * max(map(abs, plain))
+        if not all(abs(a - b) <= bound for a, b in zip(mine, plain)):
+            raise EngineError("compiled kernels do not compute what their Python does; "
+                              "try another compiler with CC")
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
