@@ -1852,17 +1852,17 @@ class FixedPoint:
         self.zero, self.counts = COUNTING * self.unit, array("d")
         for part in parts:
             self.counts.fromlist([x + self.zero for x in part])
-        _little_endian(self.counts)
+        little_endian(self.counts)
 
     def part(self, place: slice) -> array:
         """Return the counts of some numbers as ints; they must be below 2**31."""
-        return _little_endian(array("i", self.counts[place].tobytes()))[::2]
+        return little_endian(array("i", self.counts[place].tobytes()))[::2]
 
 
 COUNTING = 1.5 * 2.0 ** 52
 
 
-def _little_endian(numbers: array) -> array:
+def little_endian(numbers: array) -> array:
     """Swap the bytes of numbers between this machine's order and the little-endian one."""
     if sys.byteorder == "big":
         numbers.byteswap()
@@ -1889,7 +1889,7 @@ class Lanes:
         """Return the products of all vectors with one of scalars, counted in a unit."""
         total = sum(map(mul, self.places, scalars), self.start)
         doubles = total >> 12 & self.low | self.exponents  # of 2**52 and the upper bits of a lane
-        sums = _little_endian(array("d", doubles.to_bytes(8 * self.size, "little")))
+        sums = little_endian(array("d", doubles.to_bytes(8 * self.size, "little")))
         zero, unit = COUNTING, self.unit * unit * 4096.0
         return [(x - zero) * unit for x in sums]
 
@@ -3497,18 +3497,12 @@ class Layer(NamedTuple):
 
 def float_bytes(data: array) -> bytes:
     """Return a float buffer as little-endian bytes."""
-    data = data[:]
-    if sys.byteorder == "big":
-        data.byteswap()
-    return data.tobytes()
+    return little_endian(data[:]).tobytes()
 
 
 def floats_of(blob: bytes) -> array:
     """Return little-endian float32 bytes as a buffer."""
-    data = array("f", blob)
-    if sys.byteorder == "big":
-        data.byteswap()
-    return data
+    return little_endian(array("f", blob))
 
 
 def pack_params(params: Sequence[MatrixParam]) -> Layer:
