@@ -2604,16 +2604,14 @@ def load_kernels(path: str) -> Dict[str, Callable[..., Any]]:
         function = getattr(library, kernel.__name__)
         function.argtypes = [kinds.get(kind, ctypes.c_void_p) for kind in given]
         function.restype = kinds.get(result)
-        table[kernel.__name__] = _by_address(function, given)
+        table[kernel.__name__] = _by_address(function)
     return table
 
 
-def _by_address(function: Any, kinds: Sequence[str]) -> Callable[..., Any]:
+def _by_address(function: Any) -> Callable[..., Any]:
     """Return a function that takes buffers where the compiled one takes addresses."""
     def call(*args: Any) -> Any:
-        held = [array("i", arg) if kind == "I32" and type(arg) is not array else arg
-                for kind, arg in zip(kinds, args)]
-        return function(*[arg.buffer_info()[0] if type(arg) is array else arg for arg in held])
+        return function(*[arg.buffer_info()[0] if type(arg) is array else arg for arg in args])
     return call
 
 
