@@ -1682,14 +1682,13 @@ def cross_entropy_backward(logits: F32, targets: I32, lse: F32, dlogits: F32, ro
             dlogits[r * vocab + targets[r]] -= scale
 
 
-def adamw_step(w: F32, g: F32, m: F32, v: F32, first: int, n: int, rate: float, beta1: float,
-               beta2: float, eps: float, decay: float, fix1: float, fix2: float,
-               clip: float) -> None:
-    """Move w[first:n] one AdamW step down clip·g; fix1, fix2 = 1/(1−βᵗ) undo the moments' bias.
+def adamw_step(w: F32, g: F32, m: F32, v: F32, n: int, rate: float, beta1: float, beta2: float,
+               eps: float, decay: float, fix1: float, fix2: float, clip: float) -> None:
+    """Move w[:n] one AdamW step down clip·g; fix1, fix2 = 1/(1−βᵗ) undo the moments' bias.
 
     Source: Decoupled Weight Decay Regularization, arXiv:1711.05101, algorithm 2.
     """
-    for i in range(first, n):
+    for i in range(n):
         grad = g[i] * clip
         m[i] = beta1 * m[i] + (1.0 - beta1) * grad
         v[i] = beta2 * v[i] + (1.0 - beta2) * grad * grad
@@ -3581,9 +3580,9 @@ class AdamW:
         param.steps += 1
         decay = self.weight_decay if param.decays else 0.0
         param.engine.adamw_step(
-            param.data, param.grad, *param.moments, 0,
-            param.rows * param.dim, rate, self.beta1, self.beta2, self.eps, decay,
-            1.0 / (1.0 - self.beta1 ** param.steps), 1.0 / (1.0 - self.beta2 ** param.steps), clip)
+            param.data, param.grad, *param.moments, param.rows * param.dim, rate, self.beta1,
+            self.beta2, self.eps, decay, 1.0 / (1.0 - self.beta1 ** param.steps),
+            1.0 / (1.0 - self.beta2 ** param.steps), clip)
         param.changed()
 
 
