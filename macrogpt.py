@@ -740,8 +740,6 @@ def read_corpus(path: AnyPath, max_lines: int = Config.max_corpus_lines,
     The last document is always kept. Raises CorpusError if there is no readable regular file, or
     when should_stop says to break off. Streams: memory is bounded by what is kept.
     """
-    if max_lines < 1 or max_line_chars < 4:
-        raise ValueError("max_lines must be at least 1 and max_line_chars at least 4")
     tally: collections.Counter[str] = collections.Counter()
     kept: collections.OrderedDict[int, Document] = collections.OrderedDict()
     kept_lines, kept_all = 0, True
@@ -1036,14 +1034,8 @@ class EvolvingTokenizer:
         Each is the commonest pair of neighbouring ids within pre-tokens (overlaps count: "aaa"
         has two) under all merges so far; of equals, the one with the lowest ids. A pair that
         spells a known token is passed over. Stops when none occurs `min_pair_count` times.
-        Raises ValueError for a single str in place of `texts`, count < 0 or min_pair_count < 1.
         Measured on 50 KB of English manuals, 400 merges, Python 3.11: 0.06 s.
         """
-        if isinstance(texts, str):
-            raise ValueError("texts is one str; expected several texts, such as [text]")
-        if count < 0 or min_pair_count < 1:
-            raise ValueError(f"count is {count} and min_pair_count {min_pair_count}; "
-                             "expected count >= 0 and min_pair_count >= 1")
         weights: Counter[str] = Counter()
         for text in texts:
             weights.update(pre_tokens(text))
