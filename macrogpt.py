@@ -551,15 +551,12 @@ def _cut_run(run: Iterator[str]) -> Iterator[Document]:
     a run without questions. CRC-32 suffices here and costs a third of a BLAKE2b hash.
     """
     head = list(itertools.islice(run, WHOLE_LINES + 1))
-    if len(head) <= WHOLE_LINES:
-        yield Document(tuple(head), closed=True)
-        return
-    chunk: List[str] = []
+    is_long, chunk = len(head) > WHOLE_LINES, []  # type: bool, List[str]
     for line in itertools.chain(head, run):
         begins = len(chunk) >= WHOLE_LINES or zlib.crc32(line.encode()) % CHUNK_ODDS == 0
         if line.startswith("A:"):
             begins = len(chunk) >= LONGEST_EXCHANGE_LINES
-        if begins and chunk:
+        if begins and is_long and chunk:
             yield Document(tuple(chunk), closed=False)
             chunk = []
         chunk.append(line)
@@ -1114,8 +1111,6 @@ class Vector8(tuple):
 
     def __rmul__(self, factor: float) -> "Vector8":
         return Vector8(factor * number for number in self)
-
-    __hash__ = tuple.__hash__
 
 
 def two_to(k: float) -> float:
@@ -2115,10 +2110,12 @@ TWINS = {"add_scaled": map_add_scaled, "dot": map_dot, "softmax": map_softmax,
          "attention_forward": dist_attention_forward, "attention_backward": dist_attention_backward}
 
 
+PLAIN = {**{kernel.__name__: kernel for kernel in KERNELS}, "multiply": product}
+
+
 def reference_engine(typecode: str = "f") -> Engine:
     """Return an engine that runs every kernel as it is written, and products plainly."""
-    table = {kernel.__name__: kernel for kernel in KERNELS}
-    return Engine("reference", {**table, "multiply": product}, typecode)
+    return Engine("reference", PLAIN, typecode)
 
 
 def interpreted_engine(typecode: str = "f") -> Engine:
@@ -2126,7 +2123,7 @@ def interpreted_engine(typecode: str = "f") -> Engine:
 
     Doubles ask for more than the fixed point of lanes has, and do without them.
     """
-    table = {**{kernel.__name__: kernel for kernel in KERNELS}, "multiply": product, **TWINS}
+    table = {**PLAIN, **TWINS}
     if typecode == "d":
         return Engine("python", table, typecode, cache=TupleCache)
     return Engine("python", {**table, **LANE_TWINS}, typecode, PackedMatrix, TupleCache)
@@ -2172,8 +2169,10 @@ class CKernel:
         takes = tree.args
         if takes.vararg or takes.kwarg or takes.kwonlyargs or takes.defaults:
             self._refuse(tree, "parameters other than plain ones")
-        self.kinds = {arg.arg: self._named(arg.annotation) for arg in takes.args}
+        self.kinds = {arg.arg: getattr(arg.annotation, "id", "") for arg in takes.args}
         given = tuple(self.kinds.values())
+        if not set(given) <= set(C_TYPES):
+            self._refuse(tree, "a parameter needs a type of the subset: " + ", ".join(C_TYPES))
         self._locals: Dict[str, str] = {}
         self.result = getattr(tree.returns, "id", "void")
         if not tree.returns or self.result not in ("void", "int", "float"):
@@ -2188,11 +2187,6 @@ class CKernel:
         places = ", ".join(f"{{{i}}}" for i in range(len(given)))
         self.call = (f"{self.name}({places})", self.result,
                      *("int float" if kind == "float" else kind for kind in given))
-
-    def _named(self, node: Any) -> str:
-        if not isinstance(node, ast.Name) or node.id not in C_TYPES:
-            self._refuse(node, "a parameter needs a type of the subset: " + ", ".join(C_TYPES))
-        return node.id
 
     def _refuse(self, node: Any, reason: str) -> Any:
         raise EngineError(f"kernel {self.name}, line {getattr(node, 'lineno', 1)}: {reason}; "
