@@ -468,8 +468,8 @@ class FindingAndTrustingTheCompiler(Folder, unittest.TestCase):
 
     def setUp(self):
         super().setUp()
-        self.real = {name: getattr(m, name) for name in ("c_source", "CHECK_CODE")}
-        hollow = {"c_source": mock.Mock(return_value=HOLLOW), "CHECK_CODE": "", "C_FLAGS": QUICK}
+        self.real = {name: getattr(m, name) for name in ("c_source", "CALL_CODE")}
+        hollow = {"c_source": mock.Mock(return_value=HOLLOW), "CALL_CODE": "", "C_FLAGS": QUICK}
         for change in (mock.patch.dict(os.environ, {"XDG_CACHE_HOME": self.folder}),
                        mock.patch.multiple(m, **hollow)):
             change.start()
@@ -483,7 +483,7 @@ class FindingAndTrustingTheCompiler(Folder, unittest.TestCase):
 
     def test_what_was_compiled_and_checked_once_is_loaded_ever_after(self):
         source = self.real["c_source"](m.KERNELS)
-        m.CHECK_CODE, m.c_source.return_value = self.real["CHECK_CODE"], source
+        m.CALL_CODE, m.c_source.return_value = self.real["CALL_CODE"], source
         self.assertEqual(m.choose_engine("auto").name, "python")
         self.assertEqual(m.choose_engine("auto", True).name, "native")
         self.assertEqual(os.stat(self.cache).st_mode & 0o777, 0o700)
@@ -588,7 +588,7 @@ exec {real} "$@"\n""")
         self.assertEqual(m.choose_engine("auto", True).name, "native")
 
     def test_two_that_compile_at_once_both_succeed(self):
-        code = (f"import macrogpt as m; import sys; m.C_FLAGS = {QUICK}; m.CHECK_CODE = ''; "
+        code = (f"import macrogpt as m; import sys; m.C_FLAGS = {QUICK}; m.CALL_CODE = ''; "
                 f"m.c_source = lambda *_: {HOLLOW!r}; "
                 "sys.exit(m.choose_engine('auto', True).name != 'native')")
         both = [subprocess.Popen([sys.executable, "-S", "-c", code], cwd=ROOT) for _ in range(2)]
