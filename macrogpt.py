@@ -1824,11 +1824,11 @@ class PackedRows(NamedTuple):
     halves: List[float]
 
 
-class FixedPoint:
-    """Numbers counted in a unit, a power of two, by which their norm is less than 2**bits.
+COUNTING = 1.5 * 2.0 ** 52  # a double of about so many units shows in its low bits how many
 
-    A double of about 1.5·2**52 units shows the count of units in its low bits.
-    """
+
+class FixedPoint:
+    """Numbers counted in a unit, a power of two, by which their norm is less than 2**bits."""
 
     def __init__(self, data: array, bits: int) -> None:
         """Count the numbers; if one is not finite, the unit and all that comes of it is NaN."""
@@ -1845,9 +1845,6 @@ class FixedPoint:
         return little_endian(array("i", self.counts[place].tobytes()))[::2]
 
 
-COUNTING = 1.5 * 2.0 ** 52
-
-
 def little_endian(numbers: array) -> array:
     """Swap the bytes of numbers between this machine's order and the little-endian one."""
     if sys.byteorder == "big":
@@ -1855,45 +1852,22 @@ def little_endian(numbers: array) -> array:
     return numbers
 
 
-class Lanes:
-    """Vectors side by side: the k-th numbers of all are one big int, 64 bits a number.
-
-    A vector times all of them is one multiplication and one addition of big ints for each of its
-    numbers: 3.4 ns a multiply-add, beside 7 by math.dist.
-    """
-
-    def __init__(self, fixed: FixedPoint, parts: Iterable[slice], size: int) -> None:
-        """Take the numbers in parts, `size` each, as the first, second, … ones of the vectors."""
-        ones = ((1 << 64 * size) - 1) // ((1 << 64) - 1)
-        zeros = int.from_bytes(struct.pack("<d", fixed.zero), "little") * ones
-        self.places = [int.from_bytes(fixed.counts[part].tobytes(), "little") - zeros
-                       for part in parts]
-        self.size, self.unit, self.start = size, fixed.unit, ones << 63
-        self.low, self.exponents = ones * ((1 << 52) - 1), ones * (0x433 << 52)
-
-    def times(self, scalars: Sequence[int], unit: float) -> List[float]:
-        """Return the products of all vectors with one of scalars, counted in a unit."""
-        total = sum(map(mul, self.places, scalars), self.start)
-        doubles = total >> 12 & self.low | self.exponents  # of 2**52 and the upper bits of a lane
-        sums = little_endian(array("d", doubles.to_bytes(8 * self.size, "little")))
-        zero, unit = COUNTING, self.unit * unit * 4096.0
-        return [(x - zero) * unit for x in sums]
-
-
 class PackedMatrix:
     """A matrix (rows, dim) in the forms that interpreted products like, each made when asked for.
 
-    Lanes hold 33 bits and scalars 29, so that no sum of products, which is at most the product of
-    both norms, leaves its lane of 64 bits.
+    Its rows, or its columns, lie side by side: the k-th numbers of all are one big int, with a lane
+    of 64 bits for each. All of them times a vector is one multiplication and one addition of big
+    ints for each of its numbers: 3.4 ns a multiply-add, beside 7 by math.dist. Lanes hold 33 bits
+    and the vector's numbers 29, so that no sum of products, which is at most the product of both
+    norms, leaves its lane.
     """
 
     def __init__(self, data: array, rows: int, dim: int) -> None:
         self.data, self.shape = data, (rows, dim)
-        self._lanes: Dict[bool, Lanes] = {}
+        self._lanes: Dict[bool, Tuple[List[int], int, int, int]] = {}
 
     @functools.cached_property
-    def scalars(self) -> FixedPoint:
-        """The numbers as scalars."""
+    def _scalars(self) -> FixedPoint:
         return FixedPoint(self.data, 29)
 
     @functools.cached_property
@@ -1907,12 +1881,25 @@ class PackedMatrix:
             return [slice(c, rows * dim, dim) for c in range(dim)]
         return [slice(r * dim, (r + 1) * dim) for r in range(rows)]
 
+    def _laid_out(self, columns: bool) -> Tuple[List[int], int, int, int]:
+        """Return lanes of rows (columns), where sums start, and masks that make them doubles."""
+        ones = ((1 << 64 * self.shape[columns]) - 1) // ((1 << 64) - 1)
+        zeros = int.from_bytes(struct.pack("<d", self._fine.zero), "little") * ones
+        places = [int.from_bytes(self._fine.counts[part].tobytes(), "little") - zeros
+                  for part in self._parts(not columns)]
+        return places, ones << 63, ones * ((1 << 52) - 1), ones * (0x433 << 52)
+
     def times(self, columns: bool, other: "PackedMatrix", across: bool) -> Iterator[List[float]]:
         """Yield each row of the other matrix (column, if across) times all rows (columns)."""
         if columns not in self._lanes:
-            self._lanes[columns] = Lanes(self._fine, self._parts(not columns), self.shape[columns])
-        lanes, fixed = self._lanes[columns], other.scalars
-        return (lanes.times(fixed.part(place), fixed.unit) for place in other._parts(across))
+            self._lanes[columns] = self._laid_out(columns)
+        places, start, low, exponents = self._lanes[columns]
+        zero, unit = COUNTING, self._fine.unit * other._scalars.unit * 4096.0
+        for part in other._parts(across):
+            total = sum(map(mul, places, other._scalars.part(part)), start)
+            doubles = total >> 12 & low | exponents  # of 2**52 and the upper bits of a lane
+            sums = array("d", doubles.to_bytes(8 * self.shape[columns], "little"))
+            yield [(x - zero) * unit for x in little_endian(sums)]
 
 
 class FlatCache:
