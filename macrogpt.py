@@ -437,7 +437,7 @@ def tidied(text: str) -> str:
 
 
 def _break_at(text: str, max_chars: int) -> int:
-    """Return the best place, 1 to max_chars, to end a piece of text (or its length if it fits)."""
+    """Return where to end a piece: with a sentence in its second half, a word, or at max_chars."""
     if len(text) <= max_chars:
         return len(text)
     ends = (match.end() for match in _SENTENCE_END.finditer(text, max_chars // 2, max_chars + 1))
@@ -463,8 +463,7 @@ def clean_line(text: str, max_chars: int) -> str:
 def split_long_line(text: str, max_chars: int) -> List[str]:
     """Return a clean line as pieces of 1 to max_chars characters, MAX_LINE_PIECES of them at most.
 
-    A piece ends with a sentence if one ends in its second half, or else with a word, or else
-    where it must; what is left after the last piece is dropped.
+    A piece ends where _break_at says; what is left after the last piece is dropped.
     """
     pieces: List[str] = []
     start = 0
@@ -500,8 +499,7 @@ WORD_LINE = re.compile(r"^(?:[=~!] ?\w|[^\W\dA-Z][\w. ]{0,40}: *[^\W\dA-Z][^.!?,
 class Document:
     """An exchange or a passage: clean lines that belong together.
 
-    closed says that the document ends here; it is False when it was cut from a longer run of
-    lines that goes on in the next document.
+    closed is False where it was cut from a run of lines that goes on in the next document.
     """
     lines: Tuple[str, ...]
     closed: bool
@@ -658,9 +656,10 @@ def file_stamp(path: AnyPath) -> Optional[FileStamp]:
 
 
 @contextlib.contextmanager
-def _reading(path: AnyPath) -> Iterator[io.TextIOWrapper]:
+def _reading(path: AnyPath) -> Iterator[Tuple[io.TextIOWrapper, FileStamp]]:
     """Give the file at path as text with "\\n" newlines, in the encoding that its BOM names.
 
+    With it comes its stamp of before the first byte: a change while we read shows at the next look.
     Decoding never fails. Raises CorpusError for whatever fails in opening or in the body's reads.
     """
     _stamp_of(path)
@@ -668,13 +667,13 @@ def _reading(path: AnyPath) -> Iterator[io.TextIOWrapper]:
         # Opened without waiting: a pipe put in the file's place meanwhile must not hang us.
         at_once = getattr(os, "O_NONBLOCK", 0)
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once)) as raw:
-            _stamp_of(path, raw.fileno())  # something else may have come in its place
+            stamp = _stamp_of(path, raw.fileno())  # something else may have come in its place
             if raw.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 encoding, errors = "utf-16", "replace"
             else:
                 encoding, errors = "utf-8-sig", "surrogateescape"
             with io.TextIOWrapper(raw, encoding, errors) as handle:
-                yield handle
+                yield handle, stamp
     except OSError as failure:
         raise _refusal(path, failure.strerror or str(failure),
                        "check its permissions and its disk") from failure
@@ -740,9 +739,7 @@ def read_corpus(path: AnyPath, max_lines: int = Config.max_corpus_lines,
     tally: collections.Counter[str] = collections.Counter()
     kept: collections.OrderedDict[int, Document] = collections.OrderedDict()
     kept_lines, kept_all = 0, True
-    with _reading(path) as handle:
-        # Taken before the first byte, so that a change while we read shows at the next look.
-        stamp = _stamp_of(path, handle.fileno())
+    with _reading(path) as (handle, stamp):
         for document in documents_of(_clean_lines(handle, max_line_chars, tally)):
             if should_stop():
                 raise CorpusError(f"{os.fspath(path)!r}: reading was broken off; start again")
@@ -762,7 +759,7 @@ def read_text(path: AnyPath) -> str:
 
     Nothing else is changed or cut. Raises CorpusError if there is no readable regular file.
     """
-    with _reading(path) as handle:
+    with _reading(path) as (handle, _):
         return _mend(handle.read()).replace("\0", "")
 
 
@@ -2224,11 +2221,8 @@ class CKernel:
     # statements
 
     def _do_Expr(self, node: Any) -> str:
-        if isinstance(node.value, ast.Constant):  # the docstring
-            return ""
-        if isinstance(node.value, ast.Call):
-            return f"{self._code(node.value)};\n"
-        return self._refuse(node, "an expression without effect")
+        is_docstring = isinstance(node.value, ast.Constant)
+        return "" if is_docstring else f"{self._code(node.value)};\n"
 
     def _do_Return(self, node: Any) -> str:
         if self.result == "void" or node.value is None:
