@@ -1814,13 +1814,6 @@ class Engine:
             other.result()
 
 
-class PackedRows(NamedTuple):
-    """Rows as tuples, each beside ½|row|², ready for math.dist."""
-
-    rows: List[Tuple[float, ...]]
-    halves: List[float]
-
-
 COUNTING = 1.5 * 2.0 ** 52  # a double of about so many units shows in its low bits how many
 
 
@@ -1923,13 +1916,13 @@ class TupleCache:
 
     def __init__(self, engine: Engine, block: int, heads: int, width: int) -> None:
         self.width = width
-        self.keys = [PackedRows([], []) for _ in range(heads)]
+        self.keys = [pack_tuples([]) for _ in range(heads)]
         self.columns: List[Tuple[float, ...]] = [()] * (heads * width)
 
     def write(self, slot: int, keys: array, values: array) -> None:
         """Store one token's keys and values, H·D numbers each, in place of what was in the slot."""
-        for head, row in zip(self.keys, rows_of(keys, self.width)):
-            head.rows[slot:slot + 1], head.halves[slot:slot + 1] = pack_tuples([row])
+        for (rows, halves), row in zip(self.keys, rows_of(keys, self.width)):
+            rows[slot:slot + 1], halves[slot:slot + 1] = pack_tuples([row])
         self.columns = [column[:slot] + (value,) + column[slot + 1:]
                         for column, value in zip(self.columns, values)]
 
@@ -1946,6 +1939,7 @@ class TupleCache:
 
 
 Matrix = Union[array, PackedMatrix]
+PackedRows = Tuple[List[Tuple[float, ...]], List[float]]  # for math.dist: rows, and of each ½|row|²
 
 
 def rows_of(data: Sequence[float], dim: int) -> List[Tuple[float, ...]]:
@@ -1954,20 +1948,19 @@ def rows_of(data: Sequence[float], dim: int) -> List[Tuple[float, ...]]:
 
 
 def pack_tuples(rows: List[Tuple[float, ...]]) -> PackedRows:
-    """Return tuples beside half their squared norms."""
-    if not rows:
-        return PackedRows([], [])
-    origin = (0.0,) * len(rows[0])
-    return PackedRows(rows, [0.5 * d * d for d in map(dist, rows, repeat(origin))])
+    """Return tuples of one length beside half their squared norms."""
+    origin = (0.0,) * len(rows[0]) if rows else ()
+    return rows, [0.5 * d * d for d in map(dist, rows, repeat(origin))]
 
 
 def dots(a: PackedRows, b: PackedRows) -> Iterator[List[float]]:
     """Yield, for each row of a, its dot products with every row of b."""
+    rows, halves = b
     for row, half in zip(*a):
-        yield [half + h - 0.5 * d * d for h, d in zip(b.halves, map(dist, repeat(row), b.rows))]
+        yield [half + h - 0.5 * d * d for h, d in zip(halves, map(dist, repeat(row), rows))]
 
 
-def _packed(x: Union[array, PackedMatrix], rows: int, dim: int) -> PackedMatrix:
+def _packed(x: Matrix, rows: int, dim: int) -> PackedMatrix:
     return x if isinstance(x, PackedMatrix) else PackedMatrix(x, rows, dim)
 
 
@@ -2072,9 +2065,9 @@ def _head_rows(data: array, first: int, last: int, stride: int, at: int,
 
 def _causal_dots(a: List[Tuple[float, ...]], b: List[Tuple[float, ...]]) -> Iterator[List[float]]:
     """Yield for each row of a its products with the rows of b up to its own."""
-    left, right = pack_tuples(a), pack_tuples(b)
-    for i, (row, half) in enumerate(zip(*left), 1):
-        near = zip(right.halves[:i], map(dist, repeat(row), right.rows))
+    rows, halves = pack_tuples(b)
+    for i, (row, half) in enumerate(zip(*pack_tuples(a)), 1):
+        near = zip(halves[:i], map(dist, repeat(row), rows))
         yield [half + h - 0.5 * d * d for h, d in near]
 
 

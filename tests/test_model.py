@@ -164,7 +164,7 @@ class TheCacheSaysWhatTheModelSays(NearCase):
         model.feed(cache, some_ids(8))
         for token in some_ids(19):
             model.feed(cache, [token])
-            sizes.add(str([([len(head.rows) for head in layer.keys], list(map(len, layer.columns)))
+            sizes.add(str([([len(rows) for rows, _ in layer.keys], list(map(len, layer.columns)))
                            for layer in cache.blocks]))
         self.assertEqual(sizes, {str([([8] * 2, [8] * 8)] * 2)})
         self.assertEqual(cache.position, 27)
