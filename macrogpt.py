@@ -1645,15 +1645,12 @@ def cross_entropy_forward(logits: F32, targets: I32, lse: F32, losses: F32, rows
     for r in range(rows):
         top = logits[r * vocab]
         for c in range(vocab):
-            if logits[r * vocab + c] > top:
-                top = logits[r * vocab + c]
+            top = max(top, logits[r * vocab + c])
         total = 0.0
         for c in range(vocab):
             total += exp(logits[r * vocab + c] - top)
         lse[r] = top + log(total)
-        losses[r] = 0.0
-        if targets[r] >= 0:
-            losses[r] = lse[r] - logits[r * vocab + targets[r]]
+        losses[r] = lse[r] - logits[r * vocab + targets[r]] if targets[r] >= 0 else 0.0
 
 
 def cross_entropy_backward(logits: F32, targets: I32, lse: F32, dlogits: F32, rows: int,
