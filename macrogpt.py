@@ -4217,13 +4217,13 @@ def check_library(path: str) -> None:
 class Expectation(NamedTuple):
     """What counts expect next: ln p(i) is special[i] or, for any other id, base[i] + shift.
 
-    Without a base it is shift alone. reach is the length of the longest context that was known,
-    one less than the shortest counted when none was; seen is how much was counted in it.
+    Where base is empty it is shift alone. reach is the length of the longest context that was
+    known, one less than the shortest counted when none was; seen is how much was counted in it.
     """
 
     reach: int
     seen: int
-    base: Optional[array]
+    base: array
     shift: float
     special: Dict[int, float]
 
@@ -4231,7 +4231,7 @@ class Expectation(NamedTuple):
         """Return the natural logarithm of an id's probability."""
         if token in self.special:
             return self.special[token]
-        return self.shift + (self.base[token] if self.base is not None else 0.0)
+        return self.shift + (self.base[token] if self.base else 0.0)
 
 
 # Zipf's law, n(c) ~ 1/(c·(c + 1)): what counts of counts are like where there are few as yet.
@@ -4491,8 +4491,10 @@ class Mixture:
         self.layer, self.lead, self.weights = 0, 0.0, [0.0] * len(EXPERTS)
         self.situation: Tuple[int, ...] = ()
         self.logits = self.blend = self.chances = engine.buffer(0)
-        self.heard = self.copied = Expectation(-1, 0, None, 0.0, {})
+        self.heard = Expectation(-1, 0, engine.buffer(0), 0.0, {})
+        # the few ids to which phrases give more than pairs do, and those that the copyist knows
         self._more: Dict[int, float] = {}
+        self._near: Dict[int, float] = {}
 
     def mix(self, logits: array, history: Tuple[int, ...]) -> array:
         """Return the mixture's ln p (V,), less a constant, after history; logits are the model's.
@@ -4501,22 +4503,20 @@ class Mixture:
         """
         add_scaled, vocab = self.engine.add_scaled, len(logits)
         self._look_back(history)
-        counts = self.heard = self.counts.expect(history[-self.counts.order:], vocab)
-        copied = self.copied = self.copy.expect(history[-self.copy.order:], vocab)
+        counts, copied = self.counts.expect(history, vocab), self.copy.expect(history, vocab)
         self.situation = self.mixer.situation(counts, copied, self.lead, self.layer)
         self.weights = self.mixer.chosen(self.situation)
         self.weights[-1] += self.eager
         model, pairs, phrases, copy = self.weights
-        blend, base, shift = self.engine.buffer(vocab), counts.base, counts.shift
-        assert base is not None
+        blend, base = self.engine.buffer(vocab), counts.base
         add_scaled(logits, blend, vocab, model)
         add_scaled(base, blend, vocab, pairs + phrases)
-        self._more = {i: x - base[i] - shift for i, x in counts.special.items()}
-        for i, more in self._more.items():
-            blend[i] += phrases * more
-        for i, x in copied.special.items():
-            blend[i] += copy * (x - copied.shift)
-        self.logits, self.blend, self.chances = logits, blend, blend[:0]
+        self._more = {i: x - base[i] - counts.shift for i, x in counts.special.items()}
+        self._near = {i: x - copied.shift for i, x in copied.special.items()}
+        for weight, few in ((phrases, self._more), (copy, self._near)):
+            for i, x in few.items():
+                blend[i] += weight * x
+        self.logits, self.blend, self.heard = logits, blend, counts
         return blend
 
     def begin(self, layer: int) -> None:
@@ -4530,29 +4530,30 @@ class Mixture:
             ahead = self.heard.log_p(history[-1]) + whole - self.logits[history[-1]]
             self.lead += LEAD_RATE * (ahead - self.lead)
 
-    def _settle(self) -> float:
-        """Turn a copy of the blend into chances that sum to 1; return the log of their sum."""
-        self.chances = self.blend[:]
-        return self.engine.softmax(self.chances, len(self.chances))
-
     def nats(self, token: int) -> float:
         """Return −ln p of the id that came."""
-        return self._settle() - self.blend[token]
+        self.chances = self.blend[:]
+        return self.engine.softmax(self.chances, len(self.chances)) - self.blend[token]
+
+    def _given(self, token: int) -> Tuple[float, ...]:
+        """Return what gives an id its ln p, constants aside: the two rows and the two few."""
+        return (self.logits[token], self.heard.base[token], self._more.get(token, 0.0),
+                self._near.get(token, 0.0))
+
+    def _raised(self, token: int, less: Iterable[float]) -> List[float]:
+        """Return what each expert gives the id, less what is given elsewhere."""
+        model, pairs, more, copy = (x - y for x, y in zip(self._given(token), less))
+        return [model, pairs, pairs + more, copy]
 
     def slopes(self, token: int) -> List[float]:
         """Return what each expert's ln p gives the id, less what it gives on average.
 
         The average is over the mixture's own chances, so constants of an expert do not count.
         """
-        if not self.chances:
-            self._settle()
-        chances, vocab, dot = self.chances, len(self.chances), self.engine.dot
-        base, special, copied = self.heard.base, self._more, self.copied
-        pairs = base[token] - dot(chances, base, vocab)
-        more = special.get(token, 0.0) - sum(chances[i] * x for i, x in special.items())
-        near = {i: x - copied.shift for i, x in copied.special.items()}
-        return [self.logits[token] - dot(chances, self.logits, vocab), pairs, pairs + more,
-                near.get(token, 0.0) - sum(chances[i] * x for i, x in near.items())]
+        chances, dot = self.chances, self.engine.dot
+        rows = [dot(chances, row, len(chances)) for row in (self.logits, self.heard.base)]
+        few = [sum(chances[i] * x for i, x in part.items()) for part in (self._more, self._near)]
+        return self._raised(token, rows + few)
 
     def shares(self, token: int) -> List[float]:
         """Return how many nats each expert, by its weight, raised the id over its likeliest rival.
@@ -4562,16 +4563,10 @@ class Mixture:
         others = self.blend[:]
         others[token] = -math.inf
         rival = others.index(max(others))
-        base, copied, less = self.heard.base, self.copied.special, self.copied.shift
-        assert base is not None
-        pairs = base[token] - base[rival]
-        phrases = pairs + self._more.get(token, 0.0) - self._more.get(rival, 0.0)
-        copy = copied.get(token, less) - copied.get(rival, less)
-        raised = (self.logits[token] - self.logits[rival], pairs, phrases, copy)
-        return list(map(mul, self.weights, raised))
+        return list(map(mul, self.weights, self._raised(token, self._given(rival))))
 
     def learn(self, token: int) -> None:
-        """Move the weights, which were in use here, towards the id that came."""
+        """Move the weights towards the id that came, of which nats() was asked before."""
         if self.own_layer is None:
             self.mixer.move(self.situation, self.slopes(token))
         elif self.own_layer == self.layer:
