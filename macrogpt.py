@@ -4247,6 +4247,11 @@ def context_key(ids: Sequence[int]) -> bytes:
     return array("I", ids).tobytes()
 
 
+def followers(found: Any) -> Dict[int, int]:
+    """Return the counts of a context, which stands for its one follower met once as that alone."""
+    return found if type(found) is dict else {found: 1}
+
+
 class NgramMemory:
     """Counts of the ids that followed each context of `lowest` to `order` ids: one reading learns.
 
@@ -4269,7 +4274,6 @@ class NgramMemory:
         self._rows: Dict[bytes, array] = {}
         self._floor: List[float] = []  # p of every id after anything, when size was:
         self._floor_size = 0
-        self._offs: Dict[int, Tuple[float, ...]] = {}
         self._lock = threading.Lock()  # one thread may count while another speaks
 
     def learn(self, ids: Sequence[int], context: Sequence[int] = ()) -> None:
@@ -4277,7 +4281,6 @@ class NgramMemory:
         with self._lock:
             row = (*context[-self.order:], *ids)
             self._count(row, len(ids))
-            self._offs.clear()
             for token in row if self._rows else ():
                 self._rows.pop(context_key((token,)), None)
             if self.size * ROW_AGE > self._floor_size * (ROW_AGE + 1):
@@ -4310,7 +4313,7 @@ class NgramMemory:
     def _shrink(self, goal: int) -> None:
         """Drop contexts, the longest and oldest first, those met once before all others."""
         for once in (True, False):
-            for k in range(self.order, max(1, self.lowest) - 1, -1):
+            for k in range(self.order, 0, -1):
                 for key, found in list(self.tables[k].items()):
                     if self.size <= goal:
                         return
@@ -4318,8 +4321,7 @@ class NgramMemory:
                         self._drop(k, key)
 
     def _drop(self, k: int, key: bytes) -> None:
-        found = self.tables[k].pop(key)
-        counts = found.values() if type(found) is dict else (1,)
+        counts = followers(self.tables[k].pop(key)).values()
         self.size -= len(counts)
         for count in counts:
             self.tally[k][min(count, MANY)] -= 1
@@ -4333,10 +4335,8 @@ class NgramMemory:
 
     def _level(self, k: int, found: Any) -> Tuple[float, Dict[int, float], int]:
         """Return the share left to shorter contexts, each follower's own part, and all counts."""
-        counts = found if type(found) is dict else {found: 1}
-        off, total = self._offs.get(k), sum(counts.values())
-        if off is None:
-            off = self._offs[k] = self.discounts(k)
+        counts, off = followers(found), self.discounts(k)
+        total = sum(counts.values())
         parts = {token: (count - off[count if count < 3 else 3]) / total
                  for token, count in counts.items()}
         return 1.0 - sum(parts.values()), parts, total
@@ -4347,8 +4347,7 @@ class NgramMemory:
         A row is kept until its own counts change; the floor of all rows, ln p after anything, may
         be older by one part in ROW_AGE, for a row takes longer than all else in expecting an id.
         """
-        row = self._rows.get(key)
-        if row is None or len(row) != vocab:
+        if len(self._rows.get(key, ())) != vocab:
             if key:
                 self._row(b"", vocab)
             chances = self._floor if key else [1.0 / vocab] * vocab
@@ -4363,36 +4362,31 @@ class NgramMemory:
                 self._rows.clear()
             if not key:
                 self._floor, self._floor_size = chances, self.size
-            row = self._rows[key] = array("f", map(log, chances))
-        return row
+            self._rows[key] = array("f", map(log, chances))
+        return self._rows[key]
 
     def expect(self, history: Tuple[int, ...], vocab: int) -> Expectation:
         """Return what follows history, of all ids below vocab; their probabilities sum to 1."""
-        with self._lock:
-            return self._expect(history, vocab)
-
-    def _expect(self, history: Tuple[int, ...], vocab: int) -> Expectation:
         raw, scale = context_key(history), 1.0
-        reach, seen, base, first = self.lowest - 1, 0, None, self.lowest
-        if not self.lowest:
-            key = raw[-ID_BYTES:] if raw[-ID_BYTES:] in self.tables[1] else b""
-            reach = len(key) // ID_BYTES
-            base, first = self._row(key, vocab), reach + 1
-            found = self.tables[reach].get(key, {})
-            seen = sum(found.values()) if type(found) is dict else 1
+        reach, seen, base = self.lowest - 1, 0, array("f")
         special: Dict[int, float] = {}
-        for k in range(first, min(self.order, len(history)) + 1):
-            found = self.tables[k].get(raw[len(raw) - k * ID_BYTES:])
-            if found is None or (k > 1 and not self.lowest and reach == 0):
-                break
-            left, parts, seen = self._level(k, found)
-            scale, reach = scale * left, k
-            special = {token: chance * left for token, chance in special.items()}
-            for token, part in parts.items():
-                if token not in special:
-                    special[token] = scale * (exp(base[token]) if base is not None else 1 / vocab)
-                special[token] += part
-        shift = log(scale) - (0.0 if base is not None else log(vocab))
+        with self._lock:
+            if not self.lowest:  # what follows one id, or any, stands ready as a row
+                key = raw[-ID_BYTES:] if raw[-ID_BYTES:] in self.tables[1] else b""
+                reach, base = len(key) // ID_BYTES, self._row(key, vocab)
+                seen = sum(followers(self.tables[reach].get(key, {})).values())
+            for k in range(reach + 1, min(self.order, len(history)) + 1):
+                found = self.tables[k].get(raw[len(raw) - k * ID_BYTES:])
+                if found is None:
+                    break
+                left, parts, seen = self._level(k, found)
+                scale, reach = scale * left, k
+                special = {token: chance * left for token, chance in special.items()}
+                for token, part in parts.items():
+                    if token not in special:
+                        special[token] = scale * (exp(base[token]) if base else 1 / vocab)
+                    special[token] += part
+        shift = log(scale) - (0.0 if base else log(vocab))
         return Expectation(reach, seen, base, shift,
                            {token: log(chance) for token, chance in special.items()})
 
