@@ -2824,9 +2824,12 @@ class MatrixParam(VectorValue):
 
     @classmethod
     def normal(cls, engine: Engine, name: str, rows: int, dim: int, sigma: float,
-               rng: random.Random, decays: bool = True) -> "MatrixParam":
-        """Return a matrix of normal numbers with standard deviation sigma."""
-        data = engine.buffer_of([rng.gauss(0.0, sigma) for _ in range(rows * dim)])
+               rng: Optional[random.Random], decays: bool = True) -> "MatrixParam":
+        """Return a matrix of normal numbers with standard deviation sigma; without rng, of zeros.
+
+        Zeros are for who is to be loaded: to draw numbers takes longer than to read them.
+        """
+        data = rng and engine.buffer_of([rng.gauss(0.0, sigma) for _ in range(rows * dim)])
         return cls(engine, name, rows, dim, data, decays)
 
     @property
@@ -3069,7 +3072,7 @@ class DeltaAdapter:
     """
 
     def __init__(self, engine: Engine, name: str, base: MatrixParam, rank: int,
-                 rng: random.Random, scale: float = 1.0) -> None:
+                 rng: Optional[random.Random], scale: float = 1.0) -> None:
         self.scale = scale
         self.a = MatrixParam.normal(engine, name + ".a", rank, base.dim, base.dim ** -0.5, rng)
         self.b = MatrixParam(engine, name + ".b", base.rows, rank)
@@ -3199,11 +3202,9 @@ def _newborn(shape: Shape, vocab_size: int, engine: Engine,
         forms[f"{i}.gate_up"] = 2 * shape.n_ff, dim, wide
         forms[f"{i}.down"] = dim, shape.n_ff, calm * narrow
     forms["scale"] = 1, 1, 0.0
-    params: Dict[str, MatrixParam] = {}
-    for name, (rows, cols, sigma) in forms.items():
-        decays = name not in ("embedding", "scale")
-        params[name] = (MatrixParam.normal(engine, name, rows, cols, sigma, rng, decays) if rng
-                        else MatrixParam(engine, name, rows, cols, decays=decays))
+    params = {name: MatrixParam.normal(engine, name, rows, cols, sigma, rng,
+                                       decays=name not in ("embedding", "scale"))
+              for name, (rows, cols, sigma) in forms.items()}
     params["scale"].data[0] = 1.0
     return params
 
@@ -3259,7 +3260,7 @@ class GPT:
         for param in self.delta_params():
             param.freeze()
 
-    def append_delta(self, rank: int, rng: random.Random) -> None:
+    def append_delta(self, rank: int, rng: Optional[random.Random]) -> None:
         """Freeze everything and append a new delta, of no effect yet, that trains."""
         self.freeze()
         number = len(self.deltas) + 1  # the base is layer 0
@@ -3468,17 +3469,23 @@ def pack_params(params: Sequence[MatrixParam]) -> Layer:
                  b"".join(float_bytes(p.data) for p in params))
 
 
-def load_params(params: Sequence[MatrixParam], layer: Layer) -> None:
-    """Load the matrices of a layer.  Raises StoreError when it was made for another shape."""
-    numbers, at = floats_of(layer.data), 0
-    if [[rows, dim] for _, rows, dim in layer.manifest] != [[p.rows, p.dim] for p in params]:
-        raise StoreError(f"stored weights have the shapes {layer.manifest}, this model has "
-                         f"{[[p.name, p.rows, p.dim] for p in params]}; use the settings it was "
-                         f"made with, or another --db")
+def fill(params: Iterable[MatrixParam], numbers: array) -> array:
+    """Load matrices from numbers, one after the other; return the numbers that are left."""
+    at = 0
     for param in params:
         size = param.rows * param.dim
         param.load(numbers[at:at + size])
         at += size
+    return numbers[at:]
+
+
+def load_params(params: Sequence[MatrixParam], layer: Layer) -> None:
+    """Load the matrices of a layer.  Raises StoreError when it was made for another shape."""
+    if [[rows, dim] for _, rows, dim in layer.manifest] != [[p.rows, p.dim] for p in params]:
+        raise StoreError(f"stored weights have the shapes {layer.manifest}, this model has "
+                         f"{[[p.name, p.rows, p.dim] for p in params]}; use the settings it was "
+                         f"made with, or another --db")
+    fill(params, floats_of(layer.data))
 
 
 def pack_moments(params: Sequence[MatrixParam]) -> Layer:
@@ -4778,13 +4785,12 @@ def build_model(config: Config, layers: Dict[str, Layer], engine: Engine,
     tokenizer = EvolvingTokenizer()
     if "tokenizer" in layers:
         tokenizer = EvolvingTokenizer.unpack(layers["tokenizer"].data)
-    rng = random.Random(config.seed)
     base = layers.get("best" if prefer_best and "best" in layers else "base")
     model = GPT(Shape.of(config), tokenizer.vocab_size, engine, None)  # a birth draws its own
     if base is not None:
         load_params(list(model.params.values()), base)
     for name in delta_names(layers):
-        model.append_delta(layers[name].manifest[0][1], rng)
+        model.append_delta(layers[name].manifest[0][1], None)
         load_params(delta_matrices(model.deltas[-1]), layers[name])
     if "router" in layers:
         model.router = load_router(tokenizer, layers["router"])
@@ -4819,10 +4825,12 @@ class Ear:
     for answers, of length 1. Source: contrast within a batch, CPC, arXiv:1807.03748.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.params = [MatrixParam(engine, "ear", EAR_FEATURES, EAR_DIM), *(
-            MatrixParam(engine, f"ear.{use}", EAR_DIM, EAR_DIM) for use in ("said", "answered"))]
+    def __init__(self, engine: Engine, rng: Optional[random.Random]) -> None:
+        self.engine, calm = engine, EAR_DIM ** -0.5
+        forms = (("ear", EAR_FEATURES, 0.1), ("ear.said", EAR_DIM, calm),
+                 ("ear.answered", EAR_DIM, calm))
+        self.params = [MatrixParam.normal(engine, name, rows, EAR_DIM, sigma, rng)
+                       for name, rows, sigma in forms]
 
     def _vectors(self, texts: Sequence[Sequence[int]], use: int) -> VectorValue:
         ids = array("i", itertools.chain.from_iterable(texts))
@@ -4832,10 +4840,7 @@ class Ear:
 
     def learn(self, pairs: Sequence[Tuple[str, str]], epochs: int, optimizer: AdamW,
               rng: random.Random) -> None:
-        """Begin anew, and read (saying, answer) pairs so many times."""
-        self.params = [MatrixParam.normal(self.engine, param.name, param.rows, param.dim,
-                                          param.rows ** -0.5 if param.rows == EAR_DIM else 0.1, rng)
-                       for param in self.params]
+        """Read (saying, answer) pairs so many times."""
         known = [(features_of(said), features_of(answer)) for said, answer in pairs]
         steps = epochs * (-(-len(known) // EAR_BATCH))
         for step in range(steps):
@@ -4873,7 +4878,7 @@ def learned_ear(engine: Engine, texts: Sequence[Tuple[int, str]], epochs: int,
     found = [(key, *said) for key, text in texts for said in sayings_of(text)]
     if len(found) < EAR_LEAST:
         return None
-    ear = Ear(engine)
+    ear = Ear(engine, rng)
     ear.learn([(said, answer) for _, _, said, answer in found], epochs, optimizer, rng)
     vectors = ear.heard([said for _, _, said, _ in found])
     places = array("q", itertools.chain.from_iterable((key, place) for key, place, _, _ in found))
@@ -4886,14 +4891,8 @@ class Sayings:
 
     def __init__(self, engine: Engine, layer: Layer, mark: Any = None) -> None:
         count, self.engine, self.mark = layer.manifest["sayings"], engine, mark
-        self.places = array("q", layer.data[-16 * count:])
-        self.ear = Ear(engine)
-        numbers, at = floats_of(layer.data[:-16 * count]), 0
-        for param in self.ear.params:
-            size = param.rows * param.dim
-            param.load(engine.buffer_of(numbers[at:at + size]))
-            at += size
-        self.vectors = engine.buffer_of(numbers[at:])
+        self.ear, self.places = Ear(engine, None), array("q", layer.data[-16 * count:])
+        self.vectors = fill(self.ear.params, floats_of(layer.data[:-16 * count]))
 
     def like(self, text: str, count: int = 30) -> List[Tuple[float, int, int]]:
         """Return (cosine, key of the document, place in it) of the sayings most like a text."""
@@ -12090,11 +12089,9 @@ def returned_delta(folder: str, model: GPT) -> Layer:
     path = os.path.join(folder, "adapter_model.safetensors")
     made = GPT(model.shape, model.vocab_size, reference_engine(), None)
     for ranks in (3 * rank, rank):  # what comes of it, and what is expected there
-        made.append_delta(ranks, random.Random(0))
+        made.append_delta(ranks, None)
     shapes = {name: tensor.shape for name, tensor in lora_tensors(made, made.deltas[1:]).items()}
     found, pairs = read_safetensors(path, shapes), {}
-    for adapter in made.deltas[0].values():
-        adapter.a.load(array("f", bytes(4 * len(adapter.a.data))))
     for part in parts_of(model.shape, model.vocab_size):
         a, b = map(found.get, lora_names(part))
         if (a is None) != (b is None):
