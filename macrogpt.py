@@ -3331,7 +3331,7 @@ class GPT:
         The windows, of any lengths from 2 up, stand in one graph one after the other: no padding.
         Raises ValueError for a shorter one.
         """
-        inputs, targets, starts = _stacked(windows)
+        inputs, targets, starts = stacked(windows)
         return cross_entropy(self.logits(inputs, starts, drop_rate, rng), targets)[0]
 
     def new_cache(self) -> KVCache:
@@ -3427,7 +3427,7 @@ class GPT:
         return whole
 
 
-def _stacked(windows: Sequence[Sequence[int]]) -> Tuple[List[int], List[int], List[int]]:
+def stacked(windows: Sequence[Sequence[int]]) -> Tuple[List[int], List[int], List[int]]:
     """Return inputs, targets and segment starts of windows set one after the other."""
     inputs: List[int] = []
     targets: List[int] = []
@@ -4093,68 +4093,53 @@ def train_step(model: GPT, optimizer: AdamW, windows: Sequence[Sequence[int]], r
     return StepReport(loss.data, tokens, norm, math.isfinite(norm))
 
 
-def reading_plan(count: int, block: int, stride: int,
-                 first: int = 0) -> Iterator[Tuple[int, int, int]]:
-    """Yield (start, scored, end): windows of at most block that score every place from 0 once.
+Reading = Tuple[int, int, int, int]  # a layer, where it begins to read and to be scored, the end
 
-    All but the first places of a window are scored from at least block − stride before them. With
-    `first` the first window is read twice: to so many places, and then whole, for the rest.
+
+def reading_plan(model: GPT, ids: Sequence[int], stride: int) -> Iterator[Reading]:
+    """Yield windows of at most block_size that score each of ids[1:] once.
+
+    All but the first few are predicted from at least block_size − stride ids before them, by the
+    layer which those choose. Where there is a choice, the first window is read twice: as far as
+    the base reads, and then whole, for the rest.
     """
-    if count < 1:
-        return
-    first = first if first < min(block, count) else 0
+    count, block = len(ids) - 1, model.shape.block_size
+    first = ROUTE_FIRST if model.routed and ROUTE_FIRST < min(block, count) else 0
+    starts = range(0, max(1, count - block + stride), stride)
+    windows = [(at, at + block - stride if at else first, min(at + block, count)) for at in starts]
     if first:
-        yield 0, 0, first
-    for start in (0, *range(stride, max(stride, count - block + stride), stride)):
-        yield start, start + block - stride if start else first, min(start + block, count)
+        windows.insert(0, (0, 0, first))
+    for start, scored, end in windows if count > 0 else ():
+        layer = model.layer_after(ids[max(0, scored - ROUTE_IDS):scored + 1])
+        yield layer, start, scored, end
 
 
 def scored_nats(model: GPT, ids: Sequence[int], stride: int, batch: int = 4) -> Iterator[float]:
-    """Yield the nats of the ids after the first, some windows at a time; their sum is the loss.
-
-    Windows of block_size ids overlap so that every id but the first few is predicted from at least
-    block_size − stride ids before it; each id is scored once, by whom the ids before it choose.
-    """
-    first = ROUTE_FIRST if model.routed else 0
-    plan = list(reading_plan(len(ids) - 1, model.shape.block_size, stride, first))
-    layers = {part: model.layer_after(ids[max(0, part[1] - ROUTE_IDS):part[1] + 1])
-              for part in plan}
-    plan.sort(key=layers.__getitem__)  # windows of one speaker are read side by side
-    for layer, parts in itertools.groupby(plan, layers.__getitem__):
+    """Yield the nats of ids[1:], some windows at a time; their sum is the loss."""
+    plan = sorted(reading_plan(model, ids, stride), key=itemgetter(0))
+    for layer, parts in itertools.groupby(plan, itemgetter(0)):
         run, voice = list(parts), model.with_layer(layer) if model.routed else model
         for at in range(0, len(run), batch):
             yield _nats_of(voice, ids, run[at:at + batch])
 
 
-def _nats_of(model: GPT, ids: Sequence[int], parts: Sequence[Tuple[int, int, int]]) -> float:
-    """Return the nats of some windows of a plan, read side by side."""
-    inputs: List[int] = []
-    targets: List[int] = []
-    bounds = [0]
-    for start, scored, end in parts:
-        inputs += ids[start:end]
-        targets += [-1] * (scored - start) + list(ids[scored + 1:end + 1])
-        bounds.append(len(inputs))
+def _nats_of(model: GPT, ids: Sequence[int], parts: Sequence[Reading]) -> float:
+    """Return the nats of some windows of one layer, read side by side."""
+    inputs, targets, bounds = stacked([ids[start:end + 1] for _, start, _, end in parts])
+    for begin, (_, start, scored, _) in zip(bounds, parts):
+        targets[begin:begin + scored - start] = [-1] * (scored - start)
     with model.engine.no_grad():
         return sum(cross_entropy(model.logits(inputs, bounds), targets)[1])
 
 
-def predicted_rows(model: GPT, ids: Sequence[int], stride: int,
-                   heard: Callable[[int], None] = lambda layer: None) -> Iterator[array]:
-    """Yield the logits (V,) for each of ids[1:], in windows that overlap as in scored_nats.
-
-    Before each window `heard` is told the number of the layer that speaks.
-    """
-    first = ROUTE_FIRST if model.routed else 0
-    plan = reading_plan(len(ids) - 1, model.shape.block_size, stride, first)
-    for start, scored, end in plan:
-        voice = model.speaker(ids[max(0, scored - ROUTE_IDS):scored + 1])
-        vocab = voice.vocab_size
-        heard(voice.layer)
+def predicted_rows(model: GPT, ids: Sequence[int], stride: int) -> Iterator[Tuple[int, array]]:
+    """Yield for each of ids[1:] the layer that speaks and its logits (V,)."""
+    for layer, start, scored, end in reading_plan(model, ids, stride):
+        voice = model.with_layer(layer) if model.routed else model
         with voice.engine.no_grad():
-            logits = voice.logits(list(ids[start:end]))
+            logits = voice.logits(ids[start:end])
         for row in range(scored - start, end - start):
-            yield logits.data[row * vocab:(row + 1) * vocab]
+            yield layer, logits.row(row)
 
 
 def bits_per_character(model: GPT, ids: Sequence[int], characters: int, stride: int) -> float:
@@ -4602,11 +4587,10 @@ def read_through(model: GPT, ids: Sequence[int], still: Mixture, live: Mixture,
     The one that learns, live, moves its weights and copies from what was read. With fit the other,
     still, moves its weights as well; they may share a mixer.
     """
-    def heard(layer: int) -> None:
-        still.layer = live.layer = layer
     softmax, vocab = model.engine.softmax, model.vocab_size
-    rows = predicted_rows(model, ids, model.shape.block_size // 2, heard)
-    for at, logits in enumerate(rows, 1):
+    rows = predicted_rows(model, ids, model.shape.block_size // 2)
+    for at, (layer, logits) in enumerate(rows, 1):
+        still.layer = live.layer = layer
         history, token = tuple(ids[max(0, at - SAID_ORDER):at]), ids[at]
         alone = softmax(logits[:], vocab) - logits[token]
         still.mix(logits, history)

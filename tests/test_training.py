@@ -228,8 +228,8 @@ class ScoresAndReplay(unittest.TestCase):
         seen, told, model = [], [], small_model()
         model.append_delta(2, random.Random(1))
         model.router = lambda before: seen.append(list(before)) or 1
-        rows = m.predicted_rows(model, list(range(VOCAB)), 4, told.append)
-        for at, _ in enumerate(rows, 1):
+        for at, (layer, _) in enumerate(m.predicted_rows(model, list(range(VOCAB)), 4), 1):
+            told.append(layer)
             self.assertLess(max(seen[-1]), at)
         self.assertEqual((len(seen) > 1, set(told)), (True, {1}))
 
