@@ -3948,19 +3948,19 @@ class Router:
         self.tokenizer = tokenizer
         self.counts: List[Counter[bytes]] = [Counter(c) for c in counts] or [Counter()]
         self.margins = list(margins) or [0.0, *[ROUTE_MARGIN] * (len(self.counts) - 1)]
-        self._tables: List[Optional[Tuple[Dict[bytes, float], float]]] = [None] * len(self.counts)
+        self._tables: List[Tuple[Dict[bytes, float], float]] = []  # of counts, until these change
         self._rows: Dict[bytes, bytes] = {}  # of each trigram, what all tables say
 
     def append(self) -> None:
         """Make room for one delta more, which knows no text yet."""
         self.counts.append(Counter())
         self.margins.append(ROUTE_MARGIN)
-        self._tables.append(None)
+        self._tables.clear()
 
     def truncate(self, count: int) -> None:
         """Keep the first `count` layers, the base among them; what the others knew is nobody's."""
         del self.counts[count:], self.margins[count:]
-        self._tables = [None] * len(self.counts)
+        self._tables.clear()
 
     def learn(self, layer: int, texts: Iterable[str]) -> None:
         """Count the trigrams of texts as those of a layer."""
@@ -3970,12 +3970,13 @@ class Router:
             counts.update(raw[i:i + 3] for i in range(len(raw) - 2))
         if len(counts) > ROUTE_TRIGRAMS:
             counts = Counter(dict(counts.most_common(ROUTE_TRIGRAMS)))
-        self.counts[layer], self._tables[layer] = counts, None
+        self.counts[layer] = counts
+        self._tables.clear()
 
     def refine(self, layer: int, old: int = 0) -> None:
         """Give a layer the text of the base, or of another, for which it speaks from now on."""
-        self.counts[layer] += self.counts[old]
-        self.counts[old], self._tables = Counter(), [None] * len(self.counts)
+        self.counts[layer], self.counts[old] = self.counts[layer] + self.counts[old], Counter()
+        self._tables.clear()
 
     def copied(self) -> "Router":
         """Return a router that may change without this one."""
@@ -3984,29 +3985,26 @@ class Router:
     def restore(self, past: "Router") -> None:
         """Be again what copied() kept."""
         self.counts, self.margins = list(past.counts), list(past.margins)
-        self._tables = [None] * len(self.counts)
+        self._tables.clear()
 
-    def _table(self, layer: int) -> Tuple[Dict[bytes, float], float]:
+    @staticmethod
+    def _table(counts: Dict[bytes, int]) -> Tuple[Dict[bytes, float], float]:
         """Return ln p of the trigrams that a layer knows, and of any other."""
-        counts = self.counts[layer]
         whole = sum(counts.values()) + ROUTE_CALM
         return ({tri: log((count + ROUTE_UNSEEN) / whole) for tri, count in counts.items()},
                 log(ROUTE_UNSEEN / whole))
 
     def scores(self, raw: bytes) -> List[float]:
         """Return how well each layer fits the bytes, in nats; without a text nothing fits."""
-        if None in self._tables:
-            self._tables = [table or self._table(layer)
-                            for layer, table in enumerate(self._tables)]
+        if not self._tables or len(self._rows) >= ROUTE_TRIGRAMS:
             self._rows.clear()
-        if len(self._rows) >= ROUTE_TRIGRAMS:
-            self._rows.clear()
+        self._tables = self._tables or [self._table(counts) for counts in self.counts]
         rows, tables, count = self._rows, self._tables, len(self.counts)
         trigrams = [raw[i:i + 3] for i in range(len(raw) - 2)]
         for tri in trigrams:
             if tri not in rows:  # filled as texts need it: a row for each trigram would be slow
-                row = [table[0].get(tri, table[1]) for table in tables if table]
-                heard = any(tri in table[0] for table in tables if table)
+                row = [table.get(tri, other) for table, other in tables]
+                heard = any(tri in table for table, _ in tables)
                 rows[tri] = array("f", row).tobytes() if heard else b""
         found = array("f", b"".join([rows.get(tri, b"") for tri in trigrams]))
         return [sum(found[layer::count]) - margin if known or not layer else -math.inf
