@@ -3514,43 +3514,29 @@ def load_moments(params: Sequence[MatrixParam], layer: Layer) -> None:
 # parameters, so a matrix that arrives later is served like the others.
 
 
-@dataclass(frozen=True)
-class AdamW:
-    """The optimizer's settings; its state is in the parameters.  Source: arXiv:1711.05101."""
+def descend(params: Sequence[MatrixParam], rate: float, config: Config) -> float:
+    """Move every param down its gradient and drop the gradients; return the global norm.
 
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    clip: float
+    A norm that is not finite moves nothing: check it with math.isfinite.  Source: AdamW,
+    arXiv:1711.05101.
+    """
+    norm = gradient_norm(params)
+    clip = config.grad_clip / max(norm, config.grad_clip)
+    for param in params:
+        if param.grad is not None and math.isfinite(norm):
+            _move(param, rate, clip, config)
+        param.grad = None
+    return norm
 
-    @classmethod
-    def of(cls, config: Config) -> "AdamW":
-        """Return the optimizer a Config asks for."""
-        return cls(config.beta1, config.beta2, config.eps_adam, config.weight_decay,
-                   config.grad_clip)
 
-    def step(self, params: Sequence[MatrixParam], rate: float) -> float:
-        """Move every param down its gradient and drop the gradients; return the global norm.
-
-        A norm that is not finite moves nothing: check it with math.isfinite.
-        """
-        norm = gradient_norm(params)
-        clip = self.clip / max(norm, self.clip)
-        for param in params:
-            if param.grad is not None and math.isfinite(norm):
-                self._move(param, rate, clip)
-            param.grad = None
-        return norm
-
-    def _move(self, param: MatrixParam, rate: float, clip: float) -> None:
-        param.steps += 1
-        decay = self.weight_decay if param.decays else 0.0
-        param.engine.adamw_step(
-            param.data, param.grad, *param.moments, param.rows * param.dim, rate, self.beta1,
-            self.beta2, self.eps, decay, 1.0 / (1.0 - self.beta1 ** param.steps),
-            1.0 / (1.0 - self.beta2 ** param.steps), clip)
-        param.changed()
+def _move(param: MatrixParam, rate: float, clip: float, config: Config) -> None:
+    param.steps += 1
+    fix1, fix2 = (1.0 / (1.0 - beta ** param.steps) for beta in (config.beta1, config.beta2))
+    param.engine.adamw_step(
+        param.data, param.grad, *param.moments, param.rows * param.dim, rate, config.beta1,
+        config.beta2, config.eps_adam, config.weight_decay if param.decays else 0.0, fix1, fix2,
+        clip)
+    param.changed()
 
 
 def gradient_norm(params: Sequence[MatrixParam]) -> float:
@@ -4071,7 +4057,7 @@ class StepReport(NamedTuple):
     applied: bool
 
 
-def train_step(model: GPT, optimizer: AdamW, windows: Sequence[Sequence[int]], rate: float,
+def train_step(model: GPT, config: Config, windows: Sequence[Sequence[int]], rate: float,
                drop_rate: float, rng: random.Random,
                guard: Optional[contextlib.AbstractContextManager] = None) -> StepReport:
     """Run forward, backward and update on one batch; the update alone happens inside `guard`.
@@ -4087,7 +4073,7 @@ def train_step(model: GPT, optimizer: AdamW, windows: Sequence[Sequence[int]], r
         return StepReport(loss.data, tokens, math.inf, False)
     backward(loss)
     with guard or contextlib.nullcontext():
-        norm = optimizer.step(params, rate)
+        norm = descend(params, rate, config)
     return StepReport(loss.data, tokens, norm, math.isfinite(norm))
 
 
@@ -4820,7 +4806,7 @@ class Ear:
         return rmsnorm(linear(pooled(embed(ids, self.params[0]), owners, len(texts)),
                               self.params[use]))
 
-    def learn(self, pairs: Sequence[Tuple[str, str]], epochs: int, optimizer: AdamW,
+    def learn(self, pairs: Sequence[Tuple[str, str]], epochs: int, config: Config,
               rng: random.Random) -> None:
         """Read (saying, answer) pairs so many times."""
         known = [(features_of(said), features_of(answer)) for said, answer in pairs]
@@ -4833,7 +4819,7 @@ class Ear:
             pair = (said, answered) if step % 2 else (answered, said)
             loss, _ = cross_entropy(compared(*pair, EAR_SHARPNESS / EAR_DIM), range(len(batch)))
             backward(loss)
-            optimizer.step(self.params, scheduled_rate(EAR_RATE, step / steps, 0.1))
+            descend(self.params, scheduled_rate(EAR_RATE, step / steps, 0.1), config)
 
     def heard(self, texts: Sequence[str]) -> array:
         """Return the vectors (T, EAR_DIM) of what is said, of length 1, one after another."""
@@ -4855,13 +4841,13 @@ def sayings_of(text: str) -> List[Tuple[int, str, str]]:
 
 
 def learned_ear(engine: Engine, texts: Sequence[Tuple[int, str]], epochs: int,
-                optimizer: AdamW, rng: random.Random) -> Optional[Layer]:
+                config: Config, rng: random.Random) -> Optional[Layer]:
     """Return sentence vectors learned from (key, text) documents, with those of all sayings."""
     found = [(key, *said) for key, text in texts for said in sayings_of(text)]
     if len(found) < EAR_LEAST:
         return None
     ear = Ear(engine, rng)
-    ear.learn([(said, answer) for _, _, said, answer in found], epochs, optimizer, rng)
+    ear.learn([(said, answer) for _, _, said, answer in found], epochs, config, rng)
     vectors = ear.heard([said for _, _, said, _ in found])
     places = array("q", itertools.chain.from_iterable((key, place) for key, place, _, _ in found))
     numbers = b"".join(float_bytes(param.data) for param in ear.params) + float_bytes(vectors)
@@ -9630,7 +9616,7 @@ class Learner:
                  engine: Engine) -> None:
         self.config, self.growth, self.engine = config, growth, engine
         engine.threads = config.threads or max(1, (os.cpu_count() or 2) - 1)
-        self.optimizer, self.rng = AdamW.of(config), self._rng_of_now()
+        self.rng = self._rng_of_now()
         self.tokenizer, self.model = build_model(config, layers, engine)
         self.router = self.model.router = self.model.router or Router(self.tokenizer)
         self.best, self.mixer = layers.get("best"), layers.get("mixer")
@@ -9732,7 +9718,7 @@ class Learner:
         """Learn sentence vectors from the exchanges, before the first step of a birth."""
         texts = [(text.key, text.text) for text in self._trained()]
         self.ear = learned_ear(self.engine, texts, EAR_EPOCHS if self.engine.is_fast else 1,
-                               self.optimizer, self._rng_of_now())
+                               self.config, self._rng_of_now())
 
     def _new_merges(self, chars: int) -> int:
         """Return how many merges to learn: at first max_merges, later in step with the text."""
@@ -9913,7 +9899,7 @@ class Learner:
         windows += [self.replayed() for _ in range(count - drawn)]
         windows = [window for window in windows if len(window) > 1] or self.pool.windows(
             1, 1, self.rng)
-        report = train_step(self.model.learner(), self.optimizer, windows, rate,
+        report = train_step(self.model.learner(), self.config, windows, rate,
                             self.config.dropout, self.rng, self.guard)
         self.growth.step += 1
         self.growth.tokens += report.tokens
@@ -12809,7 +12795,7 @@ class Server:
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
-# 19 · INTERFACE — it alone speaks to a terminal   uses: 0 1 2 4 7 8 9 10 11 12 13 14 16 17 18
+# 19 · INTERFACE — it alone speaks to a terminal   uses: 0 1 2 4 7 9 10 11 12 13 14 16 17 18
 # ──────────────────────────────────────────────────────────────────────────────────────
 #
 # Replies and reports go to stdout; everything else goes to stderr. A table of commands, each a
@@ -14246,7 +14232,7 @@ def bench_engine(config: Config, engine: Engine, peak: Optional[float]) -> Dict[
     """Return the speeds of one engine; floating-point operations are 6 a weight and token."""
     rng = random.Random(config.seed)
     model = GPT(Shape.of(config), config.bench_vocab, engine, rng)
-    block, batch, optimizer = config.block_size, config.batch_size, AdamW.of(config)
+    block, batch = config.block_size, config.batch_size
     weights = sum(p.rows * p.dim for p in model.params.values())
     engine.threads = 1 if engine.name == "python" else config.threads or 1
     if engine.name == "python":  # a large model would take it minutes a step: fewer tokens then
@@ -14257,7 +14243,7 @@ def bench_engine(config: Config, engine: Engine, peak: Optional[float]) -> Dict[
 
     def trained(length: int, seconds: float) -> List[float]:
         cut = [window[:length + 1] for window in windows]
-        return _timed(lambda: train_step(model, optimizer, cut, 0.001, 0.0, rng), seconds)
+        return _timed(lambda: train_step(model, config, cut, 0.001, 0.0, rng), seconds)
 
     def generate(count: int) -> None:
         cache, history, chance = model.new_cache(), array("i", [1]), random.Random(0)

@@ -138,7 +138,7 @@ class Pupil:
         batch = config.batch_size
         for i in range(steps):
             windows = [w for w in learner.pool.windows(batch, batch, learner.rng) if len(w) > 1]
-            m.train_step(learner.model, learner.optimizer, windows,
+            m.train_step(learner.model, config, windows,
                          m.scheduled_rate(peak, i / steps, config.rate_warmup, config.schedule),
                          config.dropout, learner.rng)
         learner.mark_read([text.key for text in learner.unread()])

@@ -383,7 +383,6 @@ class EveryLayerSpeaksForItself(NearCase):
         learner = self.model.learner()
         self.assert_near(learner.logits(self.ids).data, last, 1e-4)
         self.assertEqual(learner.trainable(), m.delta_matrices(self.model.deltas[-1]))
-        optimizer = m.AdamW(0.9, 0.99, 1e-8, 0.0, 1.0)
-        m.train_step(learner, optimizer, [self.ids], 0.05, 0.0, random.Random(1))
+        m.train_step(learner, m.Config(beta1=0.9, beta2=0.99), [self.ids], 0.05, 0.0, random.Random(1))
         self.assertEqual([list(self.said(k)) for k in range(3)], before)
         self.assertNotEqual(list(self.said(3)), last)

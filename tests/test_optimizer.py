@@ -6,18 +6,18 @@ import unittest
 import macrogpt as m
 from test_engine import NearCase
 
-SETTINGS = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-7, "weight_decay": 0.1, "clip": 1.5}
+CONFIG = m.Config(beta1=0.8, beta2=0.95, eps_adam=1e-7, weight_decay=0.1, grad_clip=1.5)
 
 
 class NaiveAdamW:
     """Algorithm 2 of arXiv:1711.05101 on plain lists, after clipping by the global norm."""
 
-    def __init__(self, weights, decays, beta1, beta2, eps, weight_decay, clip):
+    def __init__(self, weights, decays, config):
         self.w = [list(w) for w in weights]
         self.m, self.v = ([[0.0] * len(w) for w in weights] for _ in range(2))
         self.decays, self.t = decays, 0
-        self.beta1, self.beta2, self.eps, self.clip = beta1, beta2, eps, clip
-        self.weight_decay = weight_decay
+        self.beta1, self.beta2, self.eps = config.beta1, config.beta2, config.eps_adam
+        self.weight_decay, self.clip = config.weight_decay, config.grad_clip
 
     def step(self, grads, rate):
         self.t += 1
@@ -51,14 +51,13 @@ class AdamWIsItsPaper(NearCase):
         for make in (m.interpreted_engine, m.reference_engine):
             for code, tolerance in (("f", 1e-5), ("d", 1e-11)):
                 params, rng = self.params(make(code)), random.Random(2)
-                twin = NaiveAdamW([p.data for p in params], [True, False, True], **SETTINGS)
-                optimizer = m.AdamW(**SETTINGS)
+                twin = NaiveAdamW([p.data for p in params], [True, False, True], CONFIG)
                 for step in range(12):
                     size = (0.01, 1.0, 30.0)[step % 3]  # some are clipped and some are not
                     grads = [[rng.gauss(0, size) for _ in p.data] for p in params]
                     for param, grad in zip(params, grads):
                         self.give(param, grad)
-                    found, expected = optimizer.step(params, 0.03), twin.step(grads, 0.03)
+                    found, expected = m.descend(params, 0.03, CONFIG), twin.step(grads, 0.03)
                     self.assertAlmostEqual(found, expected, delta=1e-5 * expected)
                     for i, p in enumerate(params):
                         for a, b in zip((p.data, *p.moments), (twin.w[i], twin.m[i], twin.v[i])):
@@ -69,29 +68,25 @@ class AdamWIsItsPaper(NearCase):
         params = self.params(m.interpreted_engine())
         before = state(params)
         self.give(params[0], [1.0] * 12)
-        m.AdamW(**SETTINGS).step(params, 0.1)
+        m.descend(params, 0.1, CONFIG)
         self.assertEqual(state(params)[1:], before[1:])
         self.assertNotEqual(state(params)[0], before[0])
 
     def test_a_gradient_that_is_not_finite_moves_nothing(self):
         for make in (m.interpreted_engine, m.reference_engine):
-            params, optimizer = self.params(make()), m.AdamW(**SETTINGS)
+            params = self.params(make())
             for param in params:
                 self.give(param, [1.0] * len(param.data))
-            optimizer.step(params, 0.1)
+            m.descend(params, 0.1, CONFIG)
             for bad in (math.nan, math.inf, -math.inf):
                 before = state(params)
                 for param in params:
                     self.give(param, [0.5] * len(param.data))
                 params[1].grad[2] = bad
-                self.assertEqual(optimizer.step(params, 0.1), math.inf)
+                self.assertEqual(m.descend(params, 0.1, CONFIG), math.inf)
                 self.assertEqual(state(params), before)
                 self.assertEqual([p.grad for p in params], [None] * 3)
             self.assertEqual([p.steps for p in params], [1] * 3)  # the next good one is the next
-
-    def test_the_settings_come_from_the_config(self):
-        config = m.Config(beta1=0.5, beta2=0.6, eps_adam=1e-3, weight_decay=0.2, grad_clip=7.0)
-        self.assertEqual(m.AdamW.of(config), m.AdamW(0.5, 0.6, 1e-3, 0.2, 7.0))
 
     def test_the_norm_is_euclidean_over_all_and_does_not_overflow_float32(self):
         params = self.params(m.interpreted_engine())

@@ -117,10 +117,10 @@ class PoolsDealTheirText(unittest.TestCase):
 
 
 class StepsLearn(unittest.TestCase):
-    OPTIMIZER = m.AdamW(0.9, 0.99, 1e-8, 0.0, 1.0)
+    CONFIG = m.Config(beta1=0.9, beta2=0.99)
 
     def step(self, model, windows, rate=0.02, guard=None, drop=0.0):
-        return m.train_step(model, self.OPTIMIZER, windows, rate, drop, random.Random(1), guard)
+        return m.train_step(model, self.CONFIG, windows, rate, drop, random.Random(1), guard)
 
     def test_a_small_pattern_is_learned(self):
         windows = [[1, 2, 3, 4, 1, 2, 3, 4, 1], [3, 4, 1, 2, 3]]
