@@ -2813,13 +2813,10 @@ class MatrixParam(VectorValue):
     `decays` tells whether weight decay applies, `changes` how often its numbers were written to.
     """
 
-    __slots__ = ("name", "steps", "decays", "changes", "_moments", "_packed")
-
     def __init__(self, engine: Engine, name: str, rows: int, dim: int,
                  data: Optional[array] = None, decays: bool = True) -> None:
         super().__init__(engine, rows, dim, data, needs_grad=True)
         self.name, self.decays, self.changes = name, decays, 0
-        self._moments: Optional[Tuple[array, array]] = None
         self.steps, self._packed = 0, None  # type: int, Any
 
     @classmethod
@@ -2832,18 +2829,10 @@ class MatrixParam(VectorValue):
         data = rng and engine.buffer_of([rng.gauss(0.0, sigma) for _ in range(rows * dim)])
         return cls(engine, name, rows, dim, data, decays)
 
-    @property
+    @functools.cached_property
     def moments(self) -> Tuple[array, array]:
         """m and v, made when they are first asked for: what only speaks has none."""
-        if self._moments is None:
-            size = self.rows * self.dim
-            self._moments = self.engine.buffer(size), self.engine.buffer(size)
-        return self._moments
-
-    @moments.setter
-    def moments(self, moments: Tuple[array, array]) -> None:
-        """Go on from other moments."""
-        self._moments = moments
+        return self.engine.buffer(len(self.data)), self.engine.buffer(len(self.data))
 
     def packed(self) -> Any:
         """Return the data as the engine's matmul_nt likes it, kept until the data changes."""
@@ -2854,10 +2843,6 @@ class MatrixParam(VectorValue):
     def changed(self) -> None:
         """Tell the matrix that its numbers were written to."""
         self._packed, self.changes = None, self.changes + 1
-
-    def freeze(self, frozen: bool = True) -> None:
-        """Keep the matrix from training, or let it train again."""
-        self.needs_grad = not frozen
 
     def load(self, data: array) -> None:
         """Replace the numbers.  Raises ValueError when their count is another."""
@@ -2897,15 +2882,14 @@ def compared(x: VectorValue, y: VectorValue, scale: float) -> VectorValue:
     """Return scale · x·yᵀ (T, U) of x (T, C) and y (U, C)."""
     engine, rows, inner, cols = x.engine, x.rows, x.dim, y.rows
     packed, other = engine.pack(x.data, rows, inner), engine.pack(y.data, cols, inner)
+    products = engine.buffer(rows * cols)
+    engine.matmul_nt(packed, other, products, rows, inner, cols)
 
     def times(numbers: array) -> array:
         out = engine.buffer(rows * cols)
         engine.add_scaled(numbers, out, rows * cols, scale)
         return out
-    raw, out = engine.buffer(rows * cols), VectorValue(engine, rows, cols)
-    engine.matmul_nt(packed, other, raw, rows, inner, cols)
-    engine.add_scaled(raw, out.data, rows * cols, scale)
-    return out.of(
+    return VectorValue(engine, rows, cols, times(products)).of(
         (x, lambda g: engine.matmul_nn(times(g), other, x.grad_buffer(), rows, cols, inner)),
         (y, lambda g: engine.matmul_tn(times(g), packed, y.grad_buffer(), cols, rows, inner)))
 
@@ -3240,11 +3224,6 @@ class GPT:
         """The count of numbers in the base."""
         return sum(p.rows * p.dim for p in self.params.values())
 
-    @property
-    def n_params(self) -> int:
-        """The count of numbers in the base and its deltas."""
-        return self.n_base + sum(p.rows * p.dim for p in self.delta_params())
-
     def delta_params(self) -> Iterator[MatrixParam]:
         """Yield every matrix of every delta."""
         return itertools.chain.from_iterable(map(delta_matrices, self.deltas))
@@ -3256,9 +3235,9 @@ class GPT:
     def freeze(self, frozen: bool = True) -> None:
         """Keep the base and every delta from training; freeze(False) lets the base train."""
         for param in self.params.values():
-            param.freeze(frozen)
+            param.needs_grad = not frozen
         for param in self.delta_params():
-            param.freeze()
+            param.needs_grad = False
 
     def append_delta(self, rank: int, rng: Optional[random.Random]) -> None:
         """Freeze everything and append a new delta, of no effect yet, that trains."""
@@ -3429,9 +3408,7 @@ class GPT:
 
 def stacked(windows: Sequence[Sequence[int]]) -> Tuple[List[int], List[int], List[int]]:
     """Return inputs, targets and segment starts of windows set one after the other."""
-    inputs: List[int] = []
-    targets: List[int] = []
-    starts = [0]
+    inputs, targets, starts = [], [], [0]  # type: List[int], List[int], List[int]
     for window in windows:
         if len(window) < 2:
             raise ValueError(f"a window needs at least 2 ids; found {len(window)}")
@@ -3862,10 +3839,10 @@ def text_ids(tokenizer: EvolvingTokenizer, text: str) -> List[int]:
     It begins with END_OF_TEXT as context; each later one but the last stands for the second line
     end of a blank line, and the last for the end of the file.
     """
+    *parts, last = text.split("\n\n")
     ids = [END_OF_TEXT]
-    parts = text.split("\n\n")
-    for i, part in enumerate(parts):
-        ids += document_ids(tokenizer, part + "\n" if i + 1 < len(parts) else part)
+    for part in (*(part + "\n" for part in parts), last):
+        ids += document_ids(tokenizer, part)
     return ids
 
 
@@ -4750,9 +4727,8 @@ def build_model(config: Config, layers: Dict[str, Layer], engine: Engine,
 
     Raises StoreError when the layers were made for another shape of model.
     """
-    tokenizer = EvolvingTokenizer()
-    if "tokenizer" in layers:
-        tokenizer = EvolvingTokenizer.unpack(layers["tokenizer"].data)
+    tokenizer = (EvolvingTokenizer.unpack(layers["tokenizer"].data) if "tokenizer" in layers
+                 else EvolvingTokenizer())
     base = layers.get("best" if prefer_best and "best" in layers else "base")
     model = GPT(Shape.of(config), tokenizer.vocab_size, engine, None)  # a birth draws its own
     if base is not None:
@@ -9814,7 +9790,7 @@ class Learner:
         else:
             self.model.freeze()
             for matrix in delta_matrices(self.model.deltas[-1]):
-                matrix.freeze(False)
+                matrix.needs_grad = True
 
     def _sealed_by_shift(self) -> bool:
         """Return whether what is new is none of the active delta's business.
@@ -14233,7 +14209,7 @@ def bench_engine(config: Config, engine: Engine, peak: Optional[float]) -> Dict[
     rng = random.Random(config.seed)
     model = GPT(Shape.of(config), config.bench_vocab, engine, rng)
     block, batch = config.block_size, config.batch_size
-    weights = sum(p.rows * p.dim for p in model.params.values())
+    weights = model.n_base
     engine.threads = 1 if engine.name == "python" else config.threads or 1
     if engine.name == "python":  # a large model would take it minutes a step: fewer tokens then
         block = min(block, max(1, INTERPRETED_STEP // weights))

@@ -133,7 +133,7 @@ class Pupil:
         learner, config = self.learner, self.config
         learner.model.freeze(self.method == "shared")
         for matrix in learner.model.delta_params():
-            matrix.freeze(False)
+            matrix.needs_grad = True
         peak = config.delta_rate if self.method == "shared" else config.learning_rate
         batch = config.batch_size
         for i in range(steps):
