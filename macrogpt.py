@@ -3645,9 +3645,8 @@ def keep_top_n_sigma(c: Candidates, n: float) -> Candidates:
     return [pair for pair in c if pair[0] >= c[0][0] - n * sigma]
 
 
-def exclude_top_choices(
-    c: Candidates, probability: float, threshold: float, rng: random.Random
-) -> Candidates:
+def exclude_top_choices(c: Candidates, probability: float, threshold: float,
+                        rng: random.Random) -> Candidates:
     """Return `c`, with chance `probability` without its top choices but the last of them (XTC).
 
     Top choices have at least `threshold` probability. One rng.random() is used, unless
@@ -3672,10 +3671,8 @@ def _relogit(c: Candidates, changed: Dict[int, float]) -> Candidates:
     return sorted(by_id, key=itemgetter(0), reverse=True)  # stable: equal logits by lower id
 
 
-def penalise_repetition(
-    c: Candidates, history: Sequence[int], penalty: float, last_n: int,
-    presence: float = 0.0, frequency: float = 0.0,
-) -> Candidates:
+def penalise_repetition(c: Candidates, history: Sequence[int], penalty: float, last_n: int,
+                        presence: float = 0.0, frequency: float = 0.0) -> Candidates:
     """Return `c` with the ids among the last `last_n` of `history` made less likely, each once.
 
     A positive logit is divided by `penalty` (> 0), any other multiplied; then count * frequency +
@@ -3710,10 +3707,8 @@ def _prefix_matches(ids: Sequence[int]) -> List[int]:
     return lengths
 
 
-def penalise_dry(
-    c: Candidates, history: Sequence[int], multiplier: float, base: float, allowed_length: int,
-    last_n: int,
-) -> Candidates:
+def penalise_dry(c: Candidates, history: Sequence[int], multiplier: float, base: float,
+                 allowed_length: int, last_n: int) -> Candidates:
     """Return `c` with every id that would prolong a verbatim repetition made less likely.
 
     If the last m ids of `history` stood earlier in its last `last_n` (negative: in all of it) and
@@ -3761,9 +3756,8 @@ def chain_of(config: Config) -> Tuple[str, ...]:
     return chain
 
 
-def apply_samplers(
-    c: Candidates, history: Sequence[int], config: Config, rng: random.Random
-) -> Candidates:
+def apply_samplers(c: Candidates, history: Sequence[int], config: Config,
+                   rng: random.Random) -> Candidates:
     """Return what the chain of `config.samplers`, run in that order, leaves of `c`."""
     for name in chain_of(config):
         c = SAMPLERS[name](c, history, config, rng)
@@ -4224,6 +4218,7 @@ class NgramMemory:
         self.tables: List[Dict[bytes, Any]] = [{} for _ in range(order + 1)]
         self.tally = [[0] * (MANY + 1) for _ in range(order + 1)]  # [k][c]: counts of c
         self.size = 0
+        self.end: Tuple[int, ...] = (END_OF_TEXT,)  # of all that was read
         self._rows: Dict[bytes, array] = {}
         self._floor: List[float] = []  # p of every id after anything, when size was:
         self._floor_size = 0
@@ -4240,6 +4235,11 @@ class NgramMemory:
                 self._rows.clear()
             if self.size > self.max_counts:
                 self._shrink(self.max_counts * 3 // 4)
+
+    def read(self, ids: Sequence[int]) -> None:
+        """Count a document after the end of the one that was read before it."""
+        self.learn(ids, self.end)
+        self.end = (*self.end, *ids)[-self.order:]
 
     def _count(self, row: Tuple[int, ...], fresh: int) -> None:
         """Count the last so many ids of a row."""
@@ -4529,16 +4529,6 @@ def copyist(texts: Iterable[Sequence[int]] = ()) -> NgramMemory:
     for ids in texts:
         copy.learn(ids)
     return copy
-
-
-def count_documents(counts: NgramMemory, documents: Iterable[Sequence[int]],
-                    before: Sequence[int] = (END_OF_TEXT,)) -> List[int]:
-    """Let counts learn documents, each after the end of the last; return the end of them all."""
-    end = list(before)
-    for ids in documents:
-        counts.learn(ids, end)
-        end = [*end, *ids][-counts.order:]
-    return end
 
 
 def read_through(model: GPT, ids: Sequence[int], still: Mixture, live: Mixture,
@@ -9220,7 +9210,7 @@ class EntryCounts:
         self.memory, self.tokenizer = memory, tokenizer
         self.counts = NgramMemory(config.ngram_order, config.ngram_counts)
         self._state = self._state_of(tokenizer, config)
-        self._last_id, self._end = memory.first_of_newest(config.ngram_chars) - 1, [END_OF_TEXT]
+        self._last_id = memory.first_of_newest(config.ngram_chars) - 1
 
     def _state_of(self, tokenizer: EvolvingTokenizer, config: Config) -> Tuple[int, ...]:
         return (tokenizer.version, config.ngram_order, config.ngram_counts, config.ngram_chars,
@@ -9239,8 +9229,7 @@ class EntryCounts:
             if not fresh:
                 return True
             for entry in fresh:
-                ids = document_ids(self.tokenizer, entry.text, entry.closed)
-                self._end = count_documents(self.counts, [ids], self._end)
+                self.counts.read(document_ids(self.tokenizer, entry.text, entry.closed))
                 self._last_id, most_chars = entry.id, most_chars - len(entry.text)
         return False
 
@@ -9910,7 +9899,8 @@ class Learner:
         room = len(text) if self.engine.is_fast else INTERPRETED_MIX_CHARS
         ids = text_ids(self.tokenizer, text[:room])
         counts = NgramMemory(config.ngram_order, config.ngram_counts)
-        count_documents(counts, self._ids.values())
+        for document in self._ids.values():
+            counts.read(document)
         mixer = load_mixer(config, self.mixer)
         for _ in range(config.mix_passes):
             still, live = (Mixture(self.engine, counts, mixer) for _ in range(2))

@@ -93,7 +93,7 @@ class Pupil:
         self.method, self.config, self.engine = method, config, engine
         growth, layers = state
         self.learner = m.Learner(config, dataclasses.replace(growth), layers, engine)
-        self.counts, self.end = m.NgramMemory(config.ngram_order, config.ngram_counts), [0]
+        self.counts = m.NgramMemory(config.ngram_order, config.ngram_counts)
         if method == "shared":
             self.learner.model.append_delta(config.delta_rank, random.Random(config.seed))
         if method != "ours":
@@ -116,8 +116,9 @@ class Pupil:
         learner, config, known = self.learner, self.config, bool(self.learner.texts)
         rows = new.rows(len(learner.texts), unread=known)
         learner.take_text((), rows)
-        documents = (m.document_ids(learner.tokenizer, row[2]) for row in rows if not row[-1])
-        self.end = m.count_documents(self.counts, documents, self.end)
+        for row in rows:
+            if not row[-1]:
+                self.counts.read(m.document_ids(learner.tokenizer, row[2]))
         batch = learner.batch() if self.method == "ours" else config.batch_size
         steps = max(1, tokens // (batch * config.block_size)) if known else 0
         if self.method != "ours":
