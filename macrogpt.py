@@ -3840,18 +3840,34 @@ def text_ids(tokenizer: EvolvingTokenizer, text: str) -> List[int]:
     return ids
 
 
-class TextPool:
-    """What the trainer may train on: a stream of everything, and a stream of what is new.
+class Deck:
+    """Windows of a stream, dealt in random order, and all of them before one comes again.
 
-    Each epoch cuts a stream into windows side by side, at a random shift, and deals them in random
-    order: measured 0.04 bits per character better than windows at random places.
+    They begin at places, or, with none, lie side by side at a shift that is new each time round:
+    measured 0.04 bits per character better than windows at random places.
     """
 
+    def __init__(self, stream: array, block_size: int, places: Sequence[int] = ()) -> None:
+        self.stream, self.block_size, self.places = stream, block_size, places
+        self._left: List[int] = []
+
+    def deal(self, rng: random.Random) -> List[int]:
+        """Return the next window, of 2 to block_size+1 ids; the stream has two or more."""
+        if not self._left:
+            block, last = self.block_size, len(self.stream) - 1
+            # the first window may begin before the text, so that its edges count in full
+            self._left += self.places or range(-rng.randrange(min(block, last)), last, block)
+            rng.shuffle(self._left)
+        start = self._left.pop()
+        return list(self.stream[max(0, start):start + self.block_size + 1])
+
+
+class TextPool:
+    """What the trainer may train on: a stream of everything, and a stream of what is new."""
+
     def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self.stream = array("i", [END_OF_TEXT])
-        self.fresh = array("i", [END_OF_TEXT])
-        self._deals: Dict[bool, List[int]] = {True: [], False: []}
+        self.stream, self.fresh = array("i", [END_OF_TEXT]), array("i", [END_OF_TEXT])
+        self._decks = Deck(self.stream, block_size), Deck(self.fresh, block_size)
 
     def add(self, ids: Sequence[int], fresh: bool = False) -> None:
         """Append a document's ids; a fresh one is in both streams."""
@@ -3867,16 +3883,7 @@ class TextPool:
         if len(self.fresh) < 2:
             fresh_count = 0
         kinds = [True] * fresh_count + [False] * (count - fresh_count)
-        return [self._window(fresh, rng) for fresh in kinds] if len(self.stream) > 1 else []
-
-    def _window(self, fresh: bool, rng: random.Random) -> List[int]:
-        stream, deal = self.fresh if fresh else self.stream, self._deals[fresh]
-        if not deal:  # the first window begins before the text, so that its edges count in full
-            first = -rng.randrange(min(self.block_size, len(stream) - 1))
-            deal.extend(range(first, len(stream) - 1, self.block_size))
-            rng.shuffle(deal)
-        start = deal.pop()
-        return list(stream[max(0, start):start + self.block_size + 1])
+        return [self._decks[fresh].deal(rng) for fresh in kinds] if len(self.stream) > 1 else []
 
 
 # Which layer speaks for a text is read off the text itself, in a few dictionary look-ups.
@@ -3986,34 +3993,26 @@ class Replay:
     """
 
     def __init__(self, documents: Iterable[Tuple[str, Sequence[int]]], block_size: int) -> None:
-        self.block_size = block_size
-        self._streams: DefaultDict[str, array] = defaultdict(lambda: array("i", [END_OF_TEXT]))
+        streams: DefaultDict[str, array] = defaultdict(lambda: array("i", [END_OF_TEXT]))
         for source, ids in documents:
-            self._streams[source].extend(ids)
-        self._bands: List[Tuple[array, int, int]] = []
-        for stream in self._streams.values():
-            windows = max(1, (len(stream) - 2) // block_size + 1)
-            bands = min(REPLAY_BANDS, windows)
-            edges = [windows * i // bands for i in range(bands + 1)]
-            self._bands += [(stream, a, b) for a, b in zip(edges, edges[1:]) if len(stream) > 1]
-        self._turns: List[int] = []
-        self._decks: Dict[int, List[int]] = {}
+            streams[source].extend(ids)
+        self._bands: List[Deck] = []
+        for stream in streams.values():
+            places = range(0, len(stream) - 1, block_size)
+            bands = min(REPLAY_BANDS, len(places))
+            edges = [*(len(places) * i // bands for i in range(bands)), len(places)]
+            self._bands += [Deck(stream, block_size, places[a:b])
+                            for a, b in zip(edges, edges[1:])]
+        self._turns: List[Deck] = []
 
     def window(self, rng: random.Random) -> List[int]:
         """Return the next window of 2 to block_size+1 ids, or none where nothing is known."""
         if not self._bands:
             return []
         if not self._turns:
-            self._turns = list(range(len(self._bands)))
+            self._turns = self._bands[:]
             rng.shuffle(self._turns)
-        turn = self._turns.pop()
-        stream, low, high = self._bands[turn]
-        deck = self._decks.setdefault(turn, [])
-        if not deck:
-            deck.extend(range(low, high))
-            rng.shuffle(deck)
-        start = deck.pop() * self.block_size
-        return list(stream[start:start + self.block_size + 1])
+        return self._turns.pop().deal(rng)
 
 
 REPLAY_BANDS = 8  # from oldest to newest
