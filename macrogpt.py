@@ -2763,12 +2763,12 @@ class VectorValue(Value):
             self.grad = self.engine.buffer(self.rows * self.dim)
         return self.grad
 
-    def add_grad(self, g: array, scale: float = 1.0) -> None:
-        """Add scale·g to the gradient."""
-        if self.grad is None and scale == 1.0:
+    def add_grad(self, g: array) -> None:
+        """Add g to the gradient."""
+        if self.grad is None:
             self.grad = g[:]
         else:
-            self.engine.add_scaled(g, self.grad_buffer(), len(g), scale)
+            self.engine.add_scaled(g, self.grad, len(g), 1.0)
 
 
 def backward(root: ScalarValue) -> None:
@@ -2926,13 +2926,13 @@ def mixed(x: VectorValue, w: MatrixParam) -> VectorValue:
         x.data, g, w.grad_buffer(), inner, rows, cols)))
 
 
-def added(x: VectorValue, y: VectorValue, scale: float = 1.0) -> VectorValue:
-    """Return x + scale·y, all of shape (T, C).  Raises ValueError on a mismatch."""
+def added(x: VectorValue, y: VectorValue) -> VectorValue:
+    """Return x + y, all of shape (T, C).  Raises ValueError on a mismatch."""
     if (x.rows, x.dim) != (y.rows, y.dim):
         raise ValueError(f"shapes ({x.rows}, {x.dim}) and ({y.rows}, {y.dim}) differ")
     out = VectorValue(x.engine, x.rows, x.dim, x.data[:])
-    x.engine.add_scaled(y.data, out.data, x.rows * x.dim, scale)
-    return out.of((x, x.add_grad), (y, lambda g: y.add_grad(g, scale)))
+    x.engine.add_scaled(y.data, out.data, x.rows * x.dim, 1.0)
+    return out.of((x, x.add_grad), (y, y.add_grad))
 
 
 def scaled(x: VectorValue, s: MatrixParam) -> VectorValue:
@@ -3050,30 +3050,29 @@ def cross_entropy(logits: VectorValue, targets: Sequence[int]) -> Tuple[ScalarVa
 
 
 class DeltaAdapter:
-    """A low-rank change x·(scale·B·A)ᵀ beside a frozen matrix, of no effect when born.
+    """A low-rank change x·(B·A)ᵀ beside a frozen matrix, of no effect when born.
 
     A (R, C_in) starts normal, B (C_out, R) at zero.  Source: LoRA, arXiv:2106.09685.
     """
 
     def __init__(self, engine: Engine, name: str, base: MatrixParam, rank: int,
-                 rng: Optional[random.Random], scale: float = 1.0) -> None:
-        self.scale = scale
+                 rng: Optional[random.Random]) -> None:
         self.a = MatrixParam.normal(engine, name + ".a", rank, base.dim, base.dim ** -0.5, rng)
         self.b = MatrixParam(engine, name + ".b", base.rows, rank)
 
     def __call__(self, x: VectorValue, y: VectorValue) -> VectorValue:
         """Return y (T, C_out), the frozen matrix's output for x (T, C_in), with the change."""
-        return added(y, linear(linear(x, self.a), self.b), self.scale)
+        return added(y, linear(linear(x, self.a), self.b))
 
     def embed(self, ids: Sequence[int], x: VectorValue) -> VectorValue:
         """Return x (T, C_in), rows `ids` of the frozen matrix, with the change of those rows."""
-        return added(x, mixed(embed(ids, self.b), self.a), self.scale)
+        return added(x, mixed(embed(ids, self.b), self.a))
 
     def fold_into(self, matrix: MatrixParam) -> None:
-        """Add scale·B·A to a matrix (C_out, C_in), which then does alone what both did."""
+        """Add B·A to a matrix (C_out, C_in), which then does alone what both did."""
         engine, change = matrix.engine, matrix.engine.buffer(matrix.rows * matrix.dim)
         engine.matmul_nn(self.b.data, self.a.data, change, matrix.rows, self.a.rows, matrix.dim)
-        engine.add_scaled(change, matrix.data, len(change), self.scale)
+        engine.add_scaled(change, matrix.data, len(change), 1.0)
         matrix.changed()
 
 
@@ -4430,9 +4429,12 @@ class Mixture:
     """
 
     def __init__(self, engine: Engine, counts: NgramMemory, mixer: Mixer,
-                 copy: Optional[NgramMemory] = None, eager: float = 0.0) -> None:
+                 texts: Iterable[Sequence[int]] = (), eager: float = 0.0) -> None:
         self.engine, self.counts, self.mixer, self.eager = engine, counts, mixer, eager
-        self.copy = copy if copy is not None else copyist()
+        # no counts after nothing: to copy one needs a place to copy from
+        self.copy = NgramMemory(COPY_ORDER, COPY_COUNTS, lowest=1)
+        for ids in texts:
+            self.copy.learn(ids)
         self.own_layer: Optional[int] = None  # the one layer whose own weights alone may move
         self.layer, self.lead, self.weights = 0, 0.0, [0.0] * len(EXPERTS)
         self.situation: Tuple[int, ...] = ()
@@ -4517,17 +4519,6 @@ class Mixture:
             self.mixer.move(self.situation, self.slopes(token))
         elif self.own_layer == self.layer:
             self.mixer.move(self.situation[-1:], self.slopes(token))
-
-
-def copyist(texts: Iterable[Sequence[int]] = ()) -> NgramMemory:
-    """Return counts of the texts that expect what followed the longest match of the context.
-
-    It knows nothing where not even one id fits: copying needs a place to copy from.
-    """
-    copy = NgramMemory(COPY_ORDER, COPY_COUNTS, lowest=1)
-    for ids in texts:
-        copy.learn(ids)
-    return copy
 
 
 def read_through(model: GPT, ids: Sequence[int], still: Mixture, live: Mixture,
@@ -9249,7 +9240,7 @@ class Mind(NamedTuple):
         """Return the whole voice, which may copy from texts; None if the model is to be alone."""
         if not self.config.mix:
             return None
-        return Mixture(self.model.engine, self.counts, self.mixer, copyist(texts), eager)
+        return Mixture(self.model.engine, self.counts, self.mixer, texts, eager)
 
     @property
     def prompt_budget(self) -> int:

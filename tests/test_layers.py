@@ -28,7 +28,7 @@ class GradientsAreFiniteDifferences(NearCase):
                       for i, (rows, dim) in enumerate(shapes)]
 
             def twice(inputs=inputs):
-                return m.added(build(*inputs), build(*inputs), 0.4)
+                return m.added(build(*inputs), build(*inputs))
             weights = [rng.gauss(0.0, 1.0) for _ in twice().data]
 
             def total(inputs=inputs, weights=weights, twice=twice):
@@ -36,7 +36,7 @@ class GradientsAreFiniteDifferences(NearCase):
                     x.changed()
                 return math.fsum(a * b for a, b in zip(twice().data, weights))
             out, c = twice(), engine.buffer_of(weights)
-            m.backward(m.ScalarValue(0.0).of((out, lambda g, out=out, c=c: out.add_grad(c, g))))
+            m.backward(m.ScalarValue(0.0).of((out, lambda g, out=out, c=c: out.add_grad(c))))
             for x in inputs:
                 self.compare(x, total, engine.name)
 
@@ -58,7 +58,7 @@ class GradientsAreFiniteDifferences(NearCase):
             return m.rope_turned(x, angles, width, channels)
 
         def delta_of(w, a, b):
-            delta = m.DeltaAdapter(w.engine, "d", w, 2, random.Random(0), 0.7)
+            delta = m.DeltaAdapter(w.engine, "d", w, 2, random.Random(0))
             delta.a, delta.b = a, b
             return delta
         for name, build, *shapes in (
@@ -66,8 +66,8 @@ class GradientsAreFiniteDifferences(NearCase):
                 ("linear", m.linear, (3, 5), (4, 5)),
                 ("linear of itself", lambda x: m.linear(x, x), (3, 5)),
                 ("mixed", m.mixed, (3, 2), (2, 5)),
-                ("added", lambda x, y: m.added(x, y, -2.5), (3, 4), (3, 4)),
-                ("added to itself", lambda x: m.added(x, x, 0.25), (3, 4)),
+                ("added", m.added, (3, 4), (3, 4)),
+                ("added to itself", lambda x: m.added(x, x), (3, 4)),
                 ("scaled", m.scaled, (3, 4), (1, 1)),
                 ("rmsnorm", m.rmsnorm, (3, 5)),
                 ("rmsnorm of one", lambda x: m.rmsnorm(x, 0.5), (2, 1)),
@@ -126,7 +126,7 @@ class OperationsKeepTheirPromises(NearCase):
 
     def test_added_leaves_its_inputs_alone_and_dropout_follows_its_seed(self):
         x, y = (copy_of(self.engine, 1, 2, [1.0, 2.0]) for _ in range(2))
-        self.assertEqual(list(m.added(x, y, 3.0).data), [4.0, 8.0])
+        self.assertEqual(list(m.added(x, y).data), [2.0, 4.0])
         self.assertEqual((list(x.data), list(y.data)), ([1.0, 2.0], [1.0, 2.0]))
         x = copy_of(self.engine, 20, 50, [1.0] * 1000)
         self.assertEqual(m.dropout(x, 0.3, 9).data, m.dropout(x, 0.3, 9).data)
@@ -166,10 +166,10 @@ class ParametersAndDeltas(NearCase):
         self.assert_near(m.linear(x, w).data, [13.0, 3.0], 1e-5)
         self.assertEqual(w.changes, 2)
 
-    def test_a_newborn_has_no_effect_and_then_its_change_is_scale_times_b_times_a(self):
+    def test_a_newborn_has_no_effect_and_then_its_change_is_b_times_a(self):
         engine, rng, ids = m.interpreted_engine(), random.Random(95), (6, 0, 6)
         base, x = matrix(engine, 7, 4, rng), matrix(engine, 3, 4, rng, "x")
-        delta = m.DeltaAdapter(engine, "d", base, 2, rng, scale=0.5)
+        delta = m.DeltaAdapter(engine, "d", base, 2, rng)
 
         def outputs():
             return (delta(x, m.linear(x, base)).data, delta.embed(ids, m.embed(ids, base)).data)
@@ -178,7 +178,7 @@ class ParametersAndDeltas(NearCase):
         delta.b.load(engine.buffer_of([rng.gauss(0, 1) for _ in range(14)]))
         a, b = delta.a.data, delta.b.data
         self.assertTrue(any(a))
-        change = [[0.5 * sum(b[o * 2 + r] * a[r * 4 + c] for r in range(2)) for c in range(4)]
+        change = [[sum(b[o * 2 + r] * a[r * 4 + c] for r in range(2)) for c in range(4)]
                   for o in range(7)]
         said = [spoken[t * 7 + o] + sum(x.data[t * 4 + c] * change[o][c] for c in range(4))
                 for t in range(3) for o in range(7)]

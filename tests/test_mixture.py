@@ -104,7 +104,7 @@ class CountsLearnInOneReading(unittest.TestCase):
                         self.assertAlmostEqual(a, b, 6)
 
     def test_nothing_learned_expects_everything_alike(self):
-        for memory in (m.NgramMemory(), m.copyist()):
+        for memory in (m.NgramMemory(), m.NgramMemory(5, lowest=1)):
             nothing = memory.expect((1, 2, 3), 8)
             self.assertEqual((nothing.seen, nothing.reach), (0, 0))
             self.assertEqual([round(chance, 6) for chance in chances(nothing, 8)], [1 / 8] * 8)
@@ -181,7 +181,7 @@ class OneVoiceOfThree(VoiceCase):
             logits = array("f", [self.rng.gauss(0.0, 2.0) for _ in range(VOCAB)])
             history = tuple(self.ids[max(0, at - 8):at])
             mixture = m.Mixture(engine, self.counts, self.mixer,
-                                m.copyist([self.ids[max(0, at - 40):at + 9]] * copying))
+                                [self.ids[max(0, at - 40):at + 9]] * copying)
             mixture.mix(logits, history)
             token = self.rng.randrange(VOCAB)
             wanted, rows, weights = naive_mixture(mixture, logits, history)
@@ -368,7 +368,7 @@ class WhatMovedAReply(VoiceCase):
         for at in range(0, len(self.mixer.weights), 4):  # who copies, above all
             self.mixer.weights[at:at + 4] = array("d", (0.3, 0.0, 0.1, 1.5))
         mixture = m.Mixture(self.engine, m.NgramMemory(3), self.mixer,
-                            m.copyist(ids for _, ids in self.sources))
+                            (ids for _, ids in self.sources))
         prompt = [m.END_OF_TEXT] + self.tokenizer.encode("the heron sl")
         trace = m.Trace(self.model, self.tokenizer, prompt, self.sources)
         text = "".join(m.spoken(self.model, self.tokenizer, prompt, self.config, random.Random(0),
