@@ -2822,10 +2822,7 @@ class MatrixParam(VectorValue):
     @classmethod
     def normal(cls, engine: Engine, name: str, rows: int, dim: int, sigma: float,
                rng: Optional[random.Random], decays: bool = True) -> "MatrixParam":
-        """Return a matrix of normal numbers with standard deviation sigma; without rng, of zeros.
-
-        Zeros are for who is to be loaded: to draw numbers takes longer than to read them.
-        """
+        """Return normal numbers with standard deviation sigma; zeros, to be loaded, without rng."""
         data = rng and engine.buffer_of([rng.gauss(0.0, sigma) for _ in range(rows * dim)])
         return cls(engine, name, rows, dim, data, decays)
 
@@ -2908,10 +2905,7 @@ def linear(x: VectorValue, w: MatrixParam) -> VectorValue:
 
 
 def mixed(x: VectorValue, w: MatrixParam) -> VectorValue:
-    """Return x (T, R) · w, w (R, C): rows of w mixed in x's proportions (T, C).
-
-    Raises ValueError on a mismatch.
-    """
+    """Return x (T, R) · w, w (R, C): rows of w mixed in x's proportions.  Raises ValueError."""
     if x.dim != w.rows:
         raise ValueError(f"{w.name} mixes {w.rows} rows; found {x.dim} proportions")
     engine, rows, inner, cols = x.engine, x.rows, x.dim, w.dim
@@ -3175,7 +3169,7 @@ def delta_matrices(delta: Delta) -> List[MatrixParam]:
 
 def _newborn(shape: Shape, vocab_size: int, engine: Engine,
              rng: Optional[random.Random]) -> Dict[str, MatrixParam]:
-    """Return the matrices of a base, drawn from rng, or zeros, to be loaded, when there is none."""
+    """Return the matrices of a base, drawn from rng or, without one, zeros."""
     dim, calm = shape.n_embd, (2 * shape.n_layer) ** -0.5  # so that all blocks add up to one step
     wide, narrow = MATRIX_GAIN * dim ** -0.5, MATRIX_GAIN * shape.n_ff ** -0.5
     forms = {"embedding": (vocab_size, dim, EMBEDDING_SIGMA)}
@@ -3783,9 +3777,8 @@ def fast_draw(logits: array, history: array, config: Config, rng: random.Random,
     not been asked.
     """
     s, n = config, len(logits)
-    if (not engine.is_fast or s.samplers != Config.samplers or s.top_k <= 0
-            or s.dry_multiplier < 0.0 or s.dry_base <= 1.0 or s.top_n_sigma > 0.0
-            or s.xtc_probability > 0.0 or s.typical_p < 1.0
+    if (not engine.is_fast or s.samplers != Config.samplers or s.top_k <= 0 or s.dry_base <= 1.0
+            or s.top_n_sigma > 0.0 or s.xtc_probability > 0.0 or s.typical_p < 1.0
             or s.temperature < GREEDY_BELOW_TEMPERATURE
             or (s.repeat_penalty, s.presence_penalty, s.frequency_penalty) != (1.0, 0.0, 0.0)
             or not math.isfinite(engine.dot(logits, logits, n))):
@@ -4156,8 +4149,10 @@ def check_library(path: str) -> None:
 # ──────────────────────────────────────────────────────────────────────────────────────
 #
 # Beside the GPT two others expect what comes next: counts of all that was read, which learn a text
-# in one reading, and a copyist of the entries at hand. A mixture weighs the three for every token,
-# by how well each knows the place, and what it draws is spoken here.
+# in one reading, and a copyist of the entries at hand. ln p of the mixture is the weighted sum of
+# theirs, made to sum to 1; the weights depend on how well each knows the place, and were learned on
+# held-out text. What is drawn from it is spoken here.
+
 
 class Expectation(NamedTuple):
     """What counts expect next: ln p(i) is special[i] or, for any other id, base[i] + shift.
@@ -4342,10 +4337,6 @@ class NgramMemory:
                            {token: log(chance) for token, chance in special.items()})
 
 
-# One voice of three. The model, the counts and a copyist over the entries at hand each expect a
-# next id; ln p of the mixture is the weighted sum of theirs, made to sum to 1. The weights depend
-# on how far back the counts and the copyist know the context, and were learned on held-out text.
-
 EXPERTS = ("model", "pairs", "phrases", "copy")  # pairs: counts after one id; phrases: after all
 COPY_ORDER = 5       # ids that the copyist looks back; what stands longer is found all the same
 COPY_COUNTS = 200_000
@@ -4365,10 +4356,10 @@ class Mixer:
     """The weights of the experts in every situation, learned online by gradient descent.
 
     A situation chooses one row of weights by what the counts know, one by what the copyist knows,
-    one by who was the better prophet of late, and one by the layer that speaks, which makes the
-    voice of one kind of text independent of what is fitted for others; they are added. The loss,
-    −ln p, is convex in them, and its slope is, for each expert, what it gives the id that came
-    less what it gives on average.
+    one by who was the better prophet of late, and one by the layer that speaks, so that what is
+    fitted for one kind of text leaves others alone; they are added. The loss, −ln p, is convex in
+    them, and its slope is, for each expert, what it gives the id that came less what it gives on
+    average.
     Sources: products of experts, Hinton, Neural Computation 14 (2002); weight sets chosen by
     context and learned online, Mahoney, "Adaptive weighing of context models for lossless data
     compression", CS-2005-16; step sizes by the slopes so far (AdaGrad), Duchi et al., JMLR 12
@@ -4379,10 +4370,9 @@ class Mixer:
         self.order = order
         count, self.copy_rows = len(EXPERTS), 1 + (order + 1) * SEEN_BANDS
         self.shared_rows = self.copy_rows + COPY_ORDER + 1 + len(LEADS) + 1
-        rows = self.shared_rows + 1
+        self.squares = array("d", [0.0]) * (count * (self.shared_rows + 1))
         self.weights = array("d", FIRST_WEIGHTS) * self.copy_rows
-        self.weights.extend([0.0] * (count * (rows - self.copy_rows)))
-        self.squares = array("d", [0.0]) * (count * rows)
+        self.weights += self.squares[len(self.weights):]
 
     def situation(self, counts: Expectation, copy: Expectation, lead: float = 0.0,
                   layer: int = 0) -> Tuple[int, ...]:
@@ -4440,9 +4430,8 @@ class Mixture:
         self.situation: Tuple[int, ...] = ()
         self.logits = self.blend = self.chances = engine.buffer(0)
         self.heard = Expectation(-1, 0, engine.buffer(0), 0.0, {})
-        # the few ids to which phrases give more than pairs do, and those that the copyist knows
-        self._more: Dict[int, float] = {}
-        self._near: Dict[int, float] = {}
+        # what phrases give the few ids that they know beyond what pairs do, and the copyist its own
+        self._few: Tuple[Dict[int, float], Dict[int, float]] = {}, {}
 
     def mix(self, logits: array, history: Tuple[int, ...]) -> array:
         """Return the mixture's ln p (V,), less a constant, after history; logits are the model's.
@@ -4459,9 +4448,9 @@ class Mixture:
         blend, base = self.engine.buffer(vocab), counts.base
         add_scaled(logits, blend, vocab, model)
         add_scaled(base, blend, vocab, pairs + phrases)
-        self._more = {i: x - base[i] - counts.shift for i, x in counts.special.items()}
-        self._near = {i: x - copied.shift for i, x in copied.special.items()}
-        for weight, few in ((phrases, self._more), (copy, self._near)):
+        self._few = ({i: x - base[i] - counts.shift for i, x in counts.special.items()},
+                     {i: x - copied.shift for i, x in copied.special.items()})
+        for weight, few in zip((phrases, copy), self._few):
             for i, x in few.items():
                 blend[i] += weight * x
         self.logits, self.blend, self.heard = logits, blend, counts
@@ -4483,13 +4472,13 @@ class Mixture:
         self.chances = self.blend[:]
         return self.engine.softmax(self.chances, len(self.chances)) - self.blend[token]
 
-    def _given(self, token: int) -> Tuple[float, ...]:
-        """Return what gives an id its ln p, constants aside: the two rows and the two few."""
-        return (self.logits[token], self.heard.base[token], self._more.get(token, 0.0),
-                self._near.get(token, 0.0))
+    def _given(self, token: int) -> List[float]:
+        """Return the parts of an id's ln p by the experts: phrases give what they add to pairs."""
+        return [self.logits[token], self.heard.base[token],
+                *(few.get(token, 0.0) for few in self._few)]
 
     def _raised(self, token: int, less: Iterable[float]) -> List[float]:
-        """Return what each expert gives the id, less what is given elsewhere."""
+        """Return what each expert gives the id beyond those parts of another, or on average."""
         model, pairs, more, copy = (x - y for x, y in zip(self._given(token), less))
         return [model, pairs, pairs + more, copy]
 
@@ -4499,9 +4488,9 @@ class Mixture:
         The average is over the mixture's own chances, so constants of an expert do not count.
         """
         chances, dot = self.chances, self.engine.dot
-        rows = [dot(chances, row, len(chances)) for row in (self.logits, self.heard.base)]
-        few = [sum(chances[i] * x for i, x in part.items()) for part in (self._more, self._near)]
-        return self._raised(token, rows + few)
+        return self._raised(token, [
+            *(dot(chances, row, len(chances)) for row in (self.logits, self.heard.base)),
+            *(sum(chances[i] * x for i, x in few.items()) for few in self._few)])
 
     def shares(self, token: int) -> List[float]:
         """Return how many nats each expert, by its weight, raised the id over its likeliest rival.
