@@ -2735,6 +2735,7 @@ class VectorValue(Value):
     """A stack of vectors, shape (rows, dim), over one flat row-major buffer of an engine."""
 
     __slots__ = ("engine", "rows", "dim", "data")
+    name = "a value"
 
     def __init__(self, engine: Engine, rows: int, dim: int, data: Optional[array] = None,
                  needs_grad: bool = False) -> None:
@@ -2756,6 +2757,10 @@ class VectorValue(Value):
     def of(self, *sources: Source) -> Any:
         """Record where this value came from, unless inside no_grad, and return it."""
         return super().of(*sources) if self.engine.recording else self
+
+    def packed(self) -> Any:
+        """Return the data as the engine's matmul_nt likes it."""
+        return self.engine.pack(self.data, self.rows, self.dim)
 
     def grad_buffer(self) -> array:
         """Return the gradient, zeros at first; the caller adds to it."""
@@ -2834,7 +2839,7 @@ class MatrixParam(VectorValue):
     def packed(self) -> Any:
         """Return the data as the engine's matmul_nt likes it, kept until the data changes."""
         if self._packed is None:
-            self._packed = self.engine.pack(self.data, self.rows, self.dim)
+            self._packed = super().packed()
         return self._packed
 
     def changed(self) -> None:
@@ -2875,23 +2880,7 @@ def pooled(x: VectorValue, owners: Sequence[int], rows: int) -> VectorValue:
     return out.of((x, x_learns))
 
 
-def compared(x: VectorValue, y: VectorValue, scale: float) -> VectorValue:
-    """Return scale · x·yᵀ (T, U) of x (T, C) and y (U, C)."""
-    engine, rows, inner, cols = x.engine, x.rows, x.dim, y.rows
-    packed, other = engine.pack(x.data, rows, inner), engine.pack(y.data, cols, inner)
-    products = engine.buffer(rows * cols)
-    engine.matmul_nt(packed, other, products, rows, inner, cols)
-
-    def times(numbers: array) -> array:
-        out = engine.buffer(rows * cols)
-        engine.add_scaled(numbers, out, rows * cols, scale)
-        return out
-    return VectorValue(engine, rows, cols, times(products)).of(
-        (x, lambda g: engine.matmul_nn(times(g), other, x.grad_buffer(), rows, cols, inner)),
-        (y, lambda g: engine.matmul_tn(times(g), packed, y.grad_buffer(), cols, rows, inner)))
-
-
-def linear(x: VectorValue, w: MatrixParam) -> VectorValue:
+def linear(x: VectorValue, w: VectorValue) -> VectorValue:
     """Return x (T, C_in) · wᵀ, w (C_out, C_in): (T, C_out).  Raises ValueError on a mismatch."""
     if x.dim != w.dim:
         raise ValueError(f"{w.name} takes vectors of {w.dim}; found {x.dim}")
@@ -2929,7 +2918,7 @@ def added(x: VectorValue, y: VectorValue) -> VectorValue:
     return out.of((x, x.add_grad), (y, y.add_grad))
 
 
-def scaled(x: VectorValue, s: MatrixParam) -> VectorValue:
+def scaled(x: VectorValue, s: VectorValue) -> VectorValue:
     """Return x times the one number in s (1, 1)."""
     engine, n, factor = x.engine, x.rows * x.dim, s.data[0]
     out = VectorValue(engine, x.rows, x.dim)
@@ -4756,13 +4745,14 @@ class Ear:
         """Read (saying, answer) pairs so many times."""
         known = [(features_of(said), features_of(answer)) for said, answer in pairs]
         steps = epochs * (-(-len(known) // EAR_BATCH))
+        sharpness = VectorValue(self.engine, 1, 1, self.engine.buffer_of([EAR_SHARPNESS / EAR_DIM]))
         for step in range(steps):
             batch = rng.sample(known, min(EAR_BATCH, len(known)))
             said = self._vectors([[f for f in features if rng.random() >= EAR_DROP] or features
                                   for features, _ in batch], 1)
             answered = self._vectors([features for _, features in batch], 2)
             pair = (said, answered) if step % 2 else (answered, said)
-            loss, _ = cross_entropy(compared(*pair, EAR_SHARPNESS / EAR_DIM), range(len(batch)))
+            loss, _ = cross_entropy(scaled(linear(*pair), sharpness), range(len(batch)))
             backward(loss)
             descend(self.params, scheduled_rate(EAR_RATE, step / steps, 0.1), config)
 
