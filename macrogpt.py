@@ -3109,20 +3109,20 @@ class KVCache:
         # what decode_block works in, kept so that a token allocates nothing
         self.room = engine.buffer(5 * shape.n_embd + 3 * shape.n_ff + shape.block_size + 16)
 
-    def write(self, block: int, qkv: VectorValue) -> None:
-        """Store the keys and values of qkv's rows from the present position on."""
-        dim = self.shape.n_embd
+    def attend(self, block: int, qkv: VectorValue) -> VectorValue:
+        """Return the attention (T, C) of new rows, whose keys and values join the cache.
+
+        A single one attends to all that is cached, several, which come first, to each other.
+        """
+        kept, dim, size = self.blocks[block], self.shape.n_embd, self.shape.block_size
         for row in range(qkv.rows):
             at = row * 3 * dim + dim
-            self.blocks[block].write((self.position + row) % self.shape.block_size,
-                                     qkv.data[at:at + dim], qkv.data[at + dim:at + 2 * dim])
-
-    def attend(self, block: int, qkv: VectorValue) -> VectorValue:
-        """Return the attention (1, C) of one new row over all that is cached, itself included."""
-        self.write(block, qkv)
-        out = VectorValue(qkv.engine, 1, self.shape.n_embd)
-        length = min(self.position + 1, self.shape.block_size)
-        self.blocks[block].attend(qkv.data[:self.shape.n_embd], length, out.data)
+            kept.write((self.position + row) % size, qkv.data[at:at + dim],
+                       qkv.data[at + dim:at + 2 * dim])
+        if qkv.rows > 1:
+            return causal_attention(qkv, (0, qkv.rows), self.shape.n_head)
+        out = VectorValue(qkv.engine, 1, dim)
+        kept.attend(qkv.data[:dim], min(self.position + 1, size), out.data)
         return out
 
 
@@ -3313,19 +3313,9 @@ class GPT:
         with self.engine.no_grad():
             # only an empty cache is read into side by side: later rows attend to what is cached
             for run in ([newest] if cache.position == 0 else [[i] for i in newest]):
-                x = self._read(cache, run)
+                x = self._blocks(self._embed(run), cache.position, cache.attend)
+                cache.position += len(run)
             return self._head(VectorValue(self.engine, 1, x.dim, x.row(x.rows - 1))).data
-
-    def _read(self, cache: KVCache, ids: Sequence[int]) -> VectorValue:
-        """Return the last block's output for ids, which join the cache."""
-        def attend(block: int, qkv: VectorValue) -> VectorValue:
-            if qkv.rows == 1:
-                return cache.attend(block, qkv)
-            cache.write(block, qkv)
-            return causal_attention(qkv, (0, qkv.rows), self.shape.n_head)
-        x = self._blocks(self._embed(ids), cache.position, attend)
-        cache.position += len(ids)
-        return x
 
     def _decode(self, cache: KVCache, ids: Sequence[int]) -> array:
         """Return the logits (V,) after ids, which join the cache one by one, a kernel a block."""
@@ -4734,6 +4724,9 @@ class Ear:
         self.params = [MatrixParam.normal(engine, name, rows, EAR_DIM, sigma, rng)
                        for name, rows, sigma in forms]
 
+    def _number(self, x: float) -> VectorValue:
+        return VectorValue(self.engine, 1, 1, self.engine.buffer_of([x]))
+
     def _vectors(self, texts: Sequence[Sequence[int]], use: int) -> VectorValue:
         ids = array("i", itertools.chain.from_iterable(texts))
         owners = array("i", [at for at, features in enumerate(texts) for _ in features])
@@ -4745,7 +4738,7 @@ class Ear:
         """Read (saying, answer) pairs so many times."""
         known = [(features_of(said), features_of(answer)) for said, answer in pairs]
         steps = epochs * (-(-len(known) // EAR_BATCH))
-        sharpness = VectorValue(self.engine, 1, 1, self.engine.buffer_of([EAR_SHARPNESS / EAR_DIM]))
+        sharpness = self._number(EAR_SHARPNESS / EAR_DIM)
         for step in range(steps):
             batch = rng.sample(known, min(EAR_BATCH, len(known)))
             said = self._vectors([[f for f in features if rng.random() >= EAR_DROP] or features
@@ -4758,12 +4751,10 @@ class Ear:
 
     def heard(self, texts: Sequence[str]) -> array:
         """Return the vectors (T, EAR_DIM) of what is said, of length 1, one after another."""
-        out = self.engine.buffer(0)
+        out, unit = self.engine.buffer(0), self._number(EAR_DIM ** -0.5)
         for at in range(0, len(texts), EAR_BATCH):
-            part = self._vectors(list(map(features_of, texts[at:at + EAR_BATCH])), 1)
-            room = self.engine.buffer(part.rows * EAR_DIM)
-            self.engine.add_scaled(part.data, room, len(room), EAR_DIM ** -0.5)
-            out.extend(room)
+            part = list(map(features_of, texts[at:at + EAR_BATCH]))
+            out.extend(scaled(self._vectors(part, 1), unit).data)
         return out
 
 
