@@ -3469,23 +3469,18 @@ def descend(params: Sequence[MatrixParam], rate: float, config: Config) -> float
     A norm that is not finite moves nothing: check it with math.isfinite.  Source: AdamW,
     arXiv:1711.05101.
     """
-    norm = gradient_norm(params)
+    norm, betas = gradient_norm(params), (config.beta1, config.beta2)
     clip = config.grad_clip / max(norm, config.grad_clip)
     for param in params:
         if param.grad is not None and math.isfinite(norm):
-            _move(param, rate, clip, config)
+            param.steps += 1
+            fixes = [1.0 / (1.0 - beta ** param.steps) for beta in betas]
+            decay = config.weight_decay if param.decays else 0.0
+            param.engine.adamw_step(param.data, param.grad, *param.moments, len(param.data), rate,
+                                    *betas, config.eps_adam, decay, *fixes, clip)
+            param.changed()
         param.grad = None
     return norm
-
-
-def _move(param: MatrixParam, rate: float, clip: float, config: Config) -> None:
-    param.steps += 1
-    fix1, fix2 = (1.0 / (1.0 - beta ** param.steps) for beta in (config.beta1, config.beta2))
-    param.engine.adamw_step(
-        param.data, param.grad, *param.moments, param.rows * param.dim, rate, config.beta1,
-        config.beta2, config.eps_adam, config.weight_decay if param.decays else 0.0, fix1, fix2,
-        clip)
-    param.changed()
 
 
 def gradient_norm(params: Sequence[MatrixParam]) -> float:
@@ -4237,19 +4232,15 @@ class NgramMemory:
 
     def _shrink(self, goal: int) -> None:
         """Drop contexts, the longest and oldest first, those met once before all others."""
-        for once in (True, False):
-            for k in range(self.order, 0, -1):
-                for key, found in list(self.tables[k].items()):
-                    if self.size <= goal:
-                        return
-                    if not once or type(found) is int:
-                        self._drop(k, key)
-
-    def _drop(self, k: int, key: bytes) -> None:
-        counts = followers(self.tables[k].pop(key)).values()
-        self.size -= len(counts)
-        for count in counts:
-            self.tally[k][min(count, MANY)] -= 1
+        for once, k in itertools.product((True, False), range(self.order, 0, -1)):
+            for key, found in list(self.tables[k].items()):
+                if self.size <= goal:
+                    return
+                if not once or type(found) is int:
+                    del self.tables[k][key]
+                    self.size -= len(followers(found))
+                    for count in followers(found).values():
+                        self.tally[k][min(count, MANY)] -= 1
 
     def discounts(self, k: int) -> Tuple[float, float, float, float]:
         """Return what is taken off counts of 0, 1, 2, and 3 or more in contexts of k ids."""
@@ -4733,10 +4724,10 @@ class Ear:
         return rmsnorm(linear(pooled(embed(ids, self.params[0]), owners, len(texts)),
                               self.params[use]))
 
-    def learn(self, pairs: Sequence[Tuple[str, str]], epochs: int, config: Config,
-              rng: random.Random) -> None:
-        """Read (saying, answer) pairs so many times."""
+    def learn(self, pairs: Sequence[Tuple[str, str]], config: Config, rng: random.Random) -> None:
+        """Read (saying, answer) pairs several times."""
         known = [(features_of(said), features_of(answer)) for said, answer in pairs]
+        epochs = EAR_EPOCHS if self.engine.is_fast else 1
         steps = epochs * (-(-len(known) // EAR_BATCH))
         sharpness = self._number(EAR_SHARPNESS / EAR_DIM)
         for step in range(steps):
@@ -4766,14 +4757,14 @@ def sayings_of(text: str) -> List[Tuple[int, str, str]]:
             in enumerate(zip(turns, turns[1:])) if (asker, teller) == ("H", "A") and answer]
 
 
-def learned_ear(engine: Engine, texts: Sequence[Tuple[int, str]], epochs: int,
-                config: Config, rng: random.Random) -> Optional[Layer]:
+def learned_ear(engine: Engine, texts: Sequence[Tuple[int, str]], config: Config,
+                rng: random.Random) -> Optional[Layer]:
     """Return sentence vectors learned from (key, text) documents, with those of all sayings."""
     found = [(key, *said) for key, text in texts for said in sayings_of(text)]
     if len(found) < EAR_LEAST:
         return None
     ear = Ear(engine, rng)
-    ear.learn([(said, answer) for _, _, said, answer in found], epochs, config, rng)
+    ear.learn([(said, answer) for _, _, said, answer in found], config, rng)
     vectors = ear.heard([said for _, _, said, _ in found])
     places = array("q", itertools.chain.from_iterable((key, place) for key, place, _, _ in found))
     numbers = b"".join(float_bytes(param.data) for param in ear.params) + float_bytes(vectors)
@@ -9642,8 +9633,7 @@ class Learner:
     def learn_ear(self) -> None:
         """Learn sentence vectors from the exchanges, before the first step of a birth."""
         texts = [(text.key, text.text) for text in self._trained()]
-        self.ear = learned_ear(self.engine, texts, EAR_EPOCHS if self.engine.is_fast else 1,
-                               self.config, self._rng_of_now())
+        self.ear = learned_ear(self.engine, texts, self.config, self._rng_of_now())
 
     def _new_merges(self, chars: int) -> int:
         """Return how many merges to learn: at first max_merges, later in step with the text."""
