@@ -4096,7 +4096,7 @@ def trial(engine: Engine) -> List[array]:
     for param in model.trainable():  # livelier than at birth: what is wrong must show
         param.load(some(len(param.data)))
     windows = [[3, 9, 7], [*range(0, 232, 8), 7]]
-    train_step(model, AdamW(0.9, 0.95, 1e-3, 0.1, 1.0), windows, 0.1, 0.2, rng)
+    train_step(model, Config(), windows, 0.1, 0.2, rng)
     made = [numbers for param in model.trainable() for numbers in (param.data, *param.moments)]
     cache, past = model.new_cache(), array("i", [5, 3, 7, 3, 39, 5, 3, 7, 3])
     made += [model.feed(cache, past[:-1]), model.feed(cache, past[-1:])]
