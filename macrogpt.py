@@ -11150,8 +11150,8 @@ class Organism:
             heard = self.memory.heard_messages()
             for m in heard:
                 if m.role == "owner":
-                    self._remember(m.text, "chat", m.session_id, holds_statements(m.text),
-                                   m.said_at)
+                    self._remember(m.text, "chat", m.session_id, m.said_at,
+                                   recall=holds_statements(m.text))
             self.memory.advance_messages([m.id for m in heard], KEPT)
 
     def _settle_turn(self, session: int) -> None:
@@ -11178,29 +11178,26 @@ class Organism:
 
     # what is told
 
-    def _remember(self, text: str, source: str, session: Optional[int],
-                  recall: bool = True, told_at: Optional[float] = None) -> None:
-        lines = clean_pieces(text.splitlines(), self._settings.max_line_chars)
-        if lines:
-            self._add(lines, source, session, recall, told_at)
-            self.trainer.text_changed(at_once=source != "chat")
-
-    def _add(self, lines: Sequence[str], source: str, session: Optional[int], recall: bool,
-             told_at: Optional[float]) -> None:
+    def _remember(self, text: str, source: str, session: int, told_at: Optional[float],
+                  recall: bool = True) -> None:
         """Make an entry, with what it leans on and the days it names; mend what it corrects."""
         memory, lex = self.memory, lexicon()
-        recent = memory.last_told(session, 5) if recall and source in TOLD else []
+        lines = clean_pieces(text.splitlines(), self._settings.max_line_chars)
+        if not lines:
+            return
+        recent = memory.last_told(session, 5) if recall else []
         day = datetime.date.fromtimestamp(memory.clock() if told_at is None else told_at)
         about = told_about(lex, recent[-1], lines[0]) if recent else ""
         whole = mended(lex, recent, lines[0]) if recent and len(lines) == 1 else None
-        lines = [whole] if whole else lines
+        if whole:
+            lines, about = [whole], ""
         memory.add_entry(source, Document(tuple(lines), True), session, recall, told_at=told_at,
-                         about="" if whole else about,
-                         days=named_in(lex, lines, day) if recall else "")
+                         about=about, days=named_in(lex, lines, day) if recall else "")
+        self.trainer.text_changed(at_once=source != "chat")
 
     def teach(self, text: str, told_at: Optional[float] = None) -> None:
         """Remember a sentence as a fact, told now or at told_at, and learn it soon."""
-        self._remember(text, "taught", self.session_id(), told_at=told_at)
+        self._remember(text, "taught", self.session_id(), told_at)
 
     def judge(self, good: bool) -> bool:
         """Approve or reject the last reply; an approved one becomes text to learn from.
