@@ -530,10 +530,9 @@ class Document:
         return line_key(self.lines[0].casefold())
 
     def turns(self) -> List[Tuple[str, str]]:
-        """Return the (speaker, words) of an exchange; ValueError for a passage."""
-        if not self.is_exchange:
-            raise ValueError("only an exchange has turns, and this document is a passage")
-        return [(line[0], line[2:].strip()) for line in self.lines]
+        """Return the (speaker, words) of an exchange; a passage has none."""
+        spoken = self.lines if self.is_exchange else ()
+        return [(line[0], line[2:].strip()) for line in spoken]
 
 
 def _space_marker(line: str) -> str:
@@ -4751,8 +4750,7 @@ class Ear:
 
 def sayings_of(text: str) -> List[Tuple[int, str, str]]:
     """Return (place, saying, answer) of each saying in an exchange; none for a passage."""
-    document = Document(tuple(text.splitlines()), True)
-    turns = document.turns() if text and document.is_exchange else []
+    turns = Document(tuple(text.splitlines()), True).turns()
     return [(place, said, answer) for place, ((asker, said), (teller, answer))
             in enumerate(zip(turns, turns[1:])) if (asker, teller) == ("H", "A") and answer]
 
@@ -7733,8 +7731,7 @@ def _exchange_fits(lex: Lexicon, memory: Memory, asked: Asked, text: str,
     felt, begun = feeling_of(line), {word[:STEM_CHARS - 1] for word in folded}
     telling = {asked.line.words[i].stem: asked.weights[i] for i in asked.terms}
     for entry in filter(is_exchange, found):
-        document = Document(tuple(entry.text.splitlines()), entry.closed)
-        turns = document.turns() if document.is_exchange else []
+        turns = Document(tuple(entry.text.splitlines()), entry.closed).turns()
         for place, ((asker, words), (teller, answer)) in enumerate(zip(turns, turns[1:])):
             if (asker, teller) == ("H", "A") and answer:
                 said_then, cosine = folded_words(words), near.get((entry.key, place), 0.0)
@@ -12083,9 +12080,8 @@ def chat_records(memory: Memory, mine: bool) -> Iterator[Dict[str, Any]]:
     """Yield talks, and unless mine exchanges of the corpus, as fine-tuning tools read them."""
     talks = ([(m.role, m.text) for m in memory.messages_of(session["name"])]
              for session in memory.sessions())
-    read = (Document(tuple(entry.text.splitlines()), True)
-            for entry in memory.entries("e.source = 'corpus'"))
-    exchanges = (document.turns() for document in read if document.is_exchange)
+    exchanges = (Document(tuple(entry.text.splitlines()), True).turns()
+                 for entry in memory.entries("e.source = 'corpus'"))
     for turns in talks if mine else itertools.chain(talks, exchanges):
         if turns:
             yield {"messages": [{"role": "user" if who in ("owner", "H") else "assistant",
