@@ -12475,17 +12475,10 @@ async function send(words) {
   messages.push({role: "user", content: words});
   try {
     const answer = await ask("/v1/chat/completions", {method: "POST",
-      body: JSON.stringify({stream: true, messages: messages.slice(-40)})});
-    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-    for (let held = "", got; !(got = await reader.read()).done;) {
-      const events = (held + got.value).split("\\n\\n");
-      held = events.pop();
-      for (const event of events.filter(event => event != "data: [DONE]")) {
-        const part = JSON.parse(event.slice(6));
-        span.textContent += part.choices[0].delta.content;
-        if (part.macrogpt) tellWhy(item, part.macrogpt);
-      }
-    }
+      body: JSON.stringify({messages: messages.slice(-40)})});
+    const reply = await answer.json();
+    span.textContent = reply.choices[0].message.content;
+    tellWhy(item, reply.macrogpt);
   } catch (error) { add(item, "span", error.message, "error"); }
   messages.push({role: "assistant", content: span.textContent});
   item.scrollIntoView({block: "end"});
