@@ -10546,22 +10546,16 @@ class Phase(enum.Enum):
     FAILED = "failed"      # it cannot work, which was told
 
 
-#            work is due, the lease is held           it has layers and text
-#   ASLEEP ────────────────────────────────▶ RAISING ─────────────────────────▶ LEARNING
-#      ▲ ▲                                    │   ▲                             │   │ ▲
-#      │ └──── told to sleep, or to operate ──┘   └──────── it died ────────────┘   │ │ more is
-#      └──────────────── all is read, or told to sleep ─────────────────────────────┘ │ due, and
-#      └──────────────────────────────────────────────────────────────────────────────┘ it waits
-#   any ── five deaths, or an error that is not ours ──▶ FAILED: it is told, and every wait ends
-
-TRANSITIONS: Dict[Tuple[Phase, Phase], str] = {  # each with the method that makes it
-    (Phase.ASLEEP, Phase.RAISING): "_work_with_child",
-    (Phase.LEARNING, Phase.RAISING): "_work_with_child",
-    (Phase.ASLEEP, Phase.LEARNING): "_instruct", (Phase.RAISING, Phase.LEARNING): "_instruct",
-    (Phase.RAISING, Phase.ASLEEP): "_settle", (Phase.LEARNING, Phase.ASLEEP): "_settle",
-    (Phase.ASLEEP, Phase.FAILED): "_fail", (Phase.RAISING, Phase.FAILED): "_fail",
-    (Phase.LEARNING, Phase.FAILED): "_fail",
-    (Phase.FAILED, Phase.ASLEEP): "background_trainer",
+# Every step from a phase to another, the method that makes it, and when it does.
+TRANSITIONS: Dict[Tuple[Phase, Phase], str] = {
+    (Phase.ASLEEP, Phase.RAISING): "_work_with_child",      # work is due, the lease is held
+    (Phase.LEARNING, Phase.RAISING): "_work_with_child",    # it died
+    (Phase.RAISING, Phase.LEARNING): "_instruct",           # it has layers and text
+    (Phase.ASLEEP, Phase.LEARNING): "_instruct",            # more is due, and it waits
+    (Phase.RAISING, Phase.ASLEEP): "_settle",               # told to sleep, or to operate
+    (Phase.LEARNING, Phase.ASLEEP): "_settle",              # all is read, or told to sleep
+    **{(phase, Phase.FAILED): "_fail" for phase in Phase},  # five deaths, or an error not ours
+    (Phase.FAILED, Phase.ASLEEP): "background_trainer",     # it is woken again
 }
 
 
