@@ -12020,17 +12020,17 @@ def append_returned(live: Learner, folder: str) -> None:
 
     Raises GraduationError if it does harm, as a burst is refused; the store knows nothing of it.
     """
-    layer = returned_delta(folder, live.model)
-    live.config = dataclasses.replace(live.config, delta_rank=layer.manifest[0][1])
-    live.begin_delta()
+    layer, number = returned_delta(folder, live.model), len(live.model.deltas) + 1
+    live.model.append_delta(layer.manifest[0][1], live.rng)
     load_params(delta_matrices(live.model.deltas[-1]), layer)
-    gate, number = Gate(live), len(live.model.deltas)
+    live.router.append()
+    gate = Gate(live)
     live.router.refine(number, next((i for i, c in enumerate(live.router.counts) if c), 0))
     for name, losses in gate.worse().items():
         raise not_better(folder, name, *losses)
     gate.commit()
     live.growth.delta_chars = live.config.delta_seal_chars  # what comes next has its own
-    live.dirty.update((f"delta{number}", "router"))
+    live.dirty.update((f"delta{number - 1}", f"delta{number}", "router"))  # the last is sealed
     live.evaluate()
 
 
