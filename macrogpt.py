@@ -12540,7 +12540,7 @@ def response(status: int, body: Any, headers: Dict[str, str]) -> bytes:
 
 
 class Server:
-    """Serves one organism to many clients, until `ended` is the number of a signal."""
+    """Serves one organism to many clients, until `ended` is set, to the number of a signal."""
 
     def __init__(self, organism: Organism, token: Optional[str], learns: bool,
                  tell: Callable[[str], None]) -> None:
@@ -12549,15 +12549,8 @@ class Server:
         self._open: Set[Any] = set()  # tasks, one a connection
         self._numbers = itertools.count()
 
-    def stop(self, number: int) -> None:
-        """End serving; a handler of signals may call it, and give its number."""
-        self.ended = number
-
     async def serve(self, host: str, port: int) -> int:
-        """Serve until stopped, and return the number that stop was given.
-
-        Raises MacroGPTError where nobody can listen.
-        """
+        """Serve until it is ended; return by which signal.  Raises MacroGPTError."""
         self.host, self._mouth = host, asyncio.Lock()
         try:
             server = await asyncio.start_server(self._connected, host, port, backlog=256,
@@ -13946,7 +13939,7 @@ def command_serve(app: App, words: List[str]) -> None:
     organism = wake(app)
     server = Server(organism, app.options.token, bool(app.options.learn), app.terminal.note)
     for number in ENDING_SIGNALS:
-        signal.signal(number, lambda number, frame: server.stop(number))
+        signal.signal(number, lambda number, frame: setattr(server, "ended", number))
     number = asyncio.run(server.serve(host, int(port)))
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 

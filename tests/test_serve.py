@@ -395,7 +395,7 @@ class Bounds(Serving, unittest.TestCase):
         thread.start()
         self.addCleanup(memory.close)
         self.addCleanup(thread.join)
-        self.addCleanup(server.stop, 0)
+        self.addCleanup(setattr, server, "ended", 0)
         started.wait(PATIENCE_SECONDS)
         return int(told[0].rsplit(":", 1)[1].strip("/"))
 
