@@ -10797,10 +10797,9 @@ class Trainer:
 
     def _there(self, call: Callable[[], None]) -> None:
         """Have something called by the background thread, if it runs; from any thread."""
-        loop = self._loop
-        if loop is not None and not loop.is_closed():
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(call)
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                self._loop.call_soon_threadsafe(call)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -10859,8 +10858,7 @@ class Trainer:
         """Give the child what changed in the text, and the job that is due, when it is new."""
         order, due = self.order, self.due()
         if due is None:
-            if self.phase is not Phase.ASLEEP or order:
-                self._settle(order)
+            self._settle(order)
             return
         changed = self._text_changed and self._send_text(child)
         if due == "learn" and (changed or not self._child_learns):
@@ -10927,9 +10925,7 @@ class Trainer:
             self.tell(notice)
 
     def _on_progress(self, **message: Any) -> None:
-        with self.changed:
-            self.progress = message
-            self.changed.notify_all()
+        self.progress = message
 
     def _on_failed(self, error: str) -> None:
         raise TrainerError(error)
