@@ -10611,7 +10611,7 @@ class Trainer:
             self.phase = phase
             self.changed.notify_all()
 
-    def _settle(self, order: Any = None) -> None:
+    def _settle(self, order: Any) -> None:
         """Note that nothing is left to do; an order given since then stands."""
         if self.order is order:
             self.order = None
@@ -11951,7 +11951,7 @@ def returned_delta(folder: str, model: GPT) -> Layer:
     """Return the delta that an adapter makes.  Raises GraduationError.
 
     Parts of one matrix, of which there are up to three, have their ranks one after the other
-    there, and every matrix of a delta has the same rank: what lacks is filled with zeros.
+    there, and every matrix of a delta has the same rank: where a part lacks, its B stays zero.
     """
     rank, scale = returned_scale(os.path.join(folder, "adapter_config.json"))
     path = os.path.join(folder, "adapter_model.safetensors")
