@@ -10410,9 +10410,11 @@ class Watcher:
                  yield_to_reply: Callable[[], Any]) -> None:
         self.config, self.memory, self.tell = config, memory, tell
         self.yield_to_reply = yield_to_reply
-        self.stamp: Optional[FileStamp] = None   # of the file as it was taken in
+        # of the file as it was taken in here: the store knows what any process took in last, and
+        # two with a corpus each would take turns in forgetting each other's
+        self.stamp: Optional[FileStamp] = None
         self.read_once = threading.Event()
-        self._reading = threading.Lock()         # held while the corpus is taken in
+        self._reading = threading.Lock()  # held while the corpus is taken in
 
     def prepare(self) -> None:
         """Write a small first corpus where the default one is missing.  Raises CorpusError."""
@@ -11412,7 +11414,7 @@ def parts_of(shape: Shape, vocab: int, gguf: bool = False) -> List[Part]:
     """
     c, f, d = shape.n_embd, shape.n_ff, shape.head_dim
     halves = [head + i for head in range(0, c, d) for i in (*range(0, d, 2), *range(1, d, 2))]
-    table, *blocks = [Part("embedding", TABLE[gguf], range(vocab))]
+    table, blocks = Part("embedding", TABLE[gguf], range(vocab)), []
     for i in range(shape.n_layer):
         for ours, nth, *names in LLAMA_NAMES:
             count = f if ours == "gate_up" else c
@@ -11896,7 +11898,7 @@ def returned_config(folder: str, shape: Shape) -> Dict[str, Any]:
     config = read_json(path)
     rope = config.get("rope_parameters")
     found = {**config, **(rope if isinstance(rope, dict) else {})}
-    for name, value in list(llama_config(shape, 0).items())[:10]:
+    for name, value in list(llama_config(shape, 0).items())[:10]:  # what the weights are read by
         if found.get(name) != value:
             raise refused(f"{path}, {name}", repr(found.get(name)), repr(value),
                           "sizes stay as they were exported; it grows at home, by --set")
