@@ -14091,12 +14091,9 @@ def command_bench(app: App, words: List[str]) -> None:
     out, rounds = best.buffer(96), 100_000
     peak = None if best.name == "python" else 192e-9 * rounds / min(  # GFLOP/s of one core
         _timed(lambda: best.multiply_adds(out, rounds, 0.5), 0.3))
-    a, b = [random.Random(i).random() for i in range(2000)], [0.5] * 2000
-    pace = min(_timed(lambda: sum(map(mul, a, b)), 0.2)) / 2000 * 1e9  # of this Python
     facts = {"config": dataclasses.asdict(config), "peak_gflops": peak,
              "engines": {engine.name: measured(f"the {engine.name} engine", bench_engine, config,
                                                engine, peak) for engine in engines},
-             "multiply_add_ns": {"sum_map_mul": pace},
              **measured("the start of a chat", bench_process, config),
              "search_10000_ms": measured("the search", bench_search)}
     app.terminal.end_status()
@@ -14128,28 +14125,19 @@ def bench_engine(config: Config, engine: Engine, peak: Optional[float]) -> Dict[
     windows = [[rng.randrange(config.bench_vocab) for _ in range(block + 1)]
                for _ in range(batch)]
 
-    def trained(length: int, seconds: float) -> List[float]:
-        cut = [window[:length + 1] for window in windows]
-        return _timed(lambda: train_step(model, config, cut, 0.001, 0.0, rng), seconds)
-
-    def generate(count: int) -> None:
+    def generate() -> None:
         cache, history, chance = model.new_cache(), array("i", [1]), random.Random(0)
-        for _ in range(count):
+        for _ in range(block):
             logits = model.feed(cache, history[-1:])
             history.append(draw_token(logits, history, config, chance, engine))
-
-    def generated(count: int, seconds: float) -> List[float]:
-        return _timed(lambda: generate(count), seconds)
-    few, tokens = max(1, block // 2), batch * block
-    train, made = trained(block, config.bench_seconds), generated(block, config.bench_seconds)
-    half, talk = generated(few, config.bench_seconds / 2), trained(70, config.bench_seconds / 2)
+    train = _timed(lambda: train_step(model, config, windows, 0.001, 0.0, rng),
+                   config.bench_seconds)
+    made, tokens = _timed(generate, config.bench_seconds), batch * block
     gflops = 6e-9 * weights * tokens / min(train)
     return {"train_tokens_per_s": tokens / min(train),
             "train_tokens_per_s_median": tokens / statistics.median(train),
-            "train_exchanges_tokens_per_s": batch * 70 / min(talk) if block >= 70 else None,
             "generate_tokens_per_s": block / min(made),
             "generate_tokens_per_s_median": block / statistics.median(made),
-            "generate_half_window_tokens_per_s": few / min(half),
             "gflops": gflops, "threads": engine.threads,
             "share_of_peak": peak and gflops / (peak * engine.threads)}
 
@@ -14197,19 +14185,14 @@ def bench_search() -> float:
 
 def bench_lines(facts: Dict[str, Any]) -> List[str]:
     """Return the measurements as a table."""
-    rows, more = [("engine", "training tokens/s", "median", "generated tokens/s", "median",
-                   "GFLOP/s", "of peak")], []
+    rows = [("engine", "training tokens/s", "median", "generated tokens/s", "median", "GFLOP/s",
+             "of peak")]
     for name, e in facts["engines"].items():
         share = "" if e["share_of_peak"] is None else f"{e['share_of_peak']:.0%}"
         rows.append((name, *(f"{e[key]:.0f}" for key in (
             "train_tokens_per_s", "train_tokens_per_s_median", "generate_tokens_per_s",
             "generate_tokens_per_s_median")), f"{e['gflops']:.2f}", share))
-        if e["train_exchanges_tokens_per_s"]:
-            more.append(f"{name}: exchanges of 70 tokens {e['train_exchanges_tokens_per_s']:.0f} "
-                        f"tokens/s; generation over half a window "
-                        f"{e['generate_half_window_tokens_per_s']:.0f} tokens/s")
-    return ["  ".join(f"{cell:>18}" for cell in row) for row in rows] + more + [
-        f"sum(map(mul, a, b)) {facts['multiply_add_ns']['sum_map_mul']:.1f} ns a multiply-add",
+    return ["  ".join(f"{cell:>18}" for cell in row) for row in rows] + [
         f"an empty chat {facts['startup_s']:.2f} s, first reply of a newborn "
         f"{facts['first_reply_s']:.2f} s, search among 10,000 entries "
         f"{facts['search_10000_ms']:.1f} ms"]
