@@ -14084,28 +14084,28 @@ def command_bench(app: App, words: List[str]) -> None:
     best = choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True, tell)
     engines = [best] if best.name == "python" else [best, interpreted_engine()]
     tell("measuring for a minute; leave the machine alone")
-
-    def measured(what: str, work: Callable[..., Any], *given: Any) -> Any:
-        app.terminal.status(f"measuring {what}")
-        return work(*given)
     out, rounds = best.buffer(96), 100_000
     peak = None if best.name == "python" else 192e-9 * rounds / min(  # GFLOP/s of one core
         _timed(lambda: best.multiply_adds(out, rounds, 0.5), 0.3))
-    facts = {"config": dataclasses.asdict(config), "peak_gflops": peak,
-             "engines": {engine.name: measured(f"the {engine.name} engine", bench_engine, config,
-                                               engine, peak) for engine in engines},
-             **measured("the start of a chat", bench_process, config),
-             "search_10000_ms": measured("the search", bench_search)}
+    facts: Dict[str, Any] = {"config": dataclasses.asdict(config), "peak_gflops": peak,
+                             "engines": {}}
+    for engine in engines:
+        app.terminal.status(f"measuring the {engine.name} engine")
+        facts["engines"][engine.name] = bench_engine(config, engine, peak)
+    app.terminal.status("measuring the start of a chat")
+    facts.update(bench_process(config))
+    app.terminal.status("measuring the search")
+    facts["search_10000_ms"] = bench_search()
     app.terminal.end_status()
     app.report(facts, bench_lines(facts))
 
 
-def _timed(work: Callable[[], Any], seconds: float, least: int = 3) -> List[float]:
-    """Return the times of repeated calls, for about so many seconds, after one unmeasured call."""
+def _timed(work: Callable[[], Any], seconds: float) -> List[float]:
+    """Return the times of three calls or more, for so many seconds, after one unmeasured call."""
     work()
     times: List[float] = []
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < least:
+    while time.perf_counter() < end or len(times) < 3:
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
@@ -14120,8 +14120,9 @@ def bench_engine(config: Config, engine: Engine, peak: Optional[float]) -> Dict[
     weights = model.n_base
     engine.threads = 1 if engine.name == "python" else config.threads or 1
     if engine.name == "python":  # a large model would take it minutes a step: fewer tokens then
-        block = min(block, max(1, INTERPRETED_STEP // weights))
-        batch = min(batch, max(1, INTERPRETED_STEP // weights // block))
+        most = max(1, INTERPRETED_STEP // weights)
+        block = min(block, most)
+        batch = min(batch, most // block)
     windows = [[rng.randrange(config.bench_vocab) for _ in range(block + 1)]
                for _ in range(batch)]
 
@@ -14145,17 +14146,13 @@ def bench_engine(config: Config, engine: Engine, peak: Optional[float]) -> Dict[
 def bench_process(config: Config) -> Dict[str, float]:
     """Return the seconds of an empty chat, and from the start of a newborn to its first reply."""
     with tempfile.TemporaryDirectory() as folder:
-        corpus = os.path.abspath(config.corpus_path)
-        if not os.path.exists(corpus):
-            corpus = os.path.join(folder, "first.txt")
-            with open(corpus, "w", encoding="utf-8") as file:
-                file.write(first_corpus())
+        corpus = os.path.abspath(config.corpus_path)  # a chat that finds none writes its own
+        command = [sys.executable, os.path.abspath(__file__),
+                   *(["--corpus", corpus] if os.path.exists(corpus) else [])]
 
         def until_it_speaks(typed: bytes, *options: str) -> float:
-            path = os.path.join(folder, "memory.sqlite3")
-            command = [sys.executable, os.path.abspath(__file__), "--corpus", corpus, "--db", path]
             begun = time.perf_counter()
-            with subprocess.Popen([*command, *options], stdin=subprocess.PIPE,
+            with subprocess.Popen([*command, *options], stdin=subprocess.PIPE, cwd=folder,
                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as chat:
                 assert chat.stdin is not None and chat.stdout is not None
                 chat.stdin.write(typed)
@@ -14164,7 +14161,7 @@ def bench_process(config: Config) -> Dict[str, float]:
                 seconds = time.perf_counter() - begun
             if chat.returncode:
                 raise subprocess.CalledProcessError(chat.returncode, command)
-            os.unlink(path)
+            os.unlink(os.path.join(folder, Config.db_path))
             return seconds
         return {"startup_s": min(until_it_speaks(b"", "--no-train") for _ in range(3)),
                 "first_reply_s": min(until_it_speaks(b"Hello.\n") for _ in range(3))}
