@@ -83,7 +83,6 @@ import hashlib
 import heapq
 import hmac
 import html
-import importlib
 import inspect
 import io
 import itertools
@@ -14022,7 +14021,7 @@ def command_doctor(app: App, words: List[str]) -> int:
 
 def _machine_checks(app: App) -> Iterator[Tuple[str, bool, str]]:
     """Yield the name of a check, whether all is well, and what was found."""
-    yield "python", sys.version_info >= (3, 9), sys.version.split()[0]
+    yield "python", True, sys.version.split()[0]
     try:
         notices: List[str] = []
         engine = choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True, notices.append)
@@ -14030,12 +14029,6 @@ def _machine_checks(app: App) -> Iterator[Tuple[str, bool, str]]:
     except MacroGPTError as error:
         yield "engine", False, str(error)
     yield "compiler", True, " ".join(find_compiler() or ["none: kernels are interpreted"])
-    for module, use in (("readline", "arrow keys and history"), ("ctypes", "compiled kernels")):
-        try:
-            importlib.import_module(module)
-            yield module, True, "there"
-        except ImportError:
-            yield module, True, f"missing: no {use}"
     path = app.config.corpus_path
     try:
         facts = read_corpus(path, app.config.max_corpus_lines, app.config.max_line_chars)
