@@ -13097,32 +13097,26 @@ def command_chat(app: App, words: List[str]) -> int:
     return (_chat_terminal if sys.stdin and sys.stdin.isatty() else _chat_piped)(app)
 
 
-def _lines_of(stream: BinaryIO) -> Iterator[bytes]:
-    """Yield each line of a stream; of a very long one only what a message can hold."""
+def _piped_line(stream: BinaryIO) -> str:
+    """Return the next line of a stream, or what a message can hold of it.  Raises EOFError."""
     most = 4 * LONGEST_MESSAGE
-    for raw in iter(functools.partial(stream.readline, most), b""):
-        yield raw
-        while len(raw) == most and raw[-1:] != b"\n":
-            raw = stream.readline(most)
+    raw = rest = stream.readline(most)
+    if not raw:
+        raise EOFError
+    while len(rest) == most and not rest.endswith(b"\n"):
+        rest = stream.readline(most)
+    return clean_line(decode_line(raw), LONGEST_MESSAGE)
 
 
 def _chat_piped(app: App) -> int:
     """Answer each line of stdin with exactly one line; a command gives one line or none."""
     wake(app)
     tell_due(app)
-    code = 0
-    lines = _lines_of(sys.stdin.buffer) if sys.stdin else iter(())
-
-    def next_line(prompt: str) -> str:
-        raw = next(lines, None)
-        if raw is None:
-            raise EOFError
-        return clean_line(decode_line(raw), LONGEST_MESSAGE)
+    code, stream = 0, sys.stdin.buffer if sys.stdin else io.BytesIO()
     while True:
         try:
-            line = read_block(next_line)
-            command = is_command(line)
-            said = app.in_sound_store(lambda: _whole_answer(app, line))
+            command, line = read_message(lambda prompt: _piped_line(stream))
+            said = app.in_sound_store(lambda: _whole_answer(app, command, line))
             if said or not command:
                 app.terminal.say(" ".join(said.split()))
             app.notices()
@@ -13135,12 +13129,11 @@ def _chat_piped(app: App) -> int:
     return code
 
 
-def _whole_answer(app: App, line: str) -> str:
+def _whole_answer(app: App, command: bool, line: str) -> str:
     """Return what a command or a reply says; where asked, all is learned before it and after."""
     settled = app.organism().wait_rest if app.options.wait_trained else lambda: None
     settled()  # edits made before these words come before them
-    said = (" ".join(repl_command(app, line)) if is_command(line) else
-            _whole_reply(app, spoken_line(line)))
+    said = " ".join(repl_command(app, line)) if command else _whole_reply(app, line)
     settled()
     return said
 
@@ -13162,7 +13155,7 @@ def _chat_terminal(app: App) -> int:
     while True:
         learning.place()
         try:
-            line = read_block(input)
+            command, line = read_message(input)
         except (EOFError, KeyboardInterrupt) as wish:
             app.terminal.err.write("\n")
             again = time.monotonic() - interrupted < 2.0 and not typed_line()
@@ -13176,12 +13169,12 @@ def _chat_terminal(app: App) -> int:
         interrupted = -math.inf
         keep()
         try:
-            if is_command(line):
+            if command:
                 app.terminal.page(repl_command(app, line))
             elif line.casefold() in ("exit", "quit"):
                 app.terminal.note(f"/{line.casefold()} or Ctrl+D leaves")
             elif line:
-                app.in_sound_store(lambda: _stream_reply(app, spoken_line(line)))
+                app.in_sound_store(lambda: _stream_reply(app, line))
         except EOFError:
             return 0
         except MacroGPTError as error:
@@ -13243,26 +13236,28 @@ def _stream_reply(app: App, line: str) -> None:
 PROMPT, QUOTES = "you> ", '"""'
 
 
-def read_block(next_line: Callable[[str], str]) -> str:
-    """Return the next message: a line, or what stands between three quotes and three quotes.
+def read_message(next_line: Callable[[str], str]) -> Tuple[bool, str]:
+    """Return whether the next message is a command, and its words, without the slash.
 
-    What stands there is never a command.  next_line takes a prompt, and raises EOFError.
+    What stands between three quotes and three quotes is one message and never a command, nor is
+    what begins with two slashes: //tmp is full says /tmp is full.
+    next_line takes a prompt, and raises EOFError.
     """
-    line = next_line(PROMPT).strip()
+    line = tidied(next_line(PROMPT).strip())
+    if line.startswith("/"):
+        return not line.startswith("//"), line[1:]
     if not line.startswith(QUOTES):
-        return tidied(line)
-    rest, lines, size = line[len(QUOTES):], [], 0  # type: str, List[str], int
+        return False, line
+    text, rest = "", line[len(QUOTES):]
     try:
         while not rest.endswith(QUOTES):
-            lines += [tidied(rest)] * (size < LONGEST_MESSAGE)
-            size += len(rest)
-            rest = next_line("...> ").rstrip()
-        lines.append(tidied(rest[:-len(QUOTES)]))
+            text += f"{rest}\n" if len(text) < LONGEST_MESSAGE else ""
+            rest = tidied(next_line("...> ").rstrip())
+        text += rest[:-len(QUOTES)]
     except EOFError:
         if not agreed("\nsay what stands there so far?"):
-            return ""
-    text = "\n".join(lines).strip()
-    return "/" * text.startswith("/") + text
+            return False, ""
+    return False, text.strip()
 
 
 def agreed(question: str) -> bool:
@@ -13361,19 +13356,9 @@ def model_size(organism: Organism) -> Tuple[int, int]:
     return FIRST_MERGE * dim + shape.n_layer * (4 * dim * dim + 3 * dim * hidden) + 1, FIRST_MERGE
 
 
-def is_command(line: str) -> bool:
-    """Return whether a line is a command; two slashes begin what is said with one."""
-    return line.startswith("/") and not line.startswith("//")
-
-
-def spoken_line(line: str) -> str:
-    """Return what a line says: //tmp is full says /tmp is full."""
-    return line[1:] if line.startswith("//") else line
-
-
 def repl_command(app: App, line: str) -> List[str]:
-    """Return the lines that a slash command says.  Raises EOFError to leave."""
-    name, _, rest = line[1:].partition(" ")
+    """Return the lines that a command says, given without its slash.  Raises EOFError to leave."""
+    name, _, rest = line.partition(" ")
     if name not in REPL_COMMANDS:
         hint = _nearest_hint(name, list(REPL_COMMANDS))
         return [f"there is no command /{name}; {hint}".replace("known are", "there are")]
