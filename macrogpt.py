@@ -13205,15 +13205,16 @@ def _whole_reply(app: App, line: str) -> str:
     """Return the reply to a line, or with --json an object that says where it came from as well."""
     said = "".join(app.organism().reply(line))
     turn = app.organism().speaker.turn
-    if not app.options.json or turn is None:
-        return said
-    reply = turn.reply
+    return reply_object(said, turn.reply, turn.seconds) if app.options.json and turn else said
+
+
+def reply_object(said: str, reply: Reply, seconds: float) -> str:
+    """Return what was said as a JSON object, with where it came from."""
     found = reply.entries or ((reply.entry,) if reply.entry else ())
     return json.dumps({
         "reply": " ".join(said.split()), "source": reply.source,
-        "entries": [{"id": entry.id, "text": in_one_line(entry.text)}
-                    for entry in found],
-        "score": round(reply.score, 4), "seconds": round(turn.seconds, 4)}, ensure_ascii=False)
+        "entries": [{"id": entry.id, "text": in_one_line(entry.text)} for entry in found],
+        "score": round(reply.score, 4), "seconds": round(seconds, 4)}, ensure_ascii=False)
 
 
 def _stream_reply(app: App, line: str) -> None:
@@ -13677,7 +13678,8 @@ MOST_PIPED = 10_000_000  # bytes
 def found_in(given: str, text: str, config: Config) -> Optional[Reply]:
     """Return what a text that was given for this once answers to a question, or None."""
     lines = clean_pieces(given.splitlines()[:config.max_corpus_lines], config.max_line_chars)
-    return answered_by(lines, "corpus", text, random.Random(0), config.recall_score)
+    found = answered_by(lines, "corpus", text, random.Random(0), config.recall_score)
+    return found and found._replace(entry=None, entries=())  # which are of no memory
 
 
 def command_ask(app: App, words: List[str]) -> None:
@@ -13691,17 +13693,12 @@ def command_ask(app: App, words: List[str]) -> None:
     else:
         organism.watcher.prepare()
         organism.take_in_corpus()
-    found = given and found_in(given, text, app.config)
-    if found:
-        facts = {"reply": found.text, "source": found.source, "entries": [],
-                 "score": round(found.score, 4), "seconds": 0.0}
-        app.report(facts, [found.text])
-    elif app.options.json:
-        app.terminal.say(_whole_reply(app, text))
+    found = found_in(given, text, app.config) if given else None
+    if found is None:
+        said = _whole_reply(app, text).replace("\n", " ")
     else:
-        for piece in organism.reply(text):
-            app.terminal.say(piece.replace("\n", " "), end="")
-        app.terminal.say("")
+        said = reply_object(found.text, found, 0.0) if app.options.json else found.text
+    app.terminal.say(said)
     if app.options.wait_trained:
         organism.wait_rest()
     app.notices()
