@@ -12722,7 +12722,8 @@ class Terminal:
 
     def __init__(self, out: TextIO, err: TextIO, color: str = "auto", quiet: bool = False,
                  folds: bool = True) -> None:
-        self.out, self.err, self.quiet, self.folds, self._status = out, err, quiet, folds, ""
+        self.out, self.err, self.quiet, self._status = out, err, quiet, ""
+        self.folds = folds  # lines at words; JSON is one line however long
         self._at = 0  # the column of stdout in which the next sign comes
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         self.colored = color == "always" or (color == "auto" and err.isatty() and not plain)
@@ -12731,10 +12732,8 @@ class Terminal:
         self._next_status = -math.inf  # when a line of status may come where none is redrawn
 
     def say(self, text: str, end: str = "\n", faint: bool = False) -> None:
-        """Write to stdout at once, in a terminal broken at words; it can do no more than be read.
-        """
-        clean = "\n".join(map(folded, self.drawn(text).split("\n"), repeat(self.width(self.out)),
-                              itertools.chain([self._at], repeat(0))))
+        """Write to stdout at once, in a terminal broken at words."""
+        clean = self.fitted(text, self.out, self._at)
         print(self.dim(clean) if faint else clean, end=end, file=self.out, flush=True)
         _, newline, last = (clean + end).rpartition("\n")
         self._at = width_of(last) + (0 if newline else self._at)
@@ -12746,16 +12745,16 @@ class Terminal:
         clean = tidied(text)
         return clean if "utf" in encoding else clean.translate(PLOTTED)
 
-    def width(self, stream: TextIO) -> int:
-        """Return the columns of the terminal that a stream goes to, or 0 where it goes elsewhere.
-        """
-        wide = self.folds and stream.isatty()  # JSON is one line however long
-        return terminal_size()[0] if wide else 0
+    def fitted(self, text: str, stream: TextIO, at: int = 0) -> str:
+        """Return a text as the terminal behind a stream can show it, beginning in a column."""
+        first, *others = self.drawn(text).split("\n")
+        columns = terminal_size()[0] if self.folds and stream.isatty() else 0
+        return "\n".join([folded(first, columns, at), *(folded(line, columns) for line in others)])
 
     def note(self, text: str) -> None:
         """Write a notice to stderr, unless quiet."""
         if not self.quiet:
-            self._tell(self.dim(folded(self.drawn(text), self.width(self.err))))
+            self._tell(self.dim(self.fitted(text, self.err)))
 
     def _tell(self, text: str, end: str = "\n") -> None:
         with contextlib.suppress(OSError):  # a full disk behind stderr spoils no reply
@@ -12767,11 +12766,10 @@ class Terminal:
 
     def page(self, lines: Iterable[str]) -> None:
         """Say the lines; what a terminal cannot hold at once goes through the owner's pager."""
-        text, width = self.drawn("\n".join(lines)), self.width(self.out)
-        rows = [folded(line, width) for line in text.split("\n")]
-        if width and "\n".join(rows).count("\n") + 2 > terminal_size()[1]:
+        text = self.fitted("\n".join(lines), self.out)
+        if self.folds and self.out.isatty() and text.count("\n") + 2 > terminal_size()[1]:
             import pydoc  # 30 ms that no other start should pay
-            pydoc.pager("\n".join(rows))
+            pydoc.pager(text)
         elif text:
             self.say(text)
 
