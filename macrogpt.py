@@ -12962,22 +12962,21 @@ STRETCHES = {**AGES, "grown": "learning", "rebirth": "being born anew"}  # of le
 class ProgressBar:
     """A line with what is learned, how far, held-out bits per character, pace and time left."""
 
-    def __init__(self, terminal: Terminal, clock: Callable[[], float] = time.monotonic) -> None:
-        self.terminal, self.clock = terminal, clock
-        self.began: Optional[Tuple[float, float]] = None
+    def __init__(self, terminal: Terminal) -> None:
+        self.terminal, self.began = terminal, (0.0, 1.0)  # when, and at which share of the work
 
-    def show(self, p: Dict[str, Any], above: bool = False, cells: int = 12) -> None:
+    def show(self, p: Dict[str, Any], above: bool = False) -> None:
         """Show what the trainer last said, if it said anything."""
         if not p:
             return
-        now, share = self.clock(), p["share"]
-        if self.began is None or share < self.began[1]:  # a new stretch of work
+        now, share = time.monotonic(), p["share"]
+        if share < self.began[1]:  # a new stretch of work
             self.began = (now, share)
-        gained, took, filled = share - self.began[1], now - self.began[0], int(share * cells)
+        gained, took = share - self.began[1], now - self.began[0]
         left = f"  {duration(took / gained * (1 - share))} left" if gained else ""
         bits = "" if p["bpc"] is None else f"  {p['bpc']:.3f} bits/char"
         self.terminal.status(
-            f"{STRETCHES[p['phase']]} {'█' * filled}{'·' * (cells - filled)} {share:4.0%}  "
+            f"{STRETCHES[p['phase']]} {'█' * int(share * 12):·<12} {share:4.0%}  "
             f"step {p['step']}{bits}  {p['tokens_per_s']:.0f} tokens/s{left}", above)
 
 
@@ -13039,31 +13038,28 @@ class LearningLine:
         bind_key("C-l", "clear-screen")
 
     def _follow(self) -> None:
+        """Keep the line true; begin one when learning does; in the end it is what came of it."""
+        terminal, notices = self.app.terminal, self.app.organism().notices
         while True:
             with self.trainer.changed:
                 self.trainer.changed.wait(1.0)
-            if self._width and self._stands():
-                self._redraw()
-            elif self._width == 0 and not typed_line() and is_typing() and (
-                    self.trainer.phase in LEARNING or self.app.organism().notices):
-                self.app.terminal.clear_line()
-                self.place()
-                self.app.terminal.prompt("")
-
-    def _redraw(self) -> None:
-        """Draw the line anew; in the end it is what came of it."""
-        notices = self.app.organism().notices
-        if self.trainer.phase in LEARNING:
-            self.bar.show(self.trainer.progress, above=True)
-        elif notices:
-            self.app.terminal.status(notices.popleft(), above=True)
-            self._width = 0
-
-    def _stands(self) -> bool:
-        """Return whether the line is where it was: one row above, in a terminal as wide as then."""
-        typed = typed_line()
-        return (self._width == terminal_size()[0] and "\n" not in typed
-                and width_of(PROMPT + typed) < self._width and is_typing())
+            learns, typed = self.trainer.phase in LEARNING, typed_line()
+            width = self._width
+            if width is None or not is_typing():
+                continue
+            if not width:
+                if not typed and (learns or notices):
+                    terminal.clear_line()
+                    self.place()
+                    terminal.prompt("")
+            elif (width != terminal_size()[0] or "\n" in typed
+                  or width_of(PROMPT + typed) >= width):
+                continue  # it is not one row above the cursor
+            elif learns:
+                self.bar.show(self.trainer.progress, above=True)
+            elif notices:
+                terminal.status(notices.popleft(), above=True)
+                self._width = 0
 
     def pause(self, *_: Any) -> None:
         """Stop, as Ctrl+Z asks; then bring back the terminal, the prompt, and what was typed."""
@@ -13291,12 +13287,10 @@ def forget_typed(words: AbstractSet[str]) -> None:
 
 def prepare_readline(app: App) -> Callable[[], None]:
     """Give the prompt arrow keys, completion and a private history; return what keeps a line."""
-    def nothing() -> None:
-        pass
     try:
         import readline
     except ImportError:
-        return nothing
+        return lambda: None
     readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else
                             "tab: complete")
     if os.environ.get("TERM") != "dumb":
@@ -13306,18 +13300,16 @@ def prepare_readline(app: App) -> Callable[[], None]:
         completions(app, readline.get_line_buffer(), text), number, None), None))
     path = os.path.expanduser(HISTORY)
     if os.environ.get("MACROGPT_NOHISTORY"):
-        return nothing
+        return lambda: None
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NONBLOCK", 0), 0o600))
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         os.chmod(path, 0o600)
-        if not os.path.isfile(path):
-            raise OSError
         readline.set_history_length(1000)
         readline.read_history_file(path)
         readline.write_history_file(path)
     except OSError:
         app.terminal.note(f"the history file {path} cannot be used; this chat keeps none")
-        return nothing
+        return lambda: None
 
     def keep() -> None:
         with contextlib.suppress(OSError, AttributeError):
@@ -13414,12 +13406,6 @@ def _repl_save(app: App, rest: str) -> List[str]:
     lines = transcript(app.memory(), app.organism().session)
     write_new(rest, lines)
     return [f"{len(lines)} messages are in {rest}"]
-
-
-def _repl_about(app: App, rest: str) -> List[str]:
-    if not rest:
-        raise UsageError("about takes a name or a thing; for example: /about my cousin")
-    return [about(app.memory(), rest).text]
 
 
 def _entry_line(entry: Entry) -> str:
@@ -13626,19 +13612,17 @@ def life_line(event: Dict[str, Any]) -> str:
     return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(event['at']))}  {said}"
 
 
-def _repl_log(app: App, rest: str) -> List[str]:
-    return [life_line(event) for event in app.memory().life(20)] or ["nothing has happened yet"]
-
-
 # What each slash command does, the words it takes, and what /help says of it.
 REPL_COMMANDS: Dict[str, Tuple[Callable[[App, str], List[str]], str, str]] = {
     "help": (_repl_help, "", "this list"),
     "stats": (lambda app, rest: stats_lines(stats_facts(app)), "",
               "how large, how old, how good it is"),
-    "log": (_repl_log, "", "what has happened in its life"),
+    "log": (lambda app, rest: [life_line(event) for event in app.memory().life(20)] or
+            ["nothing has happened yet"], "", "what has happened in its life"),
     "memory": (_repl_memory, "[TEXT]", "what was told last, or search the memory"),
     "again": (_repl_again, "", "another reply to what was said last"),
-    "about": (_repl_about, "TEXT", "all that was told about it"),
+    "about": (lambda app, rest: [about(app.memory(), rest).text], "TEXT",
+              "all that was told about it"),
     "why": (_repl_why, "", "where the last reply came from"),
     "good": (lambda app, rest: _repl_judge(app, True), "", "approve the last reply"),
     "bad": (lambda app, rest: _repl_judge(app, False), "", "reject the last reply"),
