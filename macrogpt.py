@@ -13303,6 +13303,8 @@ def prepare_readline(app: App) -> Callable[[], None]:
         return lambda: None
     try:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        if not os.path.isfile(path):  # reading a FIFO would never end
+            raise OSError
         os.chmod(path, 0o600)
         readline.set_history_length(1000)
         readline.read_history_file(path)
