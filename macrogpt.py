@@ -12823,9 +12823,6 @@ def _raise_terminated(number: int, frame: Any) -> None:
     raise Terminated(number)
 
 
-GROWING_COMMANDS = ("chat", "ask", "train")
-
-
 class App:
     """One run of the program: its options, its terminal, and the organism once it is needed."""
 
@@ -12837,8 +12834,7 @@ class App:
         self.on_list: Callable[[], None] = lambda: None  # called before completions are shown
 
     def memory(self) -> Memory:
-        """Return the store, opened at its first use; a report makes none, and tells of a newborn's.
-        """
+        """Return the store, opened at its first use; a report makes none: it is of a newborn."""
         if self._memory is None:
             path, command = self.config.db_path, COMMANDS[self.options.command]
             empty = not os.path.exists(path) or os.path.isfile(path) and not os.path.getsize(path)
@@ -12891,7 +12887,7 @@ class App:
         """Have a generation of another size born, with the commands that learn."""
         organism, now = self.organism(), dataclasses.asdict(Shape.of(self.config))
         name, size = next((n, v) for n, v in dataclasses.asdict(wanted).items() if now[n] != v)
-        if self.options.command not in GROWING_COMMANDS:
+        if self.options.command not in ("chat", "ask", "train"):
             raise ConfigError(f"{name}={size}, but the organism in {self.config.db_path} has "
                               f"{name}={now[name]}; it is born anew in another size with chat, ask "
                               f"or train, or begin another with --db")
@@ -12921,7 +12917,7 @@ class App:
 
 
 def stored_config(memory: Memory, assignments: Sequence[str],
-                  tell: Callable[[str], None] = lambda notice: None) -> Config:
+                  tell: Callable[[str], None]) -> Config:
     """Return the defaults, changed by what /set stored, by the organism's shape, by assignments.
 
     What was stored and cannot be used is told, and left out.
@@ -13320,8 +13316,7 @@ def prepare_readline(app: App) -> Callable[[], None]:
 
 
 def completions(app: App, line: str, text: str) -> Iterator[str]:
-    """Yield what a word at the end of a line may become: a command, a setting, a session, a file.
-    """
+    """Yield what the last word may become: a command, a setting, a session, a file."""
     app.on_list()
     command, space, _ = line.lstrip().partition(" ")
     names: List[str] = []
@@ -13491,8 +13486,7 @@ def _repl_session(app: App, rest: str) -> List[str]:
 
 
 def meant_session(known: Sequence[str], name: str) -> str:
-    """Return the session of which a name is the beginning, where that is one alone; else the name.
-    """
+    """Return the one session that a name is the beginning of, or where there is none the name."""
     alike = [each for each in known if each.startswith(name)]
     return alike[0] if name not in known and len(alike) == 1 else name
 
@@ -13647,21 +13641,18 @@ REPL_COMMANDS: Dict[str, Tuple[Callable[[App, str], List[str]], str, str]] = {
 # The commands. Each says its report or streams its text; one that returns nothing ends with 0.
 
 
-def piped_text() -> str:
-    """Return what is piped into stdin, or "" where that is a terminal or nothing comes."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        kind = os.fstat(sys.stdin.fileno()).st_mode
-        if stat.S_ISREG(kind) or stat.S_ISFIFO(kind) and select.select([sys.stdin], [], [], 0.3)[0]:
-            return sys.stdin.buffer.read(MOST_PIPED).decode("utf-8", "replace")
-    return ""
-
-
 MOST_PIPED = 10_000_000  # bytes
 
 
-def found_in(given: str, text: str, config: Config) -> Optional[Reply]:
-    """Return what a text that was given for this once answers to a question, or None."""
-    lines = clean_pieces(given.splitlines()[:config.max_corpus_lines], config.max_line_chars)
+def found_in_pipe(text: str, config: Config) -> Optional[Reply]:
+    """Return what is piped into stdin answers to a question, or None; nothing of it is kept."""
+    given = b""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no stdin at all
+        kind = os.fstat(sys.stdin.fileno()).st_mode
+        if stat.S_ISREG(kind) or stat.S_ISFIFO(kind) and select.select([sys.stdin], [], [], 0.3)[0]:
+            given = sys.stdin.buffer.read(MOST_PIPED)
+    lines = clean_pieces(given.decode("utf-8", "replace").splitlines()[:config.max_corpus_lines],
+                         config.max_line_chars)
     found = answered_by(lines, "corpus", text, random.Random(0), config.recall_score)
     return found and found._replace(entry=None, entries=())  # which are of no memory
 
@@ -13671,13 +13662,13 @@ def command_ask(app: App, words: List[str]) -> None:
     text = clean_line(" ".join(words), LONGEST_MESSAGE)
     if not text:
         raise UsageError('ask needs something to answer; for example: ask "Who are you?"')
-    organism, given = app.organism(), piped_text()
+    organism = app.organism()
     if app.options.wait_trained:
         wake(app)
     else:
         organism.watcher.prepare()
         organism.take_in_corpus()
-    found = found_in(given, text, app.config) if given else None
+    found = found_in_pipe(text, app.config)
     if found is None:
         said = _whole_reply(app, text).replace("\n", " ")
     else:
@@ -13808,40 +13799,36 @@ def stats_facts(app: App) -> Dict[str, Any]:
 
 def stats_lines(facts: Dict[str, Any]) -> List[str]:
     """Return the facts as lines for people, with a small plot of the held-out loss over life."""
-    memory, shape = facts["memory"], facts["shape"]
+    memory, shape, layers = facts["memory"], facts["shape"], facts["layers"]
     bpc = "not measured yet" if facts["bpc"] is None else f"{facts['bpc']:.3f} bits per character"
     lines = [
         f"model      {facts['parameters']:,} parameters, {shape['n_layer']} layers of "
-        f"{shape['n_embd']} channels, vocabulary {facts['vocabulary']}"
-        f", generation {facts['generation']}, "
-        f"{facts['layers']['deltas']} deltas",
+        f"{shape['n_embd']} channels, vocabulary {facts['vocabulary']}, generation "
+        f"{facts['generation']}, {layers['deltas']} deltas",
         f"learning   {AGES[facts['phase']]}, step {facts['step']:,}, {facts['tokens']:,} tokens, "
         f"held-out {bpc}",
         f"memory     {counted(memory['messages'], 'message')} in "
-        f"{counted(memory['sessions'], 'session')}, "
-        f"{memory['entries']} entries ({memory['told']} told, {memory['learned']} learned, "
-        f"{memory['held_out']} held out), {facts['file_bytes']:,} bytes",
+        f"{counted(memory['sessions'], 'session')}, {memory['entries']} entries ({memory['told']} "
+        f"told, {memory['learned']} learned, {memory['held_out']} held out), "
+        f"{facts['file_bytes']:,} bytes",
         f"to learn   {facts['waiting_chars']['corpus']:,} characters of the corpus, "
         f"{facts['waiting_chars']['said']:,} of what was said",
-        f"engine     {facts['engine']}, macrogpt {facts['version']}, "
-        f"Python {sys.version.split()[0]}"]
+        f"engine     {facts['engine']}, macrogpt {facts['version']}, Python "
+        f"{sys.version.split()[0]}"]
     curve = [p["held_out_bpc"] for p in facts["progress"] if p["held_out_bpc"] is not None]
     if len(curve) > 1:
         lines.append(f"held-out   {sparkline(curve)}  {curve[0]:.2f} → {curve[-1]:.2f}")
     for name, points in facts["probe_curves"].items():
         losses = [bpc for _, bpc in points]
         lines.append(f"probe {name:>6}  {sparkline(losses)}  {losses[0]:.2f} → {losses[-1]:.2f}")
-    return [*lines, *bars({
-        "vocabulary": ("merges of", facts["merges"], facts["vocabulary"]),
-        "deltas": ("of at most", facts["layers"]["deltas"], facts["layers"]["max_deltas"]),
-        "learned": ("entries of", memory["learned"], memory["entries"]),
-        "told": ("statements of", memory["told"], memory["entries"])})]
-
-
-def bars(rows: Dict[str, Tuple[str, int, int]], cells: int = 24) -> List[str]:
-    """Return a line with a bar for each name: how many there are, of how many."""
-    return [f"{name:10} {'█' * -(-part * cells // max(1, whole)):{cells}} {part:,} {what} {whole:,}"
-            for name, (what, part, whole) in rows.items()]
+    for name, part, what, whole in (
+            ("vocabulary", facts["merges"], "merges of", facts["vocabulary"]),
+            ("deltas", layers["deltas"], "of at most", layers["max_deltas"]),
+            ("learned", memory["learned"], "entries of", memory["entries"]),
+            ("told", memory["told"], "statements of", memory["entries"])):
+        bar = "█" * math.ceil(24 * part / max(1, whole))
+        lines.append(f"{name:10} {bar:24} {part:,} {what} {whole:,}")
+    return lines
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
