@@ -12823,6 +12823,17 @@ def _raise_terminated(number: int, frame: Any) -> None:
     raise Terminated(number)
 
 
+def duration(seconds: float) -> str:
+    """Return seconds as people say them: 42 s, 5 min 03 s, 2 h 05 min."""
+    minutes, rest = divmod(int(seconds), 60)
+    return (f"{rest} s" if not minutes else f"{minutes} min {rest:02} s" if minutes < 60 else
+            f"{minutes // 60} h {minutes % 60:02} min")
+
+
+AGES = {"newborn": "newborn", "warmup": "being born", "grown": "grown up"}
+STRETCHES = {**AGES, "grown": "learning", "rebirth": "being born anew"}  # of learning
+
+
 class App:
     """One run of the program: its options, its terminal, and the organism once it is needed."""
 
@@ -12831,6 +12842,7 @@ class App:
         self._organism: Optional[Organism] = None
         self._memory: Optional[Memory] = None
         self.kept = ""  # where a damaged store is, in whose place another stands
+        self._began = (0.0, 1.0)  # when a stretch of learning began, and at which share of it
         self.on_list: Callable[[], None] = lambda: None  # called before completions are shown
 
     def memory(self) -> Memory:
@@ -12911,9 +12923,24 @@ class App:
 
     def notices(self) -> None:
         """Show what the background wanted to tell."""
-        organism = self._organism
-        while organism is not None and organism.notices:
-            self.terminal.note(organism.notices.popleft())
+        notices = self.organism().notices
+        while notices:
+            self.terminal.note(notices.popleft())
+
+    def show_progress(self, above: bool = False) -> None:
+        """Show what is learned, how far, held-out bits per character, pace and time left."""
+        p = self.organism().trainer.progress
+        if not p:
+            return
+        now, share = time.monotonic(), p["share"]
+        if share < self._began[1]:  # a new stretch of work
+            self._began = (now, share)
+        gained, took = share - self._began[1], now - self._began[0]
+        left = f"  {duration(took / gained * (1 - share))} left" if gained else ""
+        bits = "" if p["bpc"] is None else f"  {p['bpc']:.3f} bits/char"
+        self.terminal.status(
+            f"{STRETCHES[p['phase']]} {'█' * int(share * 12):·<12} {share:4.0%}  "
+            f"step {p['step']}{bits}  {p['tokens_per_s']:.0f} tokens/s{left}", above)
 
 
 def stored_config(memory: Memory, assignments: Sequence[str],
@@ -12944,36 +12971,10 @@ def wake(app: App) -> Organism:
         organism.awake()
         organism.watcher.read_once.wait(0.3)  # a huge corpus is read beside the first replies
     if app.options.wait_trained and not app.options.no_train:
-        bar = ProgressBar(app.terminal)
         organism.learn_now()
-        organism.wait_trained(lambda: bar.show(organism.trainer.progress))
+        organism.wait_trained(app.show_progress)
         app.terminal.end_status()
     return organism
-
-
-AGES = {"newborn": "newborn", "warmup": "being born", "grown": "grown up"}
-STRETCHES = {**AGES, "grown": "learning", "rebirth": "being born anew"}  # of learning
-
-
-class ProgressBar:
-    """A line with what is learned, how far, held-out bits per character, pace and time left."""
-
-    def __init__(self, terminal: Terminal) -> None:
-        self.terminal, self.began = terminal, (0.0, 1.0)  # when, and at which share of the work
-
-    def show(self, p: Dict[str, Any], above: bool = False) -> None:
-        """Show what the trainer last said, if it said anything."""
-        if not p:
-            return
-        now, share = time.monotonic(), p["share"]
-        if share < self.began[1]:  # a new stretch of work
-            self.began = (now, share)
-        gained, took = share - self.began[1], now - self.began[0]
-        left = f"  {duration(took / gained * (1 - share))} left" if gained else ""
-        bits = "" if p["bpc"] is None else f"  {p['bpc']:.3f} bits/char"
-        self.terminal.status(
-            f"{STRETCHES[p['phase']]} {'█' * int(share * 12):·<12} {share:4.0%}  "
-            f"step {p['step']}{bits}  {p['tokens_per_s']:.0f} tokens/s{left}", above)
 
 
 LEARNING = (Phase.RAISING, Phase.LEARNING)
@@ -13005,7 +13006,7 @@ class LearningLine:
     """The line above the prompt that says how far learning has come, true also while one types."""
 
     def __init__(self, app: App) -> None:
-        self.app, self.bar, self.trainer = app, ProgressBar(app.terminal), app.organism().trainer
+        self.app, self.trainer = app, app.organism().trainer
         # of the terminal in which it stands; 0 at a prompt without it, None where no prompt is
         self._width: Optional[int] = None
         if "readline" not in sys.modules or not hasattr(signal, "SIGTSTP"):
@@ -13021,7 +13022,7 @@ class LearningLine:
         self._width = 0
         if self.trainer.phase in LEARNING:
             if self.trainer.progress:
-                self.bar.show(self.trainer.progress)
+                self.app.show_progress()
             else:
                 self.app.terminal.status("getting ready to learn")
             self.app.terminal.end_status()
@@ -13052,7 +13053,7 @@ class LearningLine:
                   or width_of(PROMPT + typed) >= width):
                 continue  # it is not one row above the cursor
             elif learns:
-                self.bar.show(self.trainer.progress, above=True)
+                self.app.show_progress(above=True)
             elif notices:
                 terminal.status(notices.popleft(), above=True)
                 self._width = 0
@@ -13068,13 +13069,6 @@ class LearningLine:
         if typing:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
             self.app.terminal.prompt(typed_line())
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as people say them: 42 s, 5 min 03 s, 2 h 05 min."""
-    minutes, rest = divmod(int(seconds), 60)
-    return (f"{rest} s" if not minutes else f"{minutes} min {rest:02} s" if minutes < 60 else
-            f"{minutes // 60} h {minutes % 60:02} min")
 
 
 # The chat: in a terminal a prompt and a streamed reply, in a pipe one line for one line.
@@ -13137,7 +13131,8 @@ def tell_due(app: App) -> None:
 
 def _chat_terminal(app: App) -> int:
     """Read, reply, and stream, until the owner leaves."""
-    keep, organism = prepare_readline(app), wake(app)
+    keep = prepare_readline(app)
+    wake(app)
     app.terminal.note(banner(app))
     tell_due(app)
     learning, interrupted = LearningLine(app), -math.inf
@@ -13146,12 +13141,14 @@ def _chat_terminal(app: App) -> int:
         learning.place()
         try:
             command, line = read_message(input)
-        except (EOFError, KeyboardInterrupt) as wish:
+        except EOFError:
             app.terminal.err.write("\n")
-            again = time.monotonic() - interrupted < 2.0 and not typed_line()
+            return 0
+        except KeyboardInterrupt:
+            app.terminal.err.write("\n")
+            if time.monotonic() - interrupted < 2.0 and not typed_line():
+                return 130
             interrupted = time.monotonic()
-            if again or isinstance(wish, EOFError):
-                return 130 if isinstance(wish, KeyboardInterrupt) else 0
             app.terminal.note("Ctrl+C again, Ctrl+D or /exit leaves.")
             continue
         finally:
@@ -13366,17 +13363,18 @@ def _repl_exit(app: App, rest: str) -> List[str]:
 
 
 SHORT_CHARS, MOST_SHOWN, MOST_FOUND = 160, 10, 100  # of an entry in a list; entries
+TOLD_ENTRIES = "e.source != 'corpus' AND e.recall"
 
 
 def _repl_memory(app: App, rest: str) -> List[str]:
     memory = app.memory()
-    found = search(memory, rest, MOST_FOUND) if rest else memory.entries(
-        "e.source != 'corpus' AND e.recall")[::-1]
+    found = search(memory, rest, MOST_FOUND) if rest else memory.entries(TOLD_ENTRIES)[::-1]
     found.sort(key=lambda entry: entry.source == "corpus")
-    more = [f"and {len(found) - MOST_SHOWN} more; /memory TEXT looks for some"]
-    return [clean_line(_entry_line(entry), SHORT_CHARS) for entry in found[:MOST_SHOWN]] + (
-        more * (len(found) > MOST_SHOWN)) or [f"the memory holds nothing about {rest!r}" if rest
-                                              else "nothing has been told yet"]
+    lines = [clean_line(_entry_line(entry), SHORT_CHARS) for entry in found[:MOST_SHOWN]]
+    if len(found) > MOST_SHOWN:
+        lines.append(f"and {len(found) - MOST_SHOWN} more; /memory TEXT looks for some")
+    return lines or [f"the memory holds nothing about {rest!r}" if rest else
+                     "nothing has been told yet"]
 
 
 def _repl_again(app: App, rest: str) -> List[str]:
@@ -13418,8 +13416,8 @@ def _repl_why(app: App, rest: str) -> List[str]:
     last = turn.reply
     if last.entry is not None:
         where = "an exchange" if last.source == "exchange" else "memory"
-        return [f"it came from {where} in {turn.seconds:.2f} s, match {last.score:.2f}:", *(
-            _entry_line(entry) for entry in last.entries or (last.entry,))]
+        return [f"it came from {where} in {turn.seconds:.2f} s, match {last.score:.2f}:",
+                *map(_entry_line, last.entries or (last.entry,))]
     if last.source == "voice":
         return why_lines(turn.trace, app.organism().growth.step)
     return [f"nothing in the memory answers it, as {turn.seconds:.2f} s have shown"]
@@ -13683,14 +13681,14 @@ def command_train(app: App, words: List[str]) -> None:
     """Train in the foreground until all is learned, or for so many steps or seconds."""
     if app.options.no_train:
         raise UsageError("train and --no-train contradict each other; leave one out")
-    organism, bar = app.organism(), ProgressBar(app.terminal)
+    organism = app.organism()
     organism.watcher.prepare()
     before = organism.growth
     organism.trainer.only_orders = True
     organism.learn_now(app.options.steps, app.options.seconds)
     organism.awake()
     try:
-        organism.wait_trained(lambda: bar.show(organism.trainer.progress))
+        organism.wait_trained(app.show_progress)
     finally:
         app.terminal.end_status()
         organism.sleep()
@@ -13738,7 +13736,7 @@ def command_memory(app: App, words: List[str]) -> int:
                    [found.text])
         return 0
     elif action == "list" and not rest:
-        entries = memory.entries("e.source != 'corpus' AND e.recall")
+        entries = memory.entries(TOLD_ENTRIES)
     elif action == "forget" and rest:
         done = forget(memory, rest, app.options.yes)
         app.report({"said": done}, [done])
