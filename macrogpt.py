@@ -12961,16 +12961,16 @@ def stored_config(memory: Memory, assignments: Sequence[str],
     return config.replace(assignments)
 
 
-def wake(app: App) -> Organism:
+def wake(app: App, learns: bool = True) -> Organism:
     """Return the organism with its corpus read and, unless forbidden, its trainer started."""
     organism = app.organism()
     organism.watcher.prepare()
-    if app.options.no_train:
+    if app.options.no_train or not learns:
         organism.take_in_corpus()
-    else:
-        organism.awake()
-        organism.watcher.read_once.wait(0.3)  # a huge corpus is read beside the first replies
-    if app.options.wait_trained and not app.options.no_train:
+        return organism
+    organism.awake()
+    organism.watcher.read_once.wait(0.3)  # a huge corpus is read beside the first replies
+    if app.options.wait_trained:
         organism.learn_now()
         organism.wait_trained(app.show_progress)
         app.terminal.end_status()
@@ -13529,8 +13529,7 @@ def _repl_new(app: App, rest: str) -> List[str]:
 
 
 def _repl_compact(app: App, rest: str) -> List[str]:
-    organism = app.organism()
-    count, summary = organism.compact()
+    count, summary = app.organism().compact()
     lines = summary.splitlines()
     done = f"{count} turns were summed up, and stay in the memory" if count else (
         "no turns but the newest are left to sum up")
@@ -13562,11 +13561,10 @@ def _repl_show(app: App, rest: str) -> List[str]:
 
 
 def _repl_train(app: App, rest: str) -> List[str]:
-    organism = app.organism()
     if app.options.no_train:
         return ["this chat was started with --no-train"]
-    organism.awake()
-    organism.learn_now()
+    app.organism().awake()
+    app.organism().learn_now()
     return ["learning what is there; go on talking"]
 
 
@@ -13660,12 +13658,7 @@ def command_ask(app: App, words: List[str]) -> None:
     text = clean_line(" ".join(words), LONGEST_MESSAGE)
     if not text:
         raise UsageError('ask needs something to answer; for example: ask "Who are you?"')
-    organism = app.organism()
-    if app.options.wait_trained:
-        wake(app)
-    else:
-        organism.watcher.prepare()
-        organism.take_in_corpus()
+    organism = wake(app, learns=app.options.wait_trained)
     found = found_in_pipe(text, app.config)
     if found is None:
         said = _whole_reply(app, text).replace("\n", " ")
@@ -13708,14 +13701,12 @@ def command_train(app: App, words: List[str]) -> None:
 
 def command_generate(app: App, words: List[str]) -> None:
     """Stream free text after a prompt."""
-    organism = app.organism()
-    mind = organism.mind()
-    tokenizer, model = mind.tokenizer, mind.model
-    if organism.growth.phase == "newborn":
+    mind, prompt = app.organism().mind(), " ".join(words)
+    if app.organism().growth.phase == "newborn":
         app.terminal.note("nothing has been learned yet, so this is noise; run `train` first")
-    prompt, count = " ".join(words), app.options.tokens or app.config.max_gen_tokens
-    pieces = spoken(model, tokenizer, [END_OF_TEXT] + tokenizer.encode(prompt), app.config,
-                    random.Random(app.config.seed), mind.mixture(), free_tokens=count)
+    pieces = spoken(mind.model, mind.tokenizer, [END_OF_TEXT] + mind.tokenizer.encode(prompt),
+                    app.config, random.Random(app.config.seed), mind.mixture(),
+                    free_tokens=app.options.tokens or app.config.max_gen_tokens)
     if app.options.json:
         app.report({"text": prompt + "".join(pieces)}, ())
         return
@@ -13904,8 +13895,7 @@ def command_stats(app: App, words: List[str]) -> None:
 
 def command_completion(app: App, words: List[str]) -> None:
     """Print what makes a shell complete commands and options."""
-    options = [name for action in option_parser()._actions for name in action.option_strings
-               if action.help != argparse.SUPPRESS]
+    options = [name for action in option_parser()._actions for name in action.option_strings]
     if words == ["fish"]:
         lines = [f"complete -c macrogpt -n __fish_use_subcommand -a {name} -d '{command.text}'"
                  for name, command in COMMANDS.items()]
@@ -14253,7 +14243,7 @@ def option_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("-h", "--help", action="store_true", help="show this, or what a command takes")
-    add("command", nargs="?", default="chat", help="see below; chat by default")
+    add("command", nargs="?", help="see below; chat by default")
     add("words", nargs="*", help=argparse.SUPPRESS)
     add("--db", metavar="PATH", help="the memory file (default memory.sqlite3)")
     add("--corpus", metavar="PATH", help="the text file to learn from (default nonames.txt)")
@@ -14299,6 +14289,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     options = option_parser().parse_intermixed_args(argv)
     if options.help:
         return options
+    options.command = options.command or "chat"
     if options.command not in COMMANDS:
         raise UsageError(f"there is no command {options.command!r}; "
                          f"{_nearest_hint(options.command, list(COMMANDS))}")
@@ -14306,7 +14297,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     if options.words and not command.words:
         raise UsageError(f"{options.command} takes no words, found {options.words[0]!r}; "
                          f"see --help, or to talk: ask {' '.join(options.words)}")
-    for name in dict.fromkeys(name for each in COMMANDS.values() for name in each.options):
+    for name in (name for each in COMMANDS.values() for name in each.options):
         value = getattr(options, name)
         if value is not None and name not in command.options:
             raise UsageError(f"{options.command} takes no --{name}; see --help")
@@ -14324,8 +14315,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> int:
     """Run one command and return its exit code."""
     options = parse_options(argv)
     if options.help:
-        known = options.command in COMMANDS and options.command in argv
-        terminal.say(help_of(options.command) if known else option_parser().format_help().rstrip())
+        terminal.say(help_of(options.command) if options.command in COMMANDS else
+                     option_parser().format_help().rstrip())
         return 0
     terminal = Terminal(terminal.out, terminal.err, options.color, options.quiet, not options.json)
     if options.debug:
