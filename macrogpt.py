@@ -5129,6 +5129,13 @@ class Memory:
         with self.transaction():
             return self._db.execute(sql, values).lastrowid or 0
 
+    def _add(self, table: str, if_there: str = "", **row: Any) -> int:
+        """Add a row, with the checksum of what never changes in it; return its id."""
+        values = ", ".join(f"? AS {name}" for name in row)
+        return self._write(f"INSERT INTO {table}({', '.join(row)}, checksum) "
+                           f"SELECT *, crc32({SUMMED_UP[table]}) FROM (SELECT {values}) "
+                           f"WHERE true {if_there}", *row.values())
+
     def _each(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         """Run one statement for each row of values."""
         with self.transaction():
@@ -5183,10 +5190,8 @@ class Memory:
     def add_message(self, session_id: int, role: str, text: str,
                     said_at: Optional[float] = None) -> int:
         """Store one message, said now or at said_at, and return its id."""
-        said_at = self.clock() if said_at is None else said_at
-        return self._write("INSERT INTO messages(session_id, role, text, said_at, checksum) "
-                           "VALUES (?, ?, ?, ?, ?)", session_id, role, text, said_at,
-                           _crc32(text, role, said_at))
+        return self._add("messages", session_id=session_id, role=role, text=text,
+                         said_at=self.clock() if said_at is None else said_at)
 
     def newest_messages(self, session_id: int, count: int) -> List[Tuple[str, str]]:
         """Return the newest (role, text) pairs of a session, oldest first."""
@@ -5252,20 +5257,14 @@ class Memory:
         Without training it can be recalled, and no layer reads it. It is found by the words of what
         it is about, too.
         """
-        words = index_words(source, document, recall, about)
-        with self.transaction():
-            self._rows("""
-                INSERT INTO entries(source, key, text, words, session_id, told_at, closed, recall,
-                                    held_out, training, about, days, checksum)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-                ON CONFLICT(source, key) DO UPDATE SET told_at = max(told_at, excluded.told_at),
-                    words = excluded.words, about = excluded.about, days = excluded.days,
-                    checksum = excluded.checksum""",
-                       source, document.key, document.text,
-                       words, session_id,
-                       self.clock() if told_at is None else told_at,
-                       int(document.closed), int(recall), int(held_out), int(training), about, days,
-                       _crc32(document.text + words))
+        self._add("entries", """
+            ON CONFLICT(source, key) DO UPDATE SET told_at = max(told_at, excluded.told_at),
+                words = excluded.words, about = excluded.about, days = excluded.days,
+                checksum = excluded.checksum""",
+                  source=source, key=document.key, text=document.text,
+                  words=index_words(source, document, recall, about), session_id=session_id,
+                  told_at=self.clock() if told_at is None else told_at, closed=document.closed,
+                  recall=recall, held_out=held_out, training=training, about=about, days=days)
 
     def purge_index(self) -> None:
         """Merge the full-text index, so that it holds no word of what was removed."""
@@ -5595,9 +5594,8 @@ class Memory:
     def add_progress(self, step: int, tokens: int, loss: Optional[float],
                      held_out_bpc: Optional[float]) -> None:
         """Note how well it does at a step of its life."""
-        row = self.clock(), step, tokens, loss, held_out_bpc
-        self._write("INSERT INTO progress(at, step, tokens, loss, held_out_bpc, checksum) "
-                    "VALUES (?, ?, ?, ?, ?, ?)", *row, _crc32(*row))
+        self._add("progress", at=self.clock(), step=step, tokens=tokens, loss=loss,
+                  held_out_bpc=held_out_bpc)
 
     def progress(self, count: int = 1000) -> List[Dict[str, Any]]:
         """Return the newest notes of add_progress, oldest first."""
@@ -5607,9 +5605,7 @@ class Memory:
 
     def log(self, event: str, **detail: Any) -> None:
         """Write one event into the life log."""
-        row = self.clock(), event, json.dumps(detail)
-        self._write("INSERT INTO life(at, event, detail, checksum) VALUES (?, ?, ?, ?)",
-                    *row, _crc32(*row))
+        self._add("life", at=self.clock(), event=event, detail=json.dumps(detail))
 
     def life(self, count: int = 100) -> List[Dict[str, Any]]:
         """Return the newest events of the life log, oldest first."""
