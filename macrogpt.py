@@ -4994,6 +4994,7 @@ APPLICATION_ID = 0x4D475054  # "MGPT": whose file this is
 NEXT = "next."   # begins the names of the layers of a generation that is not born yet
 NAMED = "typeof(name) = 'text'"  # of a layer; any other name is damaged
 NOBODY = 1 << 30  # the number of a layer that there never is
+LISTED = "SELECT value FROM json_each(?)"  # a variable that is a list, however long
 
 
 class Memory:
@@ -5306,11 +5307,10 @@ class Memory:
                             *values)
         return [Entry(*row[:5], *map(bool, row[5:8]), *row[8:]) for row in rows]
 
-    def by_keys(self, keys: Sequence[int]) -> Iterator[Entry]:
-        """Yield the entries of the corpus, and approved ones, that have these keys."""
-        for part in _parts(keys):
-            yield from self.entries("e.source IN ('corpus', 'approved') AND e.recall AND e.key IN "
-                                    f"({','.join('?' * len(part))})", *part)
+    def by_keys(self, keys: Sequence[int]) -> List[Entry]:
+        """Return the entries of the corpus, and approved ones, that have these keys."""
+        return self.entries("e.source IN ('corpus', 'approved') AND e.recall AND e.key IN "
+                            f"({LISTED})", json.dumps(keys))
 
     def told(self, where: str = "1", *values: Any) -> List[Entry]:
         """Return what the owner told, oldest first, filtered by an SQL condition on e."""
@@ -5474,8 +5474,8 @@ class Memory:
 
     def entries_by_id(self, ids: Sequence[int]) -> Iterator[Entry]:
         """Yield the entries of these ids, in their order, some hundreds at a time."""
-        for part in _parts(ids):
-            yield from self.entries(f"id IN ({','.join('?' * len(part))})", *part)
+        for at in range(0, len(ids), 500):
+            yield from self.entries(f"id IN ({LISTED})", json.dumps(ids[at:at + 500]))
 
     def today(self) -> datetime.date:
         """Return the day that its clock shows."""
@@ -5523,7 +5523,7 @@ class Memory:
         What is damaged is left out.
         """
         return self._layers(prefix, f"name {'LIKE' if prefix else 'NOT LIKE'} ? AND name NOT IN "
-                                    f"({','.join('?' * len(without))})", NEXT + "%", *without)
+                                    f"({LISTED})", NEXT + "%", json.dumps(without))
 
     def layer(self, name: str) -> Optional[Layer]:
         """Return one layer, if it is there."""
@@ -5917,26 +5917,17 @@ def _like_form(form: str) -> str:
     return f"% {escaped[:-1]}%" if form.endswith("*") else f"% {escaped} %"
 
 
-def _parts(values: Sequence[Any], size: int = 500) -> Iterator[Sequence[Any]]:
-    """Yield values in parts that SQLite takes as the variables of one statement."""
-    return (values[at:at + size] for at in range(0, len(values), size))
-
-
-STORE_TROUBLES: Tuple[Tuple[str, type, str], ...] = (  # a sign of it, and what to do
+STORE_TROUBLES: Tuple[Tuple[str, type, str], ...] = (  # signs of it, and what to do
     ("not a database", StoreDamaged, "it is some other file: choose another --db"),
     ("malformed", StoreDamaged, "it is damaged: restore it from a copy, or choose another --db"),
-    ("no such table", StoreDamaged, "run `doctor`, or choose another --db"),
-    ("no such column", StoreDamaged, "run `doctor`, or choose another --db"),
-    ("vtable constructor", StoreDamaged, "run `doctor`, or choose another --db"),
-    ("(constraint failed", StoreDamaged, "run `doctor`, or choose another --db"),  # of the index
-    ("sql logic error", StoreDamaged, "run `doctor`, or choose another --db"),
+    (r"no such (table|column)|vtable constructor|sql logic error"
+     r"|\(constraint failed",  # of the index
+     StoreDamaged, "run `doctor`, or choose another --db"),
     ("no such file", StoreError, "check that its folder exists, or use --db"),
     ("unable to open", StoreError, "check that its folder exists and may be written, or use --db"),
-    ("readonly", StoreError, "make it and its folder writable, or use --db"),
-    ("read-only", StoreError, "make it and its folder writable, or use --db"),
+    ("read-?only", StoreError, "make it and its folder writable, or use --db"),
     ("is a directory", StoreError, "that is a folder: name a file with --db"),
-    ("disk is full", StoreError, "free some space and try again"),
-    ("no space left", StoreError, "free some space and try again"),
+    ("disk is full|no space left", StoreError, "free some space and try again"),
     ("disk i/o", StoreError, "check the disk and its free space"),
     ("locked", StoreLocked, "another program holds it: close that and try again"),
     ("", StoreError, "run `doctor`, or choose another --db"))
@@ -5949,7 +5940,8 @@ def _told(path: str, *others: type) -> Iterator[None]:
         yield
     except (*SQL_ERRORS, *others) as error:
         text = f"({error})".lower()
-        kind, remedy = next((kind, remedy) for sign, kind, remedy in STORE_TROUBLES if sign in text)
+        kind, remedy = next((kind, remedy) for signs, kind, remedy in STORE_TROUBLES
+                            if re.search(signs, text))
         raise kind(f"the memory file {path} cannot be used ({error}); {remedy}") from error
 
 
