@@ -5246,7 +5246,6 @@ class Memory:
         """Approve (1) or reject (−1) a message."""
         self._write("UPDATE messages SET verdict = ? WHERE id = ?", verdict, message_id)
 
-
     # entries
 
     def add_entry(self, source: str, document: Document, session_id: Optional[int] = None,
@@ -5327,7 +5326,6 @@ class Memory:
     def has_text(self) -> bool:
         """Return whether there is anything to train on."""
         return bool(self._rows("SELECT 1 FROM entries WHERE training AND NOT held_out LIMIT 1"))
-
 
     def training_index(self) -> List[Tuple[int, int]]:
         """Return (id, key) of all that a learner has to do with, in the order in which it came."""
@@ -5429,7 +5427,6 @@ class Memory:
         self._each("INSERT OR IGNORE INTO probes(key, epoch) VALUES (?, ?)",
                    [(key, epoch) for key in keys])
 
-
     def probe_epochs(self) -> Dict[int, int]:
         """Return when each held-out document, by the key of its first line, became one."""
         return dict(self._rows("SELECT key, epoch FROM probes"))
@@ -5510,12 +5507,12 @@ class Memory:
                    self.clock()) for name, layer in layers.items()
                   for manifest in [json.dumps(layer.manifest)]])
 
-    def manifests(self, prefix: str = "") -> Dict[str, Any]:
-        """Return the manifests of the present generation's layers, or of those with a prefix."""
-        rows = self._rows(f"SELECT name, manifest FROM layers WHERE {NAMED} ORDER BY rowid")
-        found = {name: _decoded(manifest, "") for name, manifest in rows
-                 if name.startswith(prefix or NEXT) == bool(prefix)}
-        return {name: manifest for name, manifest in found.items() if manifest != ""}
+    def manifests(self) -> Dict[str, Any]:
+        """Return the manifests of the present generation's layers; what is damaged is left out."""
+        found = {name: _decoded(manifest, "") for name, manifest in self._rows(
+            f"SELECT name, manifest FROM layers WHERE {NAMED} ORDER BY rowid")}
+        return {name: manifest for name, manifest in found.items()
+                if manifest != "" and not name.startswith(NEXT)}
 
     def layers(self, prefix: str = "", without: Sequence[str] = ()) -> Dict[str, Layer]:
         """Return the present generation's layers, or with NEXT the next one's, by their names.
@@ -5642,8 +5639,7 @@ class Memory:
         yield from self._index_faults()
 
     def _unfit(self, table: str) -> str:
-        """Return, as SQL, whether a row has a value that is not of its column's type, or was not.
-        """
+        """Return, in SQL, whether a row is damaged: by its checksum or by the types of columns."""
         unfit = [f"checksum IS NOT crc32({SUMMED_UP[table]})"] if table in SUMMED_UP else []
         for _, name, kind, needed, _, key in self._rows(f"PRAGMA table_info({table})"):
             kinds = f"'{kind.lower()}'" if needed or key else f"'{kind.lower()}', 'null'"
@@ -5835,9 +5831,7 @@ def _connect_to_read(path: str, how: str = "mode=ro", tries: int = 20) -> sqlite
     """
     if path == ":memory:":
         return _connect(path)
-    name = f"file:{urllib.parse.quote(os.path.abspath(path))}?{how}"
-    db = sqlite3.connect(name, timeout=SECONDS_LOCKED, isolation_level=None,
-                         check_same_thread=False, uri=True)
+    db = _connection(f"file:{urllib.parse.quote(os.path.abspath(path))}?{how}", uri=True)
     try:
         version = db.execute("PRAGMA user_version").fetchone()[0]
     except sqlite3.OperationalError:
@@ -5854,7 +5848,6 @@ def _connect_to_read(path: str, how: str = "mode=ro", tries: int = 20) -> sqlite
             copy = _connect(":memory:")
             db.backup(copy)
             return copy
-    _prepare(db)
     return db
 
 
@@ -5862,8 +5855,7 @@ SECONDS_LOCKED = 30.0  # that it waits for another program which holds the file
 
 
 def _crc32(*values: Any) -> int:
-    """Return the checksum of the fields of a row, as SQL calls it; of whole numbers as of others.
-    """
+    """Return the checksum of fields of a row; a whole number counts as the REAL it is stored as."""
     total = 0
     for value in values:
         text = float(value) if isinstance(value, (int, float)) else "" if value is None else value
@@ -5872,20 +5864,21 @@ def _crc32(*values: Any) -> int:
     return total
 
 
-def _prepare(db: sqlite3.Connection) -> None:
-    """Let a connection read damaged texts as far as it can, and know checksums."""
+def _connection(name: str, uri: bool = False) -> sqlite3.Connection:
+    """Return one for all threads that reads damaged texts as far as it can, and knows checksums."""
+    db = sqlite3.connect(name, timeout=SECONDS_LOCKED, isolation_level=None,
+                         check_same_thread=False, uri=uri)
     db.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
     db.create_function("crc32", -1, _crc32)
+    return db
 
 
 def _connect(path: str) -> sqlite3.Connection:
-    """Return a connection for all threads, with explicit transactions that reach the disk."""
+    """Return a connection with explicit transactions that reach the disk."""
     if path != ":memory:" and not os.path.exists(path):
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # for its owner alone to read
-    db = sqlite3.connect(path, timeout=SECONDS_LOCKED, isolation_level=None,
-                         check_same_thread=False)
+    db = _connection(path)
     try:
-        _prepare(db)
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA secure_delete = ON")  # what is forgotten leaves the file's pages too
