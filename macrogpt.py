@@ -10111,12 +10111,11 @@ class TrainerChild:
         self.going, self.writing = threading.Event(), threading.Lock()
         self.going.set()
         self.learner: Optional[Learner] = None
-        self.unborn: Optional[Learner] = None  # the generation that grows up beside it
         self.job: Optional[Job] = None
-        self.birth: Optional[Job] = None       # of the unborn
-        self.unlearns = False                  # whether that takes over however well it reads
+        self.birth: Optional[Job] = None  # of the generation that grows up beside it
+        self.unlearns = False             # whether that takes over however well it reads
         self.saved_at = self.told_at = clock()
-        self.pace = (0, 0.0)                   # tokens and seconds of the job at hand
+        self.pace = (0, 0.0)              # tokens of the job at hand, and when it began
 
     def run(self) -> None:
         """Serve until the parent says stop or goes away."""
@@ -10156,7 +10155,7 @@ class TrainerChild:
 
     def _leave(self) -> None:
         """Send what is not yet saved and go, in the middle of whatever is being computed."""
-        for learner in filter(None, (self.learner, self.unborn)):
+        for learner in self._learners():
             with learner.guard:
                 if learner.growth.phase == "warmup" and learner.dirty:  # a burst is unproven
                     self._snapshot(learner)
@@ -10172,6 +10171,10 @@ class TrainerChild:
         """Have an event written into the life log, and told to the owner if there is a notice."""
         self._send("log", event=event, notice=notice, detail=detail)
 
+    def _learners(self) -> List[Learner]:
+        """Return the living generation, and the one that grows up beside it, if they are there."""
+        return [*filter(None, (self.learner, self.birth and self.birth.learner))]
+
     def _raised(self, config: Dict[str, Any], growth: Dict[str, Any],
                 layers: Dict[str, Sequence[Any]]) -> Learner:
         given = {name: Layer(*fields) for name, fields in layers.items()}
@@ -10184,18 +10187,17 @@ class TrainerChild:
     def on_rebirth(self, unlearns: bool, **state: Any) -> None:
         """Let another generation grow up on the same text, from wherever it had come."""
         assert self.learner is not None
-        self.unlearns, self.unborn = unlearns, self._raised(**state)
-        self.unborn.take_text((), self.learner.texts.values())
-        self.birth = Job(self.unborn, None, None, self.clock)
+        unborn = self._raised(**state)
+        unborn.take_text((), self.learner.texts.values())
+        self.unlearns, self.birth = unlearns, Job(unborn, None, None, self.clock)
         self.pace = 0, self.clock()
 
     def on_text(self, gone: List[int], added: List[Sequence[Any]]) -> None:
         """Take what changed in the text; a burst begins anew with it, a birth takes it in."""
-        assert self.learner is not None
         if self.job is not None and self.job.gate is not None:
             self.job.gate.restore()
             self.job = None
-        for learner in filter(None, (self.learner, self.unborn)):
+        for learner in self._learners():
             learner.take_text(gone, added)
 
     def on_learn(self, steps: Optional[int], seconds: Optional[float]) -> None:
@@ -10211,7 +10213,7 @@ class TrainerChild:
 
     def on_drop(self) -> None:
         """Give up the generation that is not born yet."""
-        self.unborn = self.birth = None
+        self.birth = None
 
     def _advance(self, job: Job) -> None:
         """Do one step of a job, and say and save what is due."""
@@ -10249,18 +10251,18 @@ class TrainerChild:
         read = job.close()
         self._report(job, report)
         if job is self.birth:
-            self._end_rebirth(read)
+            self.birth = None
+            self._end_rebirth(job.learner, read)
         else:
             self.job = None
             self._snapshot(job.learner, read)
             self._send("done", before=job.met_bpc, now=job.left_bpc)
 
-    def _end_rebirth(self, read: List[int]) -> None:
+    def _end_rebirth(self, new: Learner, read: List[int]) -> None:
         """Let the new generation take over, if it reads no probe too much worse."""
-        assert self.learner is not None and self.unborn is not None
-        old, new = self.learner, self.unborn
+        old = self.learner
+        assert old is not None
         worst = None if self.unlearns else fit_to_live(new, old)
-        self.unborn = self.birth = None
         if worst is None:
             new.growth.take_probes(new.growth.probes, old.growth)
             for key in set(new.texts) - set(read):

@@ -302,7 +302,7 @@ class Child(Pupils, unittest.TestCase):
         child.inbox, advance = queue.SimpleQueue(), child._advance
         advance(child.birth)
         self.told(child, rows("sums", 1, first=50))
-        step = child.unborn.growth.step
+        step = child.birth.learner.growth.step
 
         def watched(job):
             order.append("birth" if job is child.birth else "burst")
