@@ -5137,11 +5137,6 @@ class Memory:
                            f"SELECT *, crc32({SUMMED_UP[table]}) FROM (SELECT {values}) "
                            f"WHERE true {if_there}", *row.values())
 
-    def _each(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Run one statement for each row of values."""
-        with self.transaction():
-            self._db.executemany(sql, rows)
-
     # sessions and messages
 
     def session_id(self, name: str) -> int:
@@ -5183,10 +5178,10 @@ class Memory:
     def delete_session(self, name: str) -> None:
         """Remove a session with its messages; what was told there stays."""
         with self.transaction():
-            for sql in ("UPDATE entries SET session_id = NULL WHERE session_id = (?)",
-                        "DELETE FROM messages WHERE session_id = (?)",
-                        "DELETE FROM sessions WHERE id = (?)"):
-                self._rows(sql.replace("(?)", "(SELECT id FROM sessions WHERE name = ?)"), name)
+            number = self._one("SELECT id FROM sessions WHERE name = ?", name)
+            self._rows("UPDATE entries SET session_id = NULL WHERE session_id = ?", number)
+            self._rows("DELETE FROM messages WHERE session_id = ?", number)
+            self._rows("DELETE FROM sessions WHERE id = ?", number)
 
     def add_message(self, session_id: int, role: str, text: str,
                     said_at: Optional[float] = None) -> int:
@@ -5221,8 +5216,8 @@ class Memory:
 
     def advance_messages(self, ids: Iterable[int], stage: int) -> None:
         """Bring messages to a stage; those beyond it stay where they are."""
-        self._each("UPDATE messages SET stage = ? WHERE id = ? AND stage < ?",
-                   [(stage, i, stage) for i in ids])
+        self._write(f"UPDATE messages SET stage = ? WHERE stage < ? AND id IN ({LISTED})",
+                    stage, stage, json.dumps([*ids]))
 
     def message_texts(self, ids: Sequence[int]) -> List[str]:
         """Return the texts of messages by id."""
@@ -5280,8 +5275,8 @@ class Memory:
 
     def remove_entries(self, source: str, keys: Iterable[int]) -> None:
         """Remove documents of one source by key."""
-        self._each("DELETE FROM entries WHERE source = ? AND key = ?",
-                   [(source, key) for key in keys])
+        self._write(f"DELETE FROM entries WHERE source = ? AND key IN ({LISTED})",
+                    source, json.dumps([*keys]))
 
     def entries_taken(self) -> int:
         """Return how many entries were ever removed; while it stays, ids only rise."""
@@ -5333,9 +5328,9 @@ class Memory:
 
     def mark_read(self, keys: Iterable[int], layer: int) -> None:
         """Note that a layer has read the documents of these keys."""
-        self._each("UPDATE entries SET layer = ?, trained = min(?, coalesce(trained, ?)) WHERE "
-                   "source IN ('corpus', 'chat', 'taught', 'approved') AND key = ?",
-                   [(layer, layer, layer, key) for key in keys])
+        self._write("UPDATE entries SET layer = ?, trained = min(?, coalesce(trained, ?)) WHERE "
+                    f"source IN ('corpus', 'chat', 'taught', 'approved') AND key IN ({LISTED})",
+                    layer, layer, layer, json.dumps([*keys]))
 
     def mark_trained(self, layer: int) -> None:
         """Note that a layer trains from now on, on everything that is not held out."""
@@ -5347,10 +5342,11 @@ class Memory:
 
         What no layer has read counts as NOBODY's, if a generation not born yet may have read it.
         """
-        unborn = self.setting("rebirth") is not None
-        return [row for key in keys for row in self._rows(
-            f"SELECT text, coalesce(trained, {NOBODY}) FROM entries WHERE source = ? AND key = ? "
-            "AND (trained IS NOT NULL OR ? AND training AND NOT held_out)", source, key, unborn)]
+        return self._rows(f"""
+            SELECT text, coalesce(trained, {NOBODY}) FROM entries
+            WHERE source = ? AND key IN ({LISTED}) AND (trained IS NOT NULL OR training
+                AND NOT held_out AND EXISTS (SELECT 1 FROM settings WHERE name = 'rebirth'))""",
+                          source, json.dumps([*keys]))
 
     def inherit(self, source: str, key: int, layer: int, whole: bool) -> None:
         """Note that a layer has read words of this document, or all, before it was a document."""
@@ -5424,8 +5420,8 @@ class Memory:
 
     def hold_out(self, keys: Iterable[int], epoch: int) -> None:
         """Keep documents, known by the keys of their first lines, from training for ever."""
-        self._each("INSERT OR IGNORE INTO probes(key, epoch) VALUES (?, ?)",
-                   [(key, epoch) for key in keys])
+        self._write("INSERT OR IGNORE INTO probes(key, epoch) SELECT value, ? FROM json_each(?)",
+                    epoch, json.dumps([*keys]))
 
     def probe_epochs(self) -> Dict[int, int]:
         """Return when each held-out document, by the key of its first line, became one."""
@@ -5498,14 +5494,17 @@ class Memory:
 
     def save_layers(self, layers: Dict[str, Layer]) -> None:
         """Store layers under their names.  A sealed layer that is there already stays."""
-        self._each("""
-            INSERT INTO layers(name, sealed, manifest, checksum, data, saved_at)
-            VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(name) DO UPDATE SET
-                sealed = excluded.sealed, manifest = excluded.manifest, data = excluded.data,
-                checksum = excluded.checksum, saved_at = excluded.saved_at WHERE NOT layers.sealed
-            """, [(name, int(layer.sealed), manifest, _crc32(layer.data, manifest), layer.data,
-                   self.clock()) for name, layer in layers.items()
-                  for manifest in [json.dumps(layer.manifest)]])
+        with self.transaction():
+            for name, layer in layers.items():
+                manifest = json.dumps(layer.manifest)
+                self._rows("""
+                    INSERT INTO layers(name, sealed, manifest, checksum, data, saved_at)
+                    VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(name) DO UPDATE SET
+                        sealed = excluded.sealed, manifest = excluded.manifest,
+                        data = excluded.data, checksum = excluded.checksum,
+                        saved_at = excluded.saved_at WHERE NOT layers.sealed""",
+                           name, layer.sealed, manifest, _crc32(layer.data, manifest), layer.data,
+                           self.clock())
 
     def manifests(self) -> Dict[str, Any]:
         """Return the manifests of the present generation's layers; what is damaged is left out."""
@@ -5571,7 +5570,7 @@ class Memory:
 
     def remove_layers(self, names: Iterable[str]) -> None:
         """Remove layers that are no longer needed."""
-        self._each("DELETE FROM layers WHERE name = ?", [(name,) for name in names])
+        self._write(f"DELETE FROM layers WHERE name IN ({LISTED})", json.dumps([*names]))
 
     def setting(self, name: str, default: Any = None) -> Any:
         """Return a stored value, or the default."""
