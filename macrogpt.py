@@ -5007,7 +5007,6 @@ class Memory:
                  writable: bool = True) -> None:
         self.path, self.clock, self.writable = path, clock, writable
         self._lock = threading.RLock()
-        self._depth = 0
         with _told(path, OSError):
             _judge_file(path)
             self._db = _connect(path) if writable else _connect_to_read(path)
@@ -5076,7 +5075,7 @@ class Memory:
             return work()
         except StoreDamaged:
             with self._lock:
-                if self._depth:  # whoever began the transaction comes back, and begins again
+                if self._db.in_transaction:  # whoever began it comes back, and begins again
                     raise
                 self.build_index()
             return work()
@@ -5090,21 +5089,18 @@ class Memory:
     def transaction(self) -> Iterator[None]:
         """Make everything inside one commit, or nothing of it.  May be nested."""
         with self._lock, _told(self.path):
-            outermost, self._depth = self._depth == 0, self._depth + 1
-            try:
-                if outermost:
-                    self._revive()
-                    self._db.execute("BEGIN IMMEDIATE")
+            if self._db.in_transaction:  # the outermost commits
                 yield
-                if outermost:
-                    self._db.execute("COMMIT")
+                return
+            try:
+                self._revive()
+                self._db.execute("BEGIN IMMEDIATE")
+                yield
+                self._db.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(*SQL_ERRORS):  # what went wrong first is what is told
-                    if outermost and self._db.in_transaction:
-                        self._db.execute("ROLLBACK")
+                    self._db.execute("ROLLBACK")
                 raise
-            finally:
-                self._depth -= 1
 
     def _revive(self) -> None:
         """Write the file anew from the open connection when somebody has removed it."""

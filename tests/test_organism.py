@@ -452,7 +452,7 @@ class Rebirth(Home, unittest.TestCase):
         self.until(lambda: self.quartz(being))
         self.assertEqual((being.growth.generation, being.config.n_embd), (1, 8))
         self.assertEqual(len(being.mind().model.deltas), 1)
-        self.children[-1].child.unborn._begin_cooling()
+        self.children[-1].child.birth.learner._begin_cooling()
         self.append("The heron waits.")  # too late for the next, which gets a delta for it
         self.until(lambda: being.memory.entries("text LIKE '%heron%'") and not self.unread(being))
         self.release()
@@ -480,7 +480,7 @@ class Rebirth(Home, unittest.TestCase):
             self.held_in_rebirth(5)
             end()
             self.until(lambda: being.memory.setting("rebirth") is None
-                       and self.children[-1].child.unborn is None)
+                       and self.children[-1].child.birth is None)
             self.release()
             self.learn(being)
             self.assertEqual((being.growth.generation, being.config.n_embd), (1, 8))
