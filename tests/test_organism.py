@@ -460,7 +460,7 @@ class Rebirth(Home, unittest.TestCase):
         self.learn(being)
         self.assertEqual(being.config.n_embd, 16)
         self.assertGreater(being.growth.step, old.step + 10)
-        self.assertFalse(being.memory.manifests(m.NEXT))
+        self.assertFalse(being.memory.layers(m.NEXT))
         self.assertIsNone(being.trainer.due())
         self.assertEqual(m.delta_names(being.memory.manifests()), ["delta1"])
         self.assertEqual({e.text: e.layer for e in being.memory.entries("layer > 0")},
@@ -484,7 +484,7 @@ class Rebirth(Home, unittest.TestCase):
             self.release()
             self.learn(being)
             self.assertEqual((being.growth.generation, being.config.n_embd), (1, 8))
-            self.assertFalse(being.memory.manifests(m.NEXT) or self.unread(being))
+            self.assertFalse(being.memory.layers(m.NEXT) or self.unread(being))
         self.assertEqual(being.memory.to_unlearn(), [])
 
     def test_a_generation_that_reads_worse_is_given_up_told_and_not_tried_again_at_once(self):
@@ -502,7 +502,7 @@ class Rebirth(Home, unittest.TestCase):
                          ["rebirth", "rebirth given up"])
         self.assertEqual(being.growth.generation, 1)
         self.assertTrue(any("it is given up" in notice for notice in being.notices))
-        self.assertFalse(being.memory.manifests(m.NEXT))
+        self.assertFalse(being.memory.layers(m.NEXT))
         self.append(self.MANY.replace("kite", "swallow"))  # as much again
         self.until(lambda: self.events(being).count("rebirth") == 2)
 
