@@ -5510,10 +5510,7 @@ class Memory:
                 if manifest != "" and not name.startswith(NEXT)}
 
     def layers(self, prefix: str = "", without: Sequence[str] = ()) -> Dict[str, Layer]:
-        """Return the present generation's layers, or with NEXT the next one's, by their names.
-
-        What is damaged is left out.
-        """
+        """Return the sound layers of the present generation, or with NEXT of the next, by name."""
         return self._layers(prefix, f"name {'LIKE' if prefix else 'NOT LIKE'} ? AND name NOT IN "
                                     f"({LISTED})", NEXT + "%", json.dumps(without))
 
@@ -10272,9 +10269,8 @@ class TrainerChild:
         growth, self.told_at = job.learner.growth, self.clock()
         tokens, began = self.pace
         self._send("progress", phase="rebirth" if job is self.birth else growth.phase,
-                   step=growth.step, tokens=growth.tokens, share=job.share(),
-                   loss=report.loss if report.applied else None, bpc=growth.bpc,
-                   job_step=job.done_steps,
+                   step=growth.step, share=job.share(), bpc=growth.bpc,
+                   loss=report.loss if report.applied else None,
                    tokens_per_s=tokens / max(1e-9, self.clock() - began))
 
     def _snapshot(self, learner: Learner, read: Sequence[int] = (), adopted: bool = False) -> None:
