@@ -5032,32 +5032,21 @@ class Memory:
         self.has_fts = self._prepare_full_text()
 
     def _prepare_full_text(self) -> bool:
-        """Create the full-text index where it is missing; False where SQLite has no FTS5.
+        """Build the full-text index where it is not whole; return False where SQLite has no FTS5.
 
-        There the triggers go, lest they fail; where they are missing, the index is built anew.
+        There its triggers go all the same, lest they fail; where they are missing, it is not whole.
         """
+        with contextlib.suppress(StoreError):
+            self._rows("SELECT 1 FROM entries_fts LIMIT 1")
+            if self._rows("SELECT 1 FROM sqlite_master WHERE name = 'entries_added'"):
+                return True
         try:
-            if not self._index_answers():
-                self.build_index()
+            self.build_index()
             return True
         except StoreError as error:
-            if not self.writable:  # a report mends nothing, and searches as without an index
-                return False
-            if "fts5" not in str(error):
+            if self.writable and "fts5" not in str(error):
                 raise
-            for statement in list(_statements(NO_FULL_TEXT))[:3]:
-                self._rows(statement)
-            return False
-
-    def _index_answers(self) -> bool:
-        """Return whether the full-text index and its triggers are there and can be opened."""
-        try:
-            self._rows("SELECT 1 FROM entries_fts LIMIT 1")
-        except StoreError as error:
-            if "fts5" in str(error):  # there is no such module
-                raise
-            return False
-        return bool(self._rows("SELECT 1 FROM sqlite_master WHERE name = 'entries_added'"))
+            return False  # a report mends nothing, and searches as without an index
 
     def build_index(self) -> None:
         """Build the full-text index anew: all that is in it stands in the entries."""
