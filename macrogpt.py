@@ -238,7 +238,6 @@ class Config:
                                    "before", 0.01, 10.0)
     micro_steps: int = _setting(32, "steps of the smallest burst after that", 1)
     batch_size: int = _setting(4, "windows in a full batch B", 1, 4096)
-    small_batch_tokens: int = _setting(100_000, "tokens trained with half batches first", 0)
     # planned was 0.01; 0.005 measured better, and 0.7, 0.99 than the betas 0.8, 0.95 or 0.9, 0.99
     learning_rate: float = _setting(0.005, "AdamW's peak rate", 1e-7, 1.0)
     delta_rate: float = _setting(0.01, "peak rate of a burst into a delta", 1e-7, 1.0)
@@ -9599,17 +9598,9 @@ class Learner:
         more = config.max_merges * max(0.0, min(0.5, chars / max(1, before) - 1.0))
         return max(0, min(max(config.max_merges - known, round(more)), config.life_merges - known))
 
-    def batch(self) -> int:
-        """Return how many windows a step takes: half as many at first."""
-        full, young = self.config.batch_size, self.growth.tokens - self.growth.first_token
-        return max(1, full // 2) if young < self.config.small_batch_tokens else full
-
     def steps_of(self, epochs: float) -> float:
         """Return in how many steps of a birth the present text is read so many times."""
-        tokens = epochs * len(self.pool.stream)
-        first = min(tokens, self.config.small_batch_tokens)
-        full = self.config.batch_size * self.config.block_size
-        return first / (full / 2) + (tokens - first) / full
+        return epochs * len(self.pool.stream) / (self.config.batch_size * self.config.block_size)
 
     def birth_steps(self) -> int:
         """Return the most steps of a birth on the present text: some epochs, at most so many."""
@@ -9765,7 +9756,7 @@ class Learner:
 
     def step(self, rate: float, fresh_count: int) -> StepReport:
         """Train on one batch, in a burst with so many windows of what is new, and count it."""
-        grown, count = self.growth.phase == "grown", self.batch()
+        grown, count = self.growth.phase == "grown", self.config.batch_size
         fresh = fresh_count * (grown and len(self.pool.fresh) > 1)
         drawn = fresh if grown else count
         windows = self.pool.windows(drawn, fresh, self.rng)
@@ -9936,7 +9927,7 @@ class Job:
         # a delta that knows nothing yet has nothing to forget, and no text is its own
         known, fresh = learner.growth.delta_chars, learner.chars(unread=True)
         self.fresh_share = 1.0 - config.replay_share * known / max(1, known + fresh)
-        per_step = learner.batch() * self.fresh_share or 1.0
+        per_step = config.batch_size * self.fresh_share or 1.0
         self.lap_steps = max(config.micro_steps // 4, 1, math.ceil(
             len(learner.pool.fresh) / (per_step * config.block_size)))
         most = BURST_STEPS * config.micro_steps
@@ -9979,7 +9970,7 @@ class Job:
 
     def advance(self) -> StepReport:
         """Do one step; in a burst, fresh_share of its windows are of what is new."""
-        exact = 0.0 if self.birth else self.learner.batch() * self.fresh_share
+        exact = 0.0 if self.birth else self.learner.config.batch_size * self.fresh_share
         more = exact % 1.0 > 0.0 and self.learner.rng.random() < exact % 1.0
         report = self.learner.step(self.rate(), int(exact) + more)
         self.done_steps += 1

@@ -105,7 +105,7 @@ class Pupil:
         learner = m.Learner(config, m.Growth(), {}, engine)
         learner.take_text((), first.rows(0, unread=True))
         job = m.Job(learner, None, None, time.monotonic)
-        job.steps = max(1, tokens // (learner.batch() * config.block_size))
+        job.steps = max(1, tokens // (config.batch_size * config.block_size))
         while not (job.done_steps and job.finished()):
             job.advance()
         job.close()
@@ -119,8 +119,7 @@ class Pupil:
         for row in rows:
             if not row[-1]:
                 self.counts.read(m.document_ids(learner.tokenizer, row[2]))
-        batch = learner.batch() if self.method == "ours" else config.batch_size
-        steps = max(1, tokens // (batch * config.block_size)) if known else 0
+        steps = max(1, tokens // (config.batch_size * config.block_size)) if known else 0
         if self.method != "ours":
             self._tune(steps)
         elif known:  # as the trainer does, gate and all

@@ -13,7 +13,7 @@ from support import engine_in_use
 
 SMALL = ("n_layer=1", "n_embd=8", "n_head=1", "block_size=24", "warmup_steps=6", "micro_steps=4",
          "eval_steps=3", "eval_chars=300", "batch_size=2", "delta_rank=2", "mix_passes=1",
-         "min_merge_chars=1000000", "small_batch_tokens=0", "burst_passes=1", "dropout=0.0")
+         "min_merge_chars=1000000", "burst_passes=1", "dropout=0.0")
 KINDS = {"sea": "the gull and the wave and the salt wind blow over the pier ",
          "sums": "17 + 25 = 42; 9 * 8 = 72; 100 - 58 = 42; ",
          "shout": "WHO GOES THERE? STAND AND UNFOLD YOURSELF! "}
