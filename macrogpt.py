@@ -9474,8 +9474,6 @@ SHIFT_IDS = 400        # of what is new tell whether it is of another kind
 SHIFT_LEAST_IDS = 48   # and fewer tell nothing
 SHIFT_SHARE = 20       # part of its full size from which a delta may be sealed by a shift
 PARENTS = 3            # deltas that a new one may begin as a copy of, by likeness of text
-OWN_REPLAY = 0.5       # share of replayed windows that the active delta itself speaks for
-OWN_TRIES = 6
 SHORTEST_BIRTH = 100   # steps; of a page of text more than warmup_epochs says
 
 
@@ -9725,18 +9723,6 @@ class Learner:
                  if model.deltas[layer - 1]["embedding"].a.rows == self.config.delta_rank]
         return min([0, *heirs], key=lambda layer: self._nats(layer, sample))
 
-    def replayed(self) -> List[int]:
-        """Return a window of what is known; every second one of what the active delta speaks for.
-
-        The former keep it harmless where it is called by mistake, the latter rehearse it.
-        """
-        window, own = self.replay.window(self.rng), self.rng.random() < OWN_REPLAY
-        for _ in range(OWN_TRIES * own):
-            if self.router(window) == len(self.model.deltas):
-                break
-            window = self.replay.window(self.rng)
-        return window
-
     def settle_route(self) -> None:
         """Let the router know what the active delta is to learn."""
         texts, active = [text.text for text in self.unread()], len(self.model.deltas)
@@ -9760,7 +9746,7 @@ class Learner:
         fresh = fresh_count * (grown and len(self.pool.fresh) > 1)
         drawn = fresh if grown else count
         windows = self.pool.windows(drawn, fresh, self.rng)
-        windows += [self.replayed() for _ in range(count - drawn)]
+        windows += [self.replay.window(self.rng) for _ in range(count - drawn)]
         windows = [window for window in windows if len(window) > 1] or self.pool.windows(
             1, 1, self.rng)
         report = train_step(self.model.learner(), self.config, windows, rate,

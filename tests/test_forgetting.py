@@ -93,7 +93,7 @@ class Bursts(Pupils, unittest.TestCase):
         self.assertEqual(self.job(learner).fresh_share, 1.0)
         learner.growth.delta_chars = learner.chars(unread=True)
         self.assertEqual(self.job(learner).fresh_share, 0.75)
-        with mock.patch.object(m.Learner, "replayed", return_value=[1, 2, 3]) as replayed:
+        with mock.patch.object(m.Replay, "window", return_value=[1, 2, 3]) as replayed:
             self.work(learner, steps=20)
         self.assertTrue(2 <= replayed.call_count <= 18, replayed.call_count)
 
