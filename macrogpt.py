@@ -9473,7 +9473,6 @@ FRESH_IDS = 400        # of what is new tell whether it is still being learned
 SHIFT_IDS = 400        # of what is new tell whether it is of another kind
 SHIFT_LEAST_IDS = 48   # and fewer tell nothing
 SHIFT_SHARE = 20       # part of its full size from which a delta may be sealed by a shift
-PARENTS = 3            # deltas that a new one may begin as a copy of, by likeness of text
 SHORTEST_BIRTH = 100   # steps; of a page of text more than warmup_epochs says
 
 
@@ -9712,15 +9711,12 @@ class Learner:
             self.dirty.update(("router", f"delta{len(self.model.deltas) - 1}"))
 
     def _parent(self) -> int:
-        """Return the layer to begin with, of those that the new text resembles, or the base."""
-        sample, model = self.pool.fresh[1:1 + SHIFT_IDS], self.model
+        """Return the layer to begin with: of the base and deltas of this rank, the best reader."""
+        sample, rank = self.pool.fresh[1:1 + SHIFT_IDS], self.config.delta_rank
         if len(sample) < SHIFT_LEAST_IDS:
             return 0
-        newest = b"".join(map(self.tokenizer.token_bytes, sample))
-        scores = self.router.scores(newest)
-        likely = heapq.nlargest(PARENTS, range(1, len(scores)), key=scores.__getitem__)
-        heirs = [layer for layer in likely
-                 if model.deltas[layer - 1]["embedding"].a.rows == self.config.delta_rank]
+        heirs = [layer for layer, delta in enumerate(self.model.deltas, 1)
+                 if delta["embedding"].a.rows == rank]
         return min([0, *heirs], key=lambda layer: self._nats(layer, sample))
 
     def settle_route(self) -> None:
