@@ -6611,21 +6611,26 @@ class When(NamedTuple):
     form: str
 
 
-# Ways to name days; a word in capitals stands for what the table has under that name.
+# Ways to name days. A word in capitals stands for the words that the table has under that name, and
+# a group is called as the pairs that tell its value.
 _DATE_FORMS = (
-    ("iso", r"(\d{4})-(\d\d)-(\d\d)"),
-    ("day month", r"(?:the )?(\d{1,2}|NTH)(?:st|nd|rd|th|\.)?(?: of| de)? (MONTH)"
-                  r"(?:,? (?:de )?(\d{4}))?"),
-    ("month day", r"(MONTH) (?:the )?(\d{1,2})(?:st|nd|rd|th)?(?![\d:])(?:,? (\d{4}))?"),
-    ("month", r"(?:DATED|UNTIL) (MONTH)(?: (\d{4}))?"),
-    ("year", r"(?:DATED|UNTIL) (\d{4})"),
-    ("nth", r"(?:DATED) the (NTH|\d{1,2}(?:st|nd|rd|th))(?: of (SIDE) month|(?! of))"),
-    ("ago", r"(?:(AGO) )?(COUNT|\d{1,3}) (SPAN)(?: (AGO))?"),
-    ("ahead", r"(?:AHEAD) (?:exactly |about )?(COUNT|\d{1,3}) (SPAN)"),
-    ("side", r"(?:DATED )?(SIDE) (SPAN|WEEKDAY|MONTH)"),
-    ("side", r"(SPAN) (SIDE)"),
-    ("day", r"(DAY)"),
-    ("weekday", r"(?:DATED )?(WEEKDAY)"))
+    ("date", r"(?P<year>\d{4})-(?P<month>\d\d)-(?P<nth>\d\d)"),
+    ("date", r"(?:the )?(?P<nth>\d{1,2}|NTH)(?:st|nd|rd|th|\.)?(?: of| de)? (?P<month>MONTH)"
+             r"(?:,? (?:de )?(?P<year>\d{4}))?"),
+    ("date", r"(?P<month>MONTH) (?:the )?(?P<nth>\d{1,2})(?:st|nd|rd|th)?(?![\d:])"
+             r"(?:,? (?P<year>\d{4}))?"),
+    ("month", r"(?:DATED|UNTIL) (?P<month>MONTH)(?: (?P<year>\d{4}))?"),
+    ("year", r"(?:DATED|UNTIL) (?P<year>\d{4})"),
+    ("nth", r"(?:DATED) the (?P<nth>NTH|\d{1,2}(?:st|nd|rd|th))"
+            r"(?: of (?P<side>SIDE) month|(?! of))"),
+    ("ago", r"(?:AGO) (?P<count>COUNT|\d{1,3}) (?P<span>SPAN)"),
+    ("ago", r"(?P<count>COUNT|\d{1,3}) (?P<span>SPAN) (?:AGO)"),
+    ("ahead", r"(?:AHEAD) (?:exactly |about )?(?P<count>COUNT|\d{1,3}) (?P<span>SPAN)"),
+    ("side", r"(?:DATED )?(?P<side>SIDE) (?:(?P<span>SPAN)|(?P<weekday>WEEKDAY)|(?P<month>MONTH))"),
+    ("side", r"(?P<span>SPAN) (?P<side>SIDE)"),
+    ("day", r"(?P<day>DAY)"),
+    ("weekday", r"(?:DATED )?(?P<weekday>WEEKDAY)"))
+_SEEN_FROM_TODAY = frozenset(("nth", "ago", "ahead", "side", "day", "weekday", "month"))
 
 
 def _date_forms(lex: Lexicon, language: str) -> List[Tuple[str, Pattern[str]]]:
@@ -6647,64 +6652,55 @@ def days_in(lex: Lexicon, text: str, today: datetime.date) -> List[When]:
     passed = any(word in past or language == "en" and word.endswith("ed") for word in words)
     for name, form in lex.dates(language):
         for match in form.finditer(text):
-            groups = [group and group.casefold() for group in match.groups()]
             with contextlib.suppress(ValueError, OverflowError):  # there is no 31 June
-                days = _days(lex, language, name, groups, today, passed)
+                days = _days(lex, language, name, match, today, passed)
                 beside = re.match(rf" (?:{_WORD.pattern})", text[match.end():])
                 floor = name == "nth" and beside and (  # the fourth floor is no day
                     "function" not in lex.word(beside[0].strip(), language).classes)
-                if days and 1 < days[0].year < 9000 and not floor and not any(
+                if 1 < days[0].year < 9000 and not floor and not any(
                         w.start < match.end() and match.start() < w.end for w in found):
                     found.append(When(*days, *match.span(), name))
     return sorted(found, key=attrgetter("start"))
 
 
-_SEEN_FROM_TODAY = frozenset(("nth", "ago", "ahead", "side", "day", "weekday", "month"))
-
-
-def _days(lex: Lexicon, language: str, form: str, groups: Sequence[Any], today: datetime.date,
-          passed: bool) -> Optional[Tuple[datetime.date, datetime.date]]:
-    """Return the first and the last day of what a way to name days means; None for nothing."""
-    table = {word: value for kind in ("month", "weekday", "span", "side", "count", "nth", "day")
-             for word, value in lex.pairs[kind, language].items()}
-    values = [group and table.get(group, group.rstrip("sthndr") or group) for group in groups]
-    one, two = values[0], (values[1] if len(values) > 1 else None)
-    if form == "iso":
-        return (datetime.date(*map(int, values)),) * 2
-    if form in ("day month", "month day"):
-        day, month = map(int, values[:2] if form == "day month" else values[1::-1])
-        years = [int(values[2])] if values[2] else range(today.year - 1, today.year + 2)
-        return (min((datetime.date(year, month, day) for year in years),
-                    key=lambda date: abs(date - today)),) * 2
-    if form == "month":
-        late = (int(one) > today.month) if passed else -(int(one) < today.month)
-        return _stretch("m", 0, datetime.date(int(two or today.year - late), int(one), 1))
-    if form == "year":
-        return _stretch("y", 0, datetime.date(int(one), 1, 1))
-    if form == "nth":
-        month = _stretch("m", int(two or 0), today)[0]
-        day = month.replace(day=int(one))
-        return (day if two or day >= today or passed else
-                _stretch("m", 1, today)[0].replace(day=int(one)),) * 2
-    if form in ("ago", "ahead"):
-        if form == "ago" and not (groups[0] or groups[3]):
-            return None
-        count, unit = (-int(two), values[2]) if form == "ago" else (int(one), two)
-        exact = {"d": 1, "w": 7}.get(unit)
-        return (today + datetime.timedelta(exact * count),) * 2 if exact else (
-            _stretch(unit, count, today))
-    if form == "side":
-        side, what = (values if groups[0] in lex.pairs["side", language] else values[::-1])
-        if what in "dwmy":
-            return _stretch(what, int(side), today)
-        if groups[1] in lex.pairs["month", language]:
-            year = today.year + ((int(what) <= today.month) if side == "1" else
-                                 -(int(what) >= today.month) if side == "-1" else 0)
-            return _stretch("m", 0, datetime.date(year, int(what), 1))
-        return (_weekday(today, int(what), side == "-1"),) * 2
-    if form == "day":
-        return (today + datetime.timedelta(int(one)),) * 2
-    return (_weekday(today, int(one), passed),) * 2
+def _days(lex: Lexicon, language: str, form: str, match: Match[str], today: datetime.date,
+          passed: bool) -> Tuple[datetime.date, datetime.date]:
+    """Return the first and the last day of what words that name days mean."""
+    values = {kind: lex.pairs[kind, language].get(text.casefold(), text.rstrip("sthndr"))
+              for kind, text in match.groupdict().items() if text}
+    span = values.pop("span", "")
+    known = {kind: int(value) for kind, value in values.items()}
+    side, month, year, nth = (known.get(kind) for kind in ("side", "month", "year", "nth"))
+    if form == "date":
+        years = [year] if year else range(today.year - 1, today.year + 2)
+        day = min((datetime.date(each, month, nth) for each in years),
+                  key=lambda date: abs(date - today))
+    elif form == "nth":
+        day = _stretch("m", side or 0, today)[0].replace(day=nth)
+        if side is None and day < today and not passed:
+            day = _stretch("m", 1, today)[0].replace(day=nth)
+    elif form in ("ago", "ahead"):
+        count = -known["count"] if form == "ago" else known["count"]
+        if span in "my":
+            return _stretch(span, count, today)
+        day = today + datetime.timedelta(count * (7 if span == "w" else 1))
+    elif span:
+        return _stretch(span, side, today)
+    elif month:
+        if side is None and not year:
+            year = today.year + (0 if passed else month < today.month) - (
+                passed and month > today.month)
+        elif side:
+            year = today.year + (side > 0 and month <= today.month) - (
+                side < 0 and month >= today.month)
+        return _stretch("m", 0, datetime.date(year or today.year, month, 1))
+    elif year:
+        return _stretch("y", 0, datetime.date(year, 1, 1))
+    elif form == "day":
+        day = today + datetime.timedelta(known["day"])
+    else:
+        day = _weekday(today, known["weekday"], passed if side is None else side < 0)
+    return day, day
 
 
 def _weekday(today: datetime.date, weekday: int, passed: bool) -> datetime.date:
@@ -6716,60 +6712,59 @@ def _weekday(today: datetime.date, weekday: int, passed: bool) -> datetime.date:
 def _stretch(unit: str, count: int, today: datetime.date) -> Tuple[datetime.date, datetime.date]:
     """Return the first and last day of the day, week, month or year that is so many away."""
     if unit in "dw":
-        first = today + datetime.timedelta(count * (7 if unit == "w" else 1)
-                                           - today.weekday() * (unit == "w"))
-        return first, first + datetime.timedelta(6 * (unit == "w"))
-    months = 12 * (today.year + count * (unit == "y")) + (
-        today.month - 1 + count if unit == "m" else 0)
-    end = months + (1 if unit == "m" else 12)
-    return (datetime.date(months // 12, months % 12 + 1, 1),
-            datetime.date(end // 12, end % 12 + 1, 1) - datetime.timedelta(1))
+        size, begun = (7, today.weekday()) if unit == "w" else (1, 0)
+        first = today + datetime.timedelta(count * size - begun)
+        return first, first + datetime.timedelta(size - 1)
+    size, begun = (12, 0) if unit == "y" else (1, today.month - 1)
+    months = 12 * today.year + begun + count * size
+    first, end = (datetime.date(month // 12, month % 12 + 1, 1) for month in (
+        months, months + size))
+    return first, end - datetime.timedelta(1)
 
 
 def named_days(lex: Lexicon, language: str, first: datetime.date, last: datetime.date,
                today: datetime.date) -> str:
     """Return how days are called today: tomorrow, on 9 May, in March 2025, in the week of 4 May."""
-    near = [word for word, days in lex.pairs["day", language].items()
-            if first == last == today + datetime.timedelta(int(days)) and abs(int(days)) < 2]
-    months = {int(value): word for word, value in reversed(lex.pairs["month", language].items())}
-    on, into = [*lex.phrases["dated", language]][:2] or ("on", "in")
-    month = months[first.month] if language in ("es", "fr") else months[first.month].capitalize()
-    dot = "." if language == "de" else ""
+    on, into = [*lex.phrases["dated", language]][:2] or ("on", "in")  # an owner's language
+    away = str((first - today).days)
+    near = [word for word, days in lex.pairs["day", language].items() if days == away]
+    if first == last and near and away in ("-1", "0", "1"):
+        return near[0]
+    month = next(word for word, value in lex.pairs["month", language].items()
+                 if value == str(first.month))
+    month = month if language in ("es", "fr") else month.capitalize()
     year = f" {first.year}" if first.year != today.year else ""
-    if near or first == last:
-        return near[0] if near else f"{on} {first.day}{dot} {month}{year}"
+    day = f"{first.day}{'.' * (language == 'de')} {month}{year}"
+    if first == last:
+        return f"{on} {day}"
     if (first, last) == _stretch("y", 0, first):
         return f"{into} {first.year}"
-    if (first, last) == _stretch("m", 0, first):
-        return f"{into} {month}{year}"
-    return f"{into} the week of {first.day}{dot} {month}{year}"
+    whole = (first, last) == _stretch("m", 0, first)
+    return f"{into} {month}{year}" if whole else f"{into} the week of {day}"
 
 
 def as_of(lex: Lexicon, text: str, told: datetime.date, today: datetime.date) -> str:
     """Return a statement of one day as it is said on another: "tomorrow" is then "on 9 May"."""
     days, (_, _, language) = days_in(lex, text, told), _words_in(lex, text)
     over = bool(days) and all(w.last < today for w in days) and any(w.last >= told for w in days)
+    until = lex.phrases["until", language]
     for when in reversed(days):
-        week = 0 < (when.last - when.first).days < 7
-        if when.form in _SEEN_FROM_TODAY and (
-                told != today or when.form not in ("day", "weekday", "nth") and not week):
-            name = named_days(lex, language, when.first, when.last, today)
-            lead = text[when.start:when.end].split()[0].casefold()
-            if any((lead,) in ps for ps in lex.phrases["until", language].values()):
-                continue  # since March stays
-            if any((word,) in ps for ps in lex.phrases["until", language].values()
-                   for word in text[:when.start].casefold().split()[-1:]):
-                name = name.partition(" ")[2] or name  # until the week of 4 May
-            if text[:when.start].casefold().endswith("on ") and name.startswith("on "):
-                name = name[3:]
-            text = text[:when.start] + (name if when.start else name[:1].upper() + name[1:]) + (
-                text[when.end:])
+        before, named = text[:when.start], text[when.start:when.end]
+        lasting = told == today and (  # what was said today may be said so today
+            when.form in ("day", "weekday", "nth") or 0 < (when.last - when.first).days < 7)
+        if lasting or when.form not in _SEEN_FROM_TODAY or named.split()[0].casefold() in until:
+            continue  # since March stays
+        name = named_days(lex, language, when.first, when.last, today)
+        if not until.keys().isdisjoint(before.casefold().split()[-1:]):
+            name = name.partition(" ")[2] or name  # until the week of 4 May
+        elif before.casefold().endswith("on ") and name.startswith("on "):
+            name = name[3:]
+        text = before + (name if before else name[:1].upper() + name[1:]) + text[when.end:]
     if over:  # what was to come has been
-        pairs = lex.pairs["past", language]
-        word = re.search(r"(?<![\w'])(?:%s)(?![\w'])" % ("|".join(map(re.escape, pairs)) or "(?!)"),
-                         text, re.I)
-        if word:
-            text = text[:word.start()] + pairs[word[0].casefold()] + text[word.end():]
+        past = lex.pairs["past", language]
+        verbs = "|".join(map(re.escape, past)) or "(?!)"
+        text = re.sub(rf"(?<![\w'])(?:{verbs})(?![\w'])", lambda verb: past[verb[0].casefold()],
+                      text, 1, re.I)
     return text
 
 
