@@ -6336,11 +6336,8 @@ class Lexicon:
             elif kind in _PAIRED:
                 self.pairs[kind, language].update(
                     word.replace("_", " ").partition("/")[::2] for word in words)
-        self.endings: Dict[str, Dict[str, List[Tuple[str, str]]]] = {  # by their last letters
-            language: {last: sorted((pair for pair in pairs.items() if pair[0][-1] == last),
-                                    key=lambda pair: -len(pair[0])) for last in {
-                                        ending[-1] for ending in pairs}}
-            for (kind, language), pairs in self.pairs.items() if kind == "ending"}
+        self.endings = {language: re.compile(f"(.{{3,}}?)({'|'.join(map(re.escape, pairs))})")
+                        for (kind, language), pairs in self.pairs.items() if kind == "ending"}
         for number, (name, words) in enumerate(groups):
             self._take(f"{name}{number}", name, words)
         self.dates = functools.lru_cache(None)(functools.partial(_date_forms, self))
@@ -6383,11 +6380,10 @@ class Lexicon:
     def stem(self, word: str, language: str) -> str:
         """Return a word without accents and the commonest endings of its language."""
         word, back = _unmarked(self.odd.get(word, word)), ""
-        for end, put in self.endings.get(language, {}).get(word[-1:], ()):
-            if word.endswith(end) and len(word) - len(end) > 2:
-                word = word[:len(word) - len(end)] + put
-                back = self.pairs["silent", language].get(end, "")
-                break
+        ended = self.endings[language].fullmatch(word) if language in self.endings else None
+        if ended:  # by the longest ending that leaves three letters
+            word = ended[1] + self.pairs["ending", language][ended[2]]
+            back = self.pairs["silent", language].get(ended[2], "")
         if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "lsz":
             return word[:-1]  # stopp(ed)
         return word + back * bool(_SHORT.fullmatch(word))
