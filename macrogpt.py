@@ -6873,14 +6873,13 @@ def wishes(lex: Lexicon, text: str) -> bool:
 def analyzed(lex: Lexicon, text: str) -> Asked:
     """Return a question taken apart."""
     line = lex.line(lex.opened(text)[0].strip() or text)
-    words, size = [*(word.word for word in line.words), "$"], range(len(line.words) + 1)
-    asks_first = next((i for i in size[:-1] if "question" in line.words[i].classes), -1)
+    words = [*(word.word for word in line.words), "$"]
+    asks_first = next((i for i, word in enumerate(line.words) if "question" in word.classes), -1)
     slot, at = next((  # a later "who" goes with what stands before it
         (kind[5:], set(range(i, i + lex.phrase_at(words, i, kind, language))))
         for kind, language in lex.phrases if kind.startswith("asks.") and language == line.language
-        for i in size if lex.phrase_at(words, i, kind, language) and (
-            i <= asks_first or i == size[-1] or "question" not in line.words[i].classes)),
-        ("", set()))
+        for i, word in enumerate(line.words) if lex.phrase_at(words, i, kind, language) and (
+            i <= asks_first or "question" not in word.classes)), ("", set()))
     which = next((i for i, word in enumerate(line.words) if "which" in word.classes), len(words))
     beside = itertools.takewhile(  # what does the holiday cost: it asks for no kind of holiday
         lambda w: lex.odd.get(w.word, w.word) != "do", line.words[which + 1:which + 4])
@@ -7064,17 +7063,16 @@ def _units_of(lex: Lexicon, entry: Entry, needles: Iterable[str]) -> Iterator[Un
 
 
 def _beside(lex: Lexicon, units: Iterable[Unit]) -> Iterator[Unit]:
-    """Yield statements, and those of the owner's also with the one before them in a message.
+    """Yield the statements of an entry, and the owner's also with the one before them in it.
 
     What is told in one breath belongs together: the clock strikes thirteen; the rack is bent.
     """
-    last: Optional[Unit] = None
+    before = ""
     for unit in units:
         yield unit
-        if last and last.entry is unit.entry and not unit.about and unit.entry.source in TOLD:
-            about = _stopped(last.text)
-            yield Unit(unit.entry, lex.line(f"{about} {unit.text}"), text=unit.text, about=about)
-        last = unit
+        if before and not unit.about and unit.entry.source in TOLD:
+            yield Unit(unit.entry, lex.line(f"{before} {unit.text}"), text=unit.text, about=before)
+        before = _stopped(unit.text)
 
 
 # who is who
