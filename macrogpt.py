@@ -6409,9 +6409,8 @@ class Lexicon:
             return 4
         if "former" in asked.classes & told.classes:
             return 3
-        if a == b:  # schon is not schön; but whoever types no accents means the same
-            plain = _unmarked(asked.word) == _unmarked(told.word)
-            return 1 if plain and not (asked.word.isascii() or told.word.isascii()) else 4
+        if a == b:  # as it does for who types no accents
+            return 4
         if self.senses.get(a, _NONE) & self.senses.get(b, _NONE):
             return 3
         if b in self.kinds.get(a, ()):
@@ -6804,8 +6803,7 @@ def _after_frame(classes: Sequence[AbstractSet[str]], at: int, frame: int) -> Tu
     """Return where what follows "do you know" begins, and whether it is asked for or told."""
     opens = {"question", "own", "det", "tells", "whether", "subject"}
     rest = frame + 1
-    while rest < len(classes) and classes[rest] and not classes[rest] & opens and not (
-            "prep" in classes[rest] and _NONE.union(*classes[rest + 1:rest + 2]) & {"question"}):
+    while rest < len(classes) and classes[rest] and not classes[rest] & opens:
         rest += 1
     if rest >= len(classes) or "tells" in classes[rest]:
         return rest + 1, "tell" if rest + 1 < len(classes) else ""
@@ -6815,7 +6813,7 @@ def _after_frame(classes: Sequence[AbstractSet[str]], at: int, frame: int) -> Tu
     if "subject" in before and not before & {"not", "advice", "aux"} and (
             "lost" not in classes[frame]):
         return 0, ""  # I know where it is
-    if classes[rest] & {"question", "whether", "prep"}:
+    if classes[rest] & {"question", "whether"}:
         return rest, "ask"
     wanted = "lost" not in classes[frame] or any("wanted" in c for c in classes[rest:])
     if "indefinite" in classes[rest] or not classes[rest] & opens or not wanted:
@@ -7142,12 +7140,10 @@ def _is_named(line: Line, at: int, before: int) -> bool:
     The goat in the field is called Bo; we have new people upstairs, they are called the Mills.
     """
     words, start = line.words, before if at >= before else 0
-    named = any("asks.name" in words[i].classes and {i + 1, i + 2, i + 3} & {*line.telling}
-                for i in range(at + 1, len(words)))
+    named = any("asks.name" in word.classes for word in words[at + 1:])
     while at > start and (at - 1 in line.telling or words[at - 1].word == "'s"):
         at -= 1
-    leads = all("idle" in words[i].classes for i in line.telling if start <= i < at)
-    return named and leads and (start == before or "refers" in words[before].classes)
+    return named and all("idle" in words[i].classes for i in line.telling if start <= i < at)
 
 
 def _filling(lex: Lexicon, asked: Asked, line: Line, used: Container[int], before: int) -> int:
@@ -7222,13 +7218,10 @@ def _where(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
     j = next((j for j in range(at + 1, min(at + 5, len(line.words))) if not line.words[j].classes
               & {"det", "own", "prep", "other", "you", "function"}), at)  # in the left pocket
     ahead = line.words[j]
-    if j in used and j > at:  # in room 3
-        behind = "".join(w.text for w in line.words[j + 1:j + 2])[:1]
-        return 2 * (behind.isupper() or behind.isdigit())
     led = word.word not in ("to", "of", "about", "by", "for", "during") or line.caps[j] or (
         word.word in ("to", "by") and "det" in line.words[j - 1].classes)
     timely = ahead.stem in lex.kinds["time"] or ahead.word in lex.pairs["nth", line.language]
-    return 2 * (j > at and led and not timely and not _is_number(lex, ahead))
+    return 2 * (j > at and j not in used and led and not timely and not _is_number(lex, ahead))
 
 
 def _named(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
@@ -7242,13 +7235,12 @@ def _named(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
             return 1 if lead.word in ("in", "at", "near", "from", "to") else 2
         led = before.classes & {"own"} or before.word in ("by", "from", "with", "von", "por", "par")
         return int(word.stem in lex.kinds["person"] or bool(led) and telling or unknown)
-    if slot == "name":
-        called = "asks.name" in before.classes and telling
-        if not line.caps[at] and not called:
+    if slot == "name":  # where no word says that it is one, which would fill the gap by itself
+        if not line.caps[at]:
             return int(unknown)
         beside = at - 1 in used or at + 1 in used or at > 0 and line.caps[at - 1]
         aux = "aux" in before.classes or "aux" in after.classes
-        return 2 if called or beside or aux else int("prep" not in before.classes)
+        return 2 if beside or aux else int("prep" not in before.classes)
     if slot == "reason":
         leads = "prep" in word.classes and line.caps[at + 1:at + 2] == [True]  # moved to Bergen
         return 2 * (word.stem in lex.kinds["reason"] and not leads)
