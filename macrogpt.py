@@ -6391,9 +6391,9 @@ class Lexicon:
     @functools.lru_cache(1 << 13)
     def word(self, text: str, language: str) -> Word:
         """Return a word of a language with what is known of it."""
-        word = text.casefold()
-        classes = self.closed[language].get(word) or (  # going and gone are as idle as go
-            self.closed[language].get(self.odd.get(word, word), _NONE) & {"idle"})
+        word, closed = text.casefold(), self.closed[language]
+        classes = closed.get(word) or (  # going and gone are as idle as go
+            closed.get(self.odd.get(word, word), _NONE) & {"idle"})
         return Word(text, word, self.stem(word, language), frozenset(classes))
 
     def are_rivals(self, one: Word, other: Word, of_kind: bool = True) -> bool:
@@ -6446,13 +6446,12 @@ class Lexicon:
 
     def phrase_at(self, words: Sequence[str], at: int, kind: str, language: str) -> int:
         """Return how many words from a place on are a phrase of a kind; 0 if none is."""
-        return max((len(phrase) for phrase in self.phrases[kind, language].get(
-            "".join(words[at:at + 1]), ())
+        begun = self.phrases[kind, language].get(words[at], ()) if at < len(words) else ()
+        return max((len(phrase) for phrase in begun
                     if tuple(words[at:at + len(phrase)]) == phrase), default=0)
 
     def language_of(self, words: Sequence[str]) -> str:
-        """Return the language that has most of the words as function words, or as short for them.
-        """
+        """Return the language that has most of the words as function words, or short for them."""
         return max(self.endings, key=lambda language: sum(
             "function" in self.closed[language].get(word, ())
             or word in self.pairs["short", language] for word in words))
@@ -6596,8 +6595,7 @@ class Line:
 
 
 class When(NamedTuple):
-    """Days that a text names, the first and the last, where it does, and whether as seen from one.
-    """
+    """Days that a text names, the first and the last, where it does, and in which form."""
 
     first: datetime.date
     last: datetime.date
@@ -6784,10 +6782,10 @@ def opened(lex: Lexicon, text: str) -> Tuple[str, str]:
     """Return a text without its opening courtesies, and whether they "ask", "tell", or neither."""
     text = _MARKER.sub("", text[:MAX_ASKED_CHARS])
     spans, words, language = _words_in(lex, text)
-    at, size = 0, 1
+    at, size = 0, lex.phrase_at(words, 0, "opening", language)
     while size and at + size < len(words):
+        at += size
         size = lex.phrase_at(words, at, "opening", language)
-        at += size if at + size < len(words) else 0
     classes = [lex.closed[language].get(word, _NONE) for word in words]
     for i in range(at, min(at + 8, len(words))):
         if "frame" in classes[i]:
@@ -6808,15 +6806,14 @@ def _after_frame(classes: Sequence[AbstractSet[str]], at: int, frame: int) -> Tu
     if rest >= len(classes) or "tells" in classes[rest]:
         return rest + 1, "tell" if rest + 1 < len(classes) else ""
     before = _NONE.union(*classes[at:frame])
-    if "aux" in classes[at] and "me" in classes[at + 1]:
-        return 0, ""  # should I tell him
-    if "subject" in before and not before & {"not", "advice", "aux"} and (
-            "lost" not in classes[frame]):
-        return 0, ""  # I know where it is
+    lost = "lost" in classes[frame]
+    if "aux" in classes[at] and "me" in classes[at + 1] or not lost and (
+            "subject" in before and not before & {"not", "advice", "aux"}):
+        return 0, ""  # should I tell him; I know where it is
     if classes[rest] & {"question", "whether"}:
         return rest, "ask"
-    wanted = "lost" not in classes[frame] or any("wanted" in c for c in classes[rest:])
-    if "indefinite" in classes[rest] or not classes[rest] & opens or not wanted:
+    wanted = not lost or any("wanted" in c for c in classes[rest:])
+    if "indefinite" in classes[rest] or not classes[rest] or not wanted:
         return 0, ""  # tell me a joke; I forgot my umbrella
     return rest, "tell" if any("aux" in c for c in classes[rest + 1:]) else "ask"
 
@@ -7100,18 +7097,17 @@ def _called(lex: Lexicon, memory: Memory, asked: Asked) -> Dict[int, AbstractSet
         word, owner, found = asked.line.words[i], asked.line.owners[i], set()
         owners = {owner}.union(*(names[k] for k in names if asked.line.words[k].stem == owner))
         ids = memory.ids_holding([lex.forms(word), [TOLD_MARK]], MOST_TOLD)
-        for unit in (u for entry in memory.entries_of(ids) for u in _units_of(lex, entry, ("",))):
-            line = unit.line
-            stems = {w.stem for w in line.words}
-            for at in line.telling:
-                if asked.line.caps[i] and line.owners[at] and any(
-                        w.stem == word.stem for w in _names_beside(lex, line, at)):
-                    found.add(line.words[at].stem)
-                elif lex.nearness(word, line.words[at]) > 1 and (
-                        "asks.name" not in line.words[at].classes) and (
-                        line.owners[at] == owner if owner == "my" else owners & stems
-                        or owner in ("the", "") and not asked.line.caps[i]):
-                    found |= {w.stem for w in _names_beside(lex, line, at)}
+        lines = (unit.line for entry in memory.entries_of(ids)
+                 for unit in _units_of(lex, entry, ("",)))
+        for line, at in ((line, at) for line in lines for at in line.telling):
+            one, called = line.words[at], {w.stem for w in _names_beside(lex, line, at)}
+            if asked.line.caps[i] and line.owners[at] and word.stem in called:
+                found.add(one.stem)
+            elif lex.nearness(word, one) > 1 and "asks.name" not in one.classes and (
+                    line.owners[at] == owner if owner == "my" else
+                    owners & {w.stem for w in line.words}
+                    or owner in ("the", "") and not asked.line.caps[i]):
+                found |= called
         names[i] = frozenset(found - {word.stem})
     return names
 
@@ -7142,7 +7138,7 @@ def _is_named(line: Line, at: int, before: int) -> bool:
     words, start = line.words, before if at >= before else 0
     named = any("asks.name" in word.classes for word in words[at + 1:])
     while at > start and (at - 1 in line.telling or words[at - 1].word == "'s"):
-        at -= 1
+        at -= 1  # to where what is named begins
     return named and all("idle" in words[i].classes for i in line.telling if start <= i < at)
 
 
