@@ -6680,12 +6680,10 @@ def _days(lex: Lexicon, language: str, form: str, match: Match[str], today: date
     elif span:
         return _stretch(span, side, today)
     elif month:
-        if side is None and not year:
-            year = today.year + (0 if passed else month < today.month) - (
-                passed and month > today.month)
-        elif side:
-            year = today.year + (side > 0 and month <= today.month) - (
-                side < 0 and month >= today.month)
+        if side:  # another one than this
+            year = today.year + side * (side * (month - today.month) <= 0)
+        elif side is None and not year:
+            year = today.year - (month > today.month if passed else -(month < today.month))
         return _stretch("m", 0, datetime.date(year or today.year, month, 1))
     elif year:
         return _stretch("y", 0, datetime.date(year, 1, 1))
@@ -6975,8 +6973,8 @@ def _clauses(lex: Lexicon, sentence: str) -> List[str]:
     start, found = 0, []
     for cut in lex.joints.finditer(sentence):
         one, other = lex.line(sentence[start:cut.start()]), lex.line(sentence[cut.end():])
-        named = bool(other.caps[:1]) and (other.caps[0] or bool(other.words[0].classes & {
-            "own", "refers"}))
+        named = any(other.caps[:1]) or any(
+            word.classes & {"own", "refers"} for word in other.words[:1])
         verb = next((word for i, word in enumerate(other.words) if i and not other.caps[i]
                      and not other.owners[i] and (i in other.telling or "aux" in word.classes)),
                     None)  # Farah, Ines and Kwabena have none
@@ -7025,7 +7023,7 @@ def logged(line: str) -> Optional[List[str]]:
         match[2] not in ("H", "A")) else None
 
 
-def _units_of(lex: Lexicon, entry: Entry, needles: Iterable[str]) -> Iterator[Unit]:
+def _units_of(lex: Lexicon, entry: Entry, needles: Iterable[str] = ("",)) -> Iterator[Unit]:
     """Yield what an entry states, line by line; exchanges of the corpus are manner, not facts."""
     lines, told = entry.text.splitlines(), entry.source in TOLD
     if not told and all(line.startswith(MARKERS) for line in lines):
@@ -7044,8 +7042,7 @@ def _units_of(lex: Lexicon, entry: Entry, needles: Iterable[str]) -> Iterator[Un
                 line = lex.line(f"{heard} {said}".strip(), log[1])
                 yield Unit(entry, line, log[0], log[2], heard)
             heard = " ".join(part for part in parts[-1:] if is_question(part))  # is answered next
-            continue
-        if len(lines) < 3 or any(needle in folded for needle in needles):
+        elif len(lines) < 3 or any(needle in folded for needle in needles):
             about = entry.about
             for statement in statements_of(text, lex):
                 rest = (lex.opened(statement)[0] if told else statement).strip()
@@ -7097,8 +7094,7 @@ def _called(lex: Lexicon, memory: Memory, asked: Asked) -> Dict[int, AbstractSet
         word, owner, found = asked.line.words[i], asked.line.owners[i], set()
         owners = {owner}.union(*(names[k] for k in names if asked.line.words[k].stem == owner))
         ids = memory.ids_holding([lex.forms(word), [TOLD_MARK]], MOST_TOLD)
-        lines = (unit.line for entry in memory.entries_of(ids)
-                 for unit in _units_of(lex, entry, ("",)))
+        lines = (unit.line for entry in memory.entries_of(ids) for unit in _units_of(lex, entry))
         for line, at in ((line, at) for line in lines for at in line.telling):
             one, called = line.words[at], {w.stem for w in _names_beside(lex, line, at)}
             if asked.line.caps[i] and line.owners[at] and word.stem in called:
