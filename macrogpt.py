@@ -6755,7 +6755,7 @@ def as_of(lex: Lexicon, text: str, told: datetime.date, today: datetime.date) ->
         past = lex.pairs["past", language]
         verbs = "|".join(map(re.escape, past)) or "(?!)"
         text = re.sub(rf"(?<![\w'])(?:{verbs})(?![\w'])", lambda verb: past[verb[0].casefold()],
-                      text, 1, re.I)
+                      text, count=1, flags=re.I)
     return text
 
 
@@ -7159,10 +7159,13 @@ def _filling(lex: Lexicon, asked: Asked, line: Line, used: Container[int], befor
 
 def _began(lex: Lexicon, asked: Asked, line: Line) -> bool:
     """Return whether a statement says since when something is, where it is asked how long."""
-    born = "birth" in line.has and bool(re.search(r"\d{4}", line.text))  # a birthday has no year
-    return lex.dated(line.text) and (asked.slot == "age" and born or (
-        asked.slot == "span" and any(each.has_phrase(lex, kind) for kind, each in (
-            ("ago", asked.line), ("ago", line), ("until", line)))))
+    if asked.slot == "age":  # a birthday has no year
+        told = "birth" in line.has and re.search(r"\d{4}", line.text)
+    else:
+        told = asked.slot == "span" and (asked.line.has_phrase(lex, "ago")
+                                         or line.has_phrase(lex, "ago")
+                                         or line.has_phrase(lex, "until"))
+    return bool(told) and lex.dated(line.text)
 
 
 def _is_number(lex: Lexicon, word: Word) -> bool:
