@@ -5919,7 +5919,7 @@ def _told(path: str, *others: type) -> Iterator[None]:
 
 
 # ──────────────────────────────────────────────────────────────────────────────────────
-# 13 · RECALL — what it was told, it can say   uses: 1 12
+# 13 · RECALL — what it was told, it can say   uses: 1 11 12
 # ──────────────────────────────────────────────────────────────────────────────────────
 #
 # A question is taken apart: which of its words are telling, whose things they name, what is to fill
@@ -7492,14 +7492,12 @@ def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) 
         return found
     top, several = found[0], _wants_all(asked)
     former = bool(asked.line.has_phrase(lex, "former"))
-    words = asked.line.words
-    needed = [i for i in top.near if top.near[i] > 2 and not words[i].classes & {"changed", "idle"}]
-    fits = [each for each in found if each.unit.entry.source in TOLD and each.filled >= top.filled
-            and all(each.near[i] > 2 for i in needed or top.near if top.near[i] > 2)
-            and (each is top or each.score >= least or _mends(lex, each.unit))
-            and (each is top or each.own or _mends(lex, each.unit))
-            and (not several or _subject(each.unit.line) == _subject(top.unit.line)
-                 or _mends(lex, each.unit))]
+    met = [i for i in top.near if top.near[i] > 2]
+    needed = [i for i in met if not asked.line.words[i].classes & {"changed", "idle"}] or met
+    fits = [top, *(each for each in found[1:] if each.unit.entry.source in TOLD
+                   and each.filled >= top.filled and all(each.near[i] > 2 for i in needed)
+                   and (_mends(lex, each.unit) or each.own and each.score >= least and (
+                       not several or _subject(each.unit.line) == _subject(top.unit.line))))]
     fits.sort(key=lambda each: (each.unit.entry.told_at, each.unit.entry.id), reverse=True)
     best = fits[min(former, len(fits) - 1)]
     if best.unit.entry is top.unit.entry and not former:
@@ -7562,22 +7560,18 @@ def said_back(lex: Lexicon, unit: Unit, today: Optional[datetime.date] = None) -
     line, entry = unit.line, unit.entry
     if line.speaker:
         return _said_in_log(lex, unit)
-    text = line.text
-    if unit.about and _mends(lex, unit):
-        text = unit.text
+    text = (unit.text if unit.about and _mends(lex, unit) else line.text).strip()
     if today and entry.source in TOLD:
         text = as_of(lex, text, told_day(entry), today)
-    plain = text
-    text = text.strip().rstrip(" ,;:?")
-    ended = text[:1].upper() + text[1:] + ("" if text[-1:] in '.!…。।"' else ".")
-    if entry.source not in TOLD and not line.has & {"me", "own"}:
-        return ended  # whoever "you" is in a file
+    ours = entry.source in TOLD or line.has & {"me", "own"}  # whoever "you" is in a file
     pairs, words = lex.pairs["turn", line.language], [word.word for word in line.words]
-    if line.language != "en" and any("subject" in word.classes and not {
+    if ours and line.language != "en" and any("subject" in word.classes and not {
             *words[max(0, i - 1):i], *words[i + 1:i + 2]} & pairs.keys()
             for i, word in enumerate(line.words)):  # a verb would have to be turned as well
-        return f'{" ".join(lex.phrases["said", line.language])}: "{plain.strip()}"'
-    return turned(ended)
+        return f'{" ".join(lex.phrases["said", line.language])}: "{text}"'
+    text = text.rstrip(" ,;:?")
+    ended = text[:1].upper() + text[1:] + ("" if text[-1:] in '.!…。।"' else ".")
+    return turned(ended) if ours else ended
 
 
 def told_day(entry: Entry) -> datetime.date:
@@ -7616,19 +7610,19 @@ def reckoned(lex: Lexicon, text: str) -> Optional[str]:
     rest = lex.line(plain[:found.start()] + plain[found.end():])
     if any(not rest.words[i].classes & {"idle", "frame", "reckons"} for i in rest.telling):
         return None  # room 3-4
-    total, parts = Fraction(0), re.findall(rf"([-+*/%x×÷]?)\s*({number})", found[0])
-    term = Fraction(parts[0][1])
-    for sign, digits in parts[1:]:
+    terms: List[Fraction] = []
+    for sign, digits in re.findall(rf"([-+*/%x×÷]?)\s*({number})", found[0]):
         value = Fraction(digits)
-        if sign in "/÷" and not value:
-            return None
-        if sign in "+-":
-            total, term = total + term, value if sign == "+" else -value
+        if sign in "+-":  # or none, before the first
+            terms.append(-value if sign == "-" else value)
+        elif sign not in "/÷":
+            terms[-1] *= value / (100 if sign == "%" else 1)
+        elif value:
+            terms[-1] /= value
         else:
-            term = term / value if sign in "/÷" else term * value / (100 if sign == "%" else 1)
-    total += term
-    exact = float(total) if total.denominator > 1 else int(total)
-    return f"{exact:.10g}" if total.denominator > 1 else str(exact)
+            return None
+    total = sum(terms, Fraction(0))
+    return f"{float(total):.10g}" if total.denominator > 1 else str(total)
 
 
 # What may stand in braces in an A: line, and what it says there; None where it has nothing to say.
@@ -7667,28 +7661,25 @@ def _exchange_fits(lex: Lexicon, memory: Memory, asked: Asked, text: str,
     felt, begun = feeling_of(line), {word[:STEM_CHARS - 1] for word in folded}
     telling = {asked.line.words[i].stem: asked.weights[i] for i in asked.terms}
     for entry in filter(is_exchange, found):
-        turns = Document(tuple(entry.text.splitlines()), entry.closed).turns()
-        for place, ((asker, words), (teller, answer)) in enumerate(zip(turns, turns[1:])):
-            if (asker, teller) == ("H", "A") and answer:
-                said_then, cosine = folded_words(words), near.get((entry.key, place), 0.0)
-                same = said_then == folded
-                if not same and not cosine and begun.isdisjoint(
-                        word[:STEM_CHARS - 1] for word in said_then):
-                    continue  # it shares no word, and most need not be taken apart
-                score = 1.0 if same else min(
-                    0.98, _likeness(lex, line, lex.line(words), telling))
-                score = share * (score if same or not near else (score + cosine) / 2.0)
-                if score < LEAST_SCORE:
-                    continue
-                answer, strange = fitted_answer(lex, text, words, answer)
-                saying = lex.line(words)
-                if felt and -felt in (feeling_of(saying), feeling_of(lex.line(answer))):
-                    strange += 1.0  # glad of what is sad
-                strange += 0.5 * (("not" in saying.has) != ("not" in line.has))  # no thanks
-                said = filled_in(lex, memory, answer, text)
-                if said is not None:  # what is said further on hangs on what was said before
-                    yield Recall(score / (1.0 + (place > 0) + strange), entry, said,
-                                 answer if said != answer else "")
+        for place, words, answer in sayings_of(entry.text):
+            said_then, cosine = folded_words(words), near.get((entry.key, place), 0.0)
+            same = said_then == folded
+            if not same and not cosine and begun.isdisjoint(
+                    word[:STEM_CHARS - 1] for word in said_then):
+                continue  # it shares no word, and most need not be taken apart
+            saying = lex.line(words)
+            score = 1.0 if same else min(0.98, _likeness(lex, line, saying, telling))
+            score = share * (score if same or not near else (score + cosine) / 2.0)
+            if score < LEAST_SCORE:
+                continue
+            answer, strange = fitted_answer(lex, text, words, answer)
+            if felt and -felt in (feeling_of(saying), feeling_of(lex.line(answer))):
+                strange += 1.0  # glad of what is sad
+            strange += 0.5 * (("not" in saying.has) != ("not" in line.has))  # no thanks
+            said = filled_in(lex, memory, answer, text)
+            if said is not None:  # what is said further on hangs on what was said before
+                yield Recall(score / (1.0 + (place > 0) + strange), entry, said,
+                             answer if said != answer else "")
 
 
 def fitted_answer(lex: Lexicon, text: str, saying: str, answer: str) -> Tuple[str, float]:
