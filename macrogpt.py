@@ -7870,21 +7870,25 @@ def looked_up(lex: Lexicon, memory: Memory, text: str) -> Optional[Reply]:
     asking = asks(text, lex)
     if not asking and not ("list" in lex.line(text).has and wishes(lex, text)):
         return None  # but read me the list
-    today = memory.today()
     asked = analyzed(lex, _question_in(lex, text))
-    for look in (_last_said, _told_then, _planned, _listed, _all_about, _compared, _counted_up):
-        found = look(lex, memory, asked, lex.line(text), today)
+    for look in (_told_then, _planned, _listed, _all_about, _compared, _counted_up):
+        found = look(lex, memory, asked, lex.line(text))
         if found is not None:
-            units = list({unit.entry.id: unit for unit in found[1]}.values())
-            said = found[0] or " ".join(dict.fromkeys(said_back(lex, u, today) for u in found[1]))
-            entries = tuple(unit.entry for unit in units)
+            said = found[0] or _all_said(lex, found[1], memory.today())
+            entries = tuple({unit.entry.id: unit.entry for unit in found[1]}.values())
             return Reply(said.strip(), "memory", entries[0], 1.0, entries) if entries else (
                 Reply(UNKNOWN_REPLY, "nothing") if asking else None)
     return None
 
 
+def _all_said(lex: Lexicon, units: Iterable[Unit], today: datetime.date) -> str:
+    """Return statements as answers, one after another, each once."""
+    return " ".join(dict.fromkeys(said_back(lex, unit, today) for unit in units))
+
+
 # Words of its own, or "" for what the statements say, and the statements; None where not asked.
 Looked = Optional[Tuple[str, List[Unit]]]
+_TELLING = {"subject", "says"}  # a question that holds both is about what the owner told
 
 
 def _what_holds(lex: Lexicon, entries: Iterable[Entry]) -> List[Unit]:
@@ -7898,11 +7902,6 @@ def _holding(lex: Lexicon, units: Sequence[Unit]) -> List[Unit]:
         _replaces(lex, later.line, unit.line) for later in units[k + 1:])]
 
 
-def _says(asked: Asked) -> bool:
-    """Return whether a question is about what the owner told."""
-    return "subject" in asked.line.has and "says" in asked.line.has
-
-
 def _free_of(lex: Lexicon, asked: Asked, *classes: str) -> bool:
     """Return whether a question names nothing but days, and words of these classes."""
     free = {"idle", "says", "frame", "former", "agenda", *classes}
@@ -7912,23 +7911,16 @@ def _free_of(lex: Lexicon, asked: Asked, *classes: str) -> bool:
                    for i, word in enumerate(asked.line.words) if i in asked.line.telling)
 
 
-def _last_said(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
-             today: datetime.date) -> Looked:
-    """What was told last: What did I just say?"""
-    if not (_says(asked) and "lately" in asked.line.has and _free_of(lex, asked, "lately")) or (
-            days_in(lex, asked.line.text, today)):
+def _told_then(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked:
+    """What was told last or on some days, or when: What did I just say? And yesterday?"""
+    if not asked.line.has >= _TELLING:
         return None
-    last = memory.told("e.told_at = (SELECT max(told_at) FROM entries WHERE recall AND "
-                       "source IN ('chat', 'taught'))")[-1:]
-    return "", [unit for entry in last for unit in _units_of(lex, entry, ("",))]
-
-
-def _told_then(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
-             today: datetime.date) -> Looked:
-    """What was told on some days, or when something was told: What did I tell you yesterday?"""
-    if not _says(asked):
-        return None
+    today = memory.today()
     days = days_in(lex, asked.line.text, today)
+    if not days and "lately" in asked.line.has and _free_of(lex, asked, "lately"):
+        last = memory.told("e.told_at = (SELECT max(told_at) FROM entries WHERE recall AND "
+                           "source IN ('chat', 'taught'))")[-1:]
+        return "", [unit for entry in last for unit in _units_of(lex, entry, ("",))]
     if days and _free_of(lex, asked):
         first = datetime.datetime.combine(days[0].first, datetime.time()).timestamp() - 86_400.0
         last = datetime.datetime.combine(days[0].last, datetime.time()).timestamp() + 172_800.0
@@ -7947,21 +7939,19 @@ def _when_told(lex: Lexicon, unit: Unit, today: datetime.date) -> str:
     return named_days(lex, "en", day, day, today)
 
 
-def _planned(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
-             today: datetime.date) -> Looked:
+def _planned(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked:
     """What was said to be on some days: What did I do on 7 May? What are my plans for tomorrow?"""
-    days = days_in(lex, asked.line.text, today)
+    days = days_in(lex, asked.line.text, memory.today())
     if not days or asked.line.has & {"you", "advice", "says"} or asked.polar or (
             asked.slot in ("time", "number") or not _free_of(lex, asked)):
         return None
-    def names(entry: Entry) -> bool:
-        return any(part[:10] <= str(days[0].last) and str(days[0].first) <= part[12:]
-                   for part in entry.days.split()[1:])
-    return "", _what_holds(lex, filter(names, memory.told("e.days LIKE '% %'")))[-MOST_LISTED:]
+    first, last = str(days[0].first), str(days[0].last)
+    then = (entry for entry in memory.told("e.days LIKE '% %'") if any(
+        part[:10] <= last and first <= part[12:] for part in entry.days.split()[1:]))
+    return "", _what_holds(lex, then)[-MOST_LISTED:]
 
 
-def _listed(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
-             today: datetime.date) -> Looked:
+def _listed(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked:
     """What is on a list: What's on the packing list?"""
     words = asked.line.words
     at = next((i for i, word in enumerate(words) if "list" in word.classes), -1)
@@ -7970,7 +7960,7 @@ def _listed(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
         return None
     name = {words[i].stem for i in asked.line.telling if not to_do and (
         i > at or at - 4 < i < at and (asked.line.owners[i] or i == at - 1))}
-    items, used = list_items(lex, memory, name, "todo" if to_do else "list")
+    items, used = _list_items(lex, memory, name, "todo" if to_do else "list")
     if not used:
         return None if to_do else ("", [])
     if asked.polar:
@@ -7987,8 +7977,11 @@ def _enumerated(items: Sequence[str]) -> str:
                         items or ["nothing"])
 
 
-def list_items(lex: Lexicon, memory: Memory, name: AbstractSet[str], kind: str = "list"
-               ) -> Tuple[List[str], List[Unit]]:
+_ITEM_ENDS = re.compile(r"[,;]| (?:and|und|y|et) ")
+
+
+def _list_items(lex: Lexicon, memory: Memory, name: AbstractSet[str], kind: str
+                ) -> Tuple[List[str], List[Unit]]:
     """Return what is on a list by now, and the statements that put it there or took it off.
 
     "Packing list: tent and stove" begins one, "put a torch on it" and "cross the stove off" change
@@ -8000,7 +7993,8 @@ def list_items(lex: Lexicon, memory: Memory, name: AbstractSet[str], kind: str =
     for entry in memory.told("e.id > ?", memory.about_count() - MOST_TO_SCAN):
         for text in entry.text.splitlines():
             unit = Unit(entry, lex.line(lex.opened(text)[0]), text=text)
-            act, said, ours = _list_act(lex, unit, name, kind, ours, used[-1:] == [last])
+            act, words, ours = _list_act(lex, unit, name, kind, ours, used[-1:] == [last])
+            said = [part.strip() for part in _ITEM_ENDS.split(words.strip(" .!")) if part.strip()]
             last = unit
             if act == "begins":
                 items, used = said, [unit]
@@ -8015,46 +8009,39 @@ def list_items(lex: Lexicon, memory: Memory, name: AbstractSet[str], kind: str =
 
 
 def _list_act(lex: Lexicon, unit: Unit, name: AbstractSet[str], kind: str, ours: bool,
-              goes_on: bool) -> Tuple[str, List[str], bool]:
-    """Return what a statement does to a list ("begins", "adds", "strikes" or ""), with which items,
-    and whether the list is spoken of from then on; goes_on is whether it was just before."""
+              goes_on: bool) -> Tuple[str, str, bool]:
+    """Return what a statement does to a list ("begins", "adds", "strikes" or ""), the words for its
+    items, and whether the list is spoken of from then on; goes_on is whether it was just before."""
     line, (head, colon, rest) = unit.line, unit.text.partition(":")
     duty = _duty(lex, unit.text) if kind == "todo" and "subject" in line.has else ""
     if duty:
-        return "adds", _split_items(duty), True
-    heads = {word.stem for word in lex.line(head).words}
+        return "adds", duty, True
     listed = bool(line.has_phrase(lex, kind)) or bool(  # shopping: milk, eggs
-        colon and "," in rest and name and name <= heads)
+        colon and "," in rest and name and name <= {word.stem for word in lex.line(head).words})
     if listed:
         ours = not name or name <= {word.stem for word in line.words}
     if colon and ours and listed:
-        return "begins", _split_items(rest), ours
+        return "begins", rest, ours
     holds = [i for i, word in enumerate(line.words) if "holds" in word.classes]
     if holds and ours and listed and wishes(lex, unit.text):  # make a list with a tent and a rope
-        return "begins", _split_items(line.text[_spans(lex, line)[holds[0]][1]:]), ours
+        return "begins", line.text[_spans(lex, line)[holds[0]][1]:], ours
     fragment = len(line.words) < len(lex.line(unit.text).words) and len(line.words) < MOST_ECHOED
     more = goes_on and fragment and not line.has & {"aux", "subject"}  # and tape
     puts = bool(line.words) and "puts" in line.words[0].classes or listed and "aux" in line.has
     if ours and (puts or more) and "strikes" not in line.has:
-        return "adds", _split_items(_object(lex, line)), ours
+        return "adds", _object(lex, line), ours
     over = kind == "todo" and (  # the kettle's descaled
         "aux" in line.has or any(word.word == "'s" for word in line.words))
     strikes = ours and "strikes" in line.has or "done" in line.has or over
-    return "strikes" if strikes and "not" not in line.has else "", [], ours
+    return "strikes" if strikes and "not" not in line.has else "", "", ours
 
 
 def _duty(lex: Lexicon, text: str) -> str:
     """Return what a text says is to be done: call the roofer, of "I have to call the roofer"."""
     spans, words, language = _words_in(lex, text)
-    ends = [i + lex.phrase_at(words, i, "duty", language) for i in range(len(words))
-            if lex.phrase_at(words, i, "duty", language)]
-    return text[spans[ends[0]][0]:] if ends and ends[0] < len(spans) else ""
-
-
-def _split_items(text: str) -> List[str]:
-    """Return the items of an enumeration."""
-    parts = re.split(r"[,;]| (?:and|und|y|et) ", text.strip(" .!"))
-    return [part.strip() for part in parts if part.strip()]
+    sizes = [lex.phrase_at(words, i, "duty", language) for i in range(len(words))]
+    end = next((i + size for i, size in enumerate(sizes) if size), len(words))
+    return text[spans[end][0]:] if end < len(spans) else ""
 
 
 def _object(lex: Lexicon, line: Line) -> str:
@@ -8071,28 +8058,26 @@ def _about(lex: Lexicon, memory: Memory, asked: Asked) -> List[Unit]:
     skip = {"idle", "says", "frame", "about", "list"}
     terms = [i for i in asked.terms if not asked.line.words[i].classes & skip and (
         i not in asked.asking)]
-    own = bool(asked.line.has & {"own"})
     found = [each.unit for each in judged(lex, asked, entries)
              if terms and all(each.near[i] > 3 for i in terms) and (
                  each.unit.entry.source in TOLD or each.unit.line.speaker
-                 or not own and not _leaning(each.unit.entry.text))]
+                 or not ("own" in asked.line.has or _leaning(each.unit.entry.text)))]
     return sorted(found, key=lambda unit: (unit.entry.told_at, unit.entry.id))
 
 
-def _all_about(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
-             today: datetime.date) -> Looked:
+def _all_about(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked:
     """All that holds of a person or a thing, the newest first: What do you know about Ines?"""
-    if not raw.has_phrase(lex, "about") and not _says(asked):
+    if not raw.has_phrase(lex, "about") and not asked.line.has >= _TELLING:
         return None
     line = asked.line
-    if line.words[-1].classes & {"me"}:
+    if "me" in line.words[-1].classes:
         told = [unit for unit in _what_holds(lex, memory.told("e.id > ?", memory.about_count()
                 - MOST_HELD)) if unit.line.has & {"me", "own", "subject"}]
         return "", told[::-1][:MOST_LISTED]
-    units = _holding(lex, _about(lex, memory, asked))
-    if not units and not any(line.caps[1:]) and not line.has & {"own"}:
+    units = _holding(lex, _about(lex, memory, asked))[::-1][:MOST_LISTED]
+    if not units and not any(line.caps[1:]) and "own" not in line.has:
         return None  # tell me about the moon
-    return _one_by_one(lex, units[::-1][:MOST_LISTED], today), units[::-1][:MOST_LISTED]
+    return _one_by_one(lex, units, memory.today()), units
 
 
 def about(memory: Memory, text: str) -> Reply:
@@ -8119,27 +8104,27 @@ def _one_by_one(lex: Lexicon, units: Sequence[Unit], today: datetime.date) -> st
     """Return statements as one text, what some lean on before them and once only."""
     held: Dict[str, List[Unit]] = {}
     for unit in units:
-        base = unit.about or _stopped(unit.text)
-        held.setdefault(base, []).insert(0, unit)
+        held.setdefault(unit.about or _stopped(unit.text), []).insert(0, unit)
     said = []
-    for about, kin in held.items():
+    for kin in held.values():
         first = next((u for u in kin if not u.about), kin[0])
         said.append(said_back(lex, first, today))
-        said += [said_back(lex, u._replace(line=lex.line(u.text), about=""), today)
-                 for u in kin if u is not first]
+        said += [said_back(lex, unit._replace(line=lex.line(unit.text), about=""), today)
+                 for unit in kin if unit is not first]
     return " ".join(dict.fromkeys(said))
 
 
-def _value(lex: Lexicon, word: Word, line: Line) -> Optional[float]:
-    """Return the number that a word is, in digits or not; None for "a" and all others."""
-    if re.fullmatch(r"\d+(?:[.,]\d+)?", word.word):
-        return float(word.word.replace(",", "."))
-    counts = lex.pairs["count", line.language]
-    return float(counts[word.word]) if len(word.word) > 2 and word.word in counts else None
+def _values(lex: Lexicon, words: Iterable[Word], language: str) -> Iterator[float]:
+    """Yield the numbers among words, in digits or not; "a" is none."""
+    counts = lex.pairs["count", language]
+    for text in (word.word for word in words):
+        if re.fullmatch(r"\d+(?:[.,]\d+)?", text):
+            yield float(text.replace(",", "."))
+        elif len(text) > 2 and text in counts:
+            yield float(counts[text])
 
 
-def _compared(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
-              today: datetime.date) -> Looked:
+def _compared(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked:
     """What told numbers come to: which of two things is more, by how much, or both together."""
     more, less, sums = (kind in asked.line.has for kind in ("more", "less", "sums"))
     if not (more or less or sums):
@@ -8147,16 +8132,16 @@ def _compared(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
     names = [said for _, said in things_named(lex, asked.line)]
     names = names if len(names) > 1 else _told_of(lex, memory, asked)
     found = [each for each in (_figure_of(lex, memory, name) for name in names) if each]
-    if len(found) < 2 or len({value for value, _, _ in found}) < 2 and not sums:
-        return None
-    told = " ".join(dict.fromkeys(said_back(lex, unit, today) for _, unit, _ in found))
     values = [value for value, _, _ in found]
+    if len(found) < 2 or len({*values}) < 2 and not sums:
+        return None
     if sums or asked.slot not in ("", "person"):  # how much longer
         lead = f"{sum(values) if sums else max(values) - min(values):g}: "
     else:
         name = turned((max if more else min)(found, key=itemgetter(0))[2])
         lead = f"{name[:1].upper()}{name[1:]}. "
-    return lead + told, [unit for _, unit, _ in found]
+    units = [unit for _, unit, _ in found]
+    return lead + _all_said(lex, units, memory.today()), units
 
 
 def _told_of(lex: Lexicon, memory: Memory, asked: Asked) -> List[str]:
@@ -8177,28 +8162,25 @@ def _figure_of(lex: Lexicon, memory: Memory, name: str) -> Optional[Tuple[float,
         lex, memory, analyzed(lex, name.rpartition(" ")[0] or name))  # what the chest weighs
     for unit in reversed(found):
         digits_first = sorted(unit.line.words, key=lambda w: not w.word[:1].isdigit())
-        values = [v for v in (_value(lex, w, unit.line) for w in digits_first) if v is not None]
-        if values:
-            return values[0], unit, name
+        for value in _values(lex, digits_first, unit.line.language):
+            return value, unit, name
     return None
 
 
-def _counted_up(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
-             today: datetime.date) -> Looked:
+def _counted_up(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked:
     """How many there are, over several statements: six chairs, two more; a cousin and another."""
-    if asked.slot not in ("number", "amount") or "you" in asked.line.has:
+    things = [asked.line.words[i] for i in asked.line.telling if i not in asked.asking]
+    if asked.slot not in ("number", "amount") or "you" in asked.line.has or not things:
         return None
-    at = next((i for i in asked.line.telling if i not in asked.asking), None)
-    thing = asked.line.words[at] if at is not None else _NO_WORD
     total, counted, names = 0, [], {}  # type: int, List[Unit], Dict[str, Unit]
-    for unit in _about(lex, memory, asked) if at is not None else ():
+    for unit in _about(lex, memory, asked):
         line, here = lex.line(unit.text), 0
         for j in (j for j in line.telling if (
                 line.words[j].stem in lex.kinds["unit"] | lex.kinds["money"]
-                if asked.slot == "amount" else lex.nearness(thing, line.words[j]) == 4)):
+                if asked.slot == "amount" else lex.nearness(things[0], line.words[j]) == 4)):
             names.update((w.text, unit) for w in _names_beside(lex, line, j))
-            before = [_value(lex, word, line) for word in line.words[max(0, j - 3):j]]
-            here += next((int(v) for v in before if v is not None and v % 1.0 == 0.0), 0)
+            before = _values(lex, line.words[max(0, j - 3):j], line.language)
+            here += next((int(value) for value in before if value % 1.0 == 0.0), 0)
         if here and unit.entry.source in TOLD:
             added = "added" in line.has or "sums" in asked.line.has
             ended = bool(line.has_phrase(lex, "ended"))
@@ -8207,8 +8189,7 @@ def _counted_up(lex: Lexicon, memory: Memory, asked: Asked, raw: Line,
     if len(names) > max(1, total) and asked.slot == "number":
         return f"{len(names)} that I know of: {_enumerated([*names])}.", [*names.values()]
     if len(counted) > 1:
-        told = " ".join(dict.fromkeys(said_back(lex, unit, today) for unit in counted))
-        return f"{total}: {told}", counted
+        return f"{total}: {_all_said(lex, counted, memory.today())}", counted
     return None
 
 
@@ -8259,11 +8240,11 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
         return fits
     said, today = [], memory.today()
     found = newest_first(lex, asked, judged(lex, asked, entries), least)
+    names = [asked.line.words[i].text for i in asked.vital if asked.line.caps[i]]
     for each in found:
         line, unit = each.unit.line, each.unit
-        names = [asked.line.words[i].text for i in asked.vital if asked.line.caps[i]]
         unsure = asked.polar and not each.verdict or (  # is quoted at most
-            asked.slot in _STRICT and not each.filled or bool(asked.line.has & {"more", "less"})
+            asked.slot in _STRICT and not each.filled or asked.line.has & {"more", "less"}
             or line.speaker and ("subject" in asked.line.has or names and not any(
                 name in line.speaker for name in names)))
         said.append(Recall(
@@ -8290,13 +8271,13 @@ def _with_others(lex: Lexicon, asked: Asked, found: Sequence[Judged], said: Sequ
             answer=f"{best.answer} You told me {_when_told(lex, top.unit, today)}.")
     if not _wants_all(asked):
         return best
-    beside = [(each, fit) for each, fit in zip(found[1:], said[1:]) if fit.score >= least
+    beside = [fit for each, fit in zip(found[1:], said[1:]) if fit.score >= least
               and each.filled == top.filled and fit.entry.source in TOLD
               and all(each.near[i] > 2 for i in top.near if top.near[i] > 2)
               and not _replaces(lex, top.unit.line, each.unit.line)
               and (asked.slot != "person" or _subject(each.unit.line) != _subject(top.unit.line))]
-    answers = dict.fromkeys([best.answer, *(fit.answer for _, fit in beside)])
-    return best._replace(answer=" ".join(answers), others=tuple(fit.entry for _, fit in beside))
+    answers = dict.fromkeys([best.answer, *(fit.answer for fit in beside)])
+    return best._replace(answer=" ".join(answers), others=tuple(fit.entry for fit in beside))
 
 
 def _wants_all(asked: Asked) -> bool:
@@ -8330,11 +8311,11 @@ def _sum(lex: Lexicon, memory: Memory, text: str) -> Optional[Reply]:
     """Return the answer to a sum, in the words of an exchange that has a place for it."""
     if not asks(text, lex) or reckoned(lex, text) is None:
         return None
-    lines = [line[len(MARKERS[1]):].strip() for entry in memory.entries_of(
-        memory.ids_holding([["reckon"]], MOST_TOLD)) for line in entry.text.splitlines()
-        if line.startswith(MARKERS[1]) and "{reckon}" in line]
-    same = [line for line in lines if lex.line(line).language == lex.line(text).language]
-    return Reply(filled_in(lex, memory, min(same or ["{reckon}."], key=len), text) or "", "tool")
+    answers = [answer for entry in memory.entries_of(memory.ids_holding([["reckon"]], MOST_TOLD))
+               for _, _, answer in sayings_of(entry.text) if "{reckon}" in answer
+               and lex.line(answer).language == lex.line(text).language]
+    said = filled_in(lex, memory, min(answers, key=len, default="{reckon}."), text)
+    return Reply(said or "", "tool")
 
 
 def recollection(memory: Memory, text: str, rng: random.Random, least: float,
@@ -8428,11 +8409,9 @@ def mended(lex: Lexicon, recent: Sequence[Entry], text: str) -> Optional[str]:
     What the correction names takes the place of what it denies, or of the last thing of its sort in
     what was told last.
     """
-    for entry in reversed(recent):
-        found = _mended(lex, entry.text.strip(), text, entry is recent[-1])
-        if found:
-            return found
-    return None
+    found = (_mended(lex, entry.text.strip(), text, entry is recent[-1])
+             for entry in reversed(recent))
+    return next(filter(None, found), None)
 
 
 def _mended(lex: Lexicon, before: str, text: str, last: bool) -> Optional[str]:
@@ -9017,8 +8996,9 @@ def topic_of(memory: Memory, text: str, near: Sequence[Entry]) -> Dict[str, floa
     return {stem: weights[stem] * max(float(stem in own), share * held[stem]) for stem in weights}
 
 
-def _content(text: str, chars: Optional[int] = STEM_CHARS) -> Set[str]:
-    return {word[:chars] for word in folded_words(text) if not is_plain(word)}
+def _content(text: str) -> Set[str]:
+    """Return the stems of what tells in a text."""
+    return {word[:STEM_CHARS] for word in folded_words(text) if not is_plain(word)}
 
 
 def beginnings(text: str) -> List[str]:
@@ -9154,10 +9134,13 @@ class Turn:
 
     def answer(self) -> Iterator[str]:
         """Yield the reply's pieces; `reply` and `trace` then tell where they come from."""
-        text, mind = self.text, self.mind
-        if wish_to_forget(text):
-            yield from self._replied(Reply(self._forgotten(wish_to_forget(text)), "tool"))
-            return
+        yield from re.findall(r"\S+\s*", self._answered())
+
+    def _answered(self) -> str:
+        """Return the reply: what memory is sure of, the best draft, or that nothing is known."""
+        text, mind, wish = self.text, self.mind, wish_to_forget(self.text)
+        if wish:
+            return self._replied(Reply(self._forgotten(wish), "tool"))
         sure, self.fits = recollection(self.memory, text, self.rng, mind.config.recall_score,
                                        self.rejected, self.turns,
                                        mind.sayings.like if mind.sayings else None)
@@ -9165,17 +9148,12 @@ class Turn:
         if sure and sure.source == "exchange" and not mind.config.mix and mind.trusted:
             sure = None  # the model is to speak alone
         if sure and sure.source == "nothing":
-            yield self._silence("unknown")
-            return
+            return self._silence("unknown")
         if sure and (sure.source != "exchange" or factual or not mind.trusted):
-            yield from self._replied(sure)
-            return
-        if mind.trusted and not factual and (sure or not (mind.sayings and mind.config.mix)):
-            best = self._best_draft(sure)
-            if best is not None:
-                yield from re.findall(r"\S+\s*", best.text)
-                return
-        yield self._silence()
+            return self._replied(sure)
+        drafts = mind.trusted and not factual and (sure or not (mind.sayings and mind.config.mix))
+        best = self._best_draft(sure) if drafts else None
+        return best.text if best else self._silence()
 
     def _silence(self, way: str = "") -> str:
         """Return what is said where nothing is known, in other words than of late."""
@@ -9191,9 +9169,9 @@ class Turn:
         told = " or ".join(f'"{clean_line(entry.text, MAX_ASKED_CHARS)}"' for entry in found[:3])
         return f"Which one am I to forget, {told}?" if told else UNKNOWN_REPLY
 
-    def _replied(self, reply: Reply) -> Iterator[str]:
+    def _replied(self, reply: Reply) -> str:
         self.reply = reply
-        yield from re.findall(r"\S+\s*", reply.text)
+        return reply.text
 
     def _near(self) -> List[Entry]:
         """Return the entries that recall found for the text."""
@@ -12212,13 +12190,12 @@ class Visit(Turn):
             self.turns = [turn for turn in wanted.turns if turn[0]]
             self.said = {words for role, words in self.turns if role == "self"}
 
-    def answer(self) -> Iterator[str]:
-        """Yield the reply's pieces: what the request itself tells comes before all else."""
+    def _answered(self) -> str:
+        """Return the reply: what the request itself tells comes before all else."""
         here = self._found_here()
-        pieces = [] if here and here.source == "memory" else list(super().answer())
-        if here and (not pieces or self.reply.source == "nothing"):
-            pieces = list(self._replied(here))
-        yield from pieces
+        said = "" if here and here.source == "memory" else super()._answered()
+        return self._replied(here) if here and (
+            not said or self.reply.source == "nothing") else said
 
     def _found_here(self) -> Optional[Reply]:
         """Return what the talk before answers; it is a memory for this one reply."""
