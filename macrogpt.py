@@ -7779,17 +7779,17 @@ def in_context(lex: Lexicon, text: str, turns: Sequence[Tuple[str, str]], depth:
     k, said = asked[-1], rest or text
     before = in_context(lex, turns[k][1], turns[:k], depth - 1)
     reply = turns[k + 1][1] if k + 1 < len(turns) else ""
-    topic = _topic(lex, before, reply, line.words[leaning].word) if leaning >= 0 else ""
-    at = [m for m in _WORD.finditer(said) if m[0].casefold() == line.words[leaning].word][:1]
+    pronoun = line.words[leaning].word
+    topic = _topic(lex, before, reply, pronoun) if leaning >= 0 else ""
+    at = next((m for m in _WORD.finditer(said) if m[0].casefold() == pronoun), None)
     if topic and at:
         owns = "other" in line.words[leaning].classes and leaning + 1 in line.telling
-        said = said[:at[0].start()] + topic + "'s" * owns + said[at[0].end():]
+        said = said[:at.start()] + topic + "'s" * owns + said[at.end():]
     return (_asked_again(lex, before, said) or text) if rest else said
 
 
 def _going_on(lex: Lexicon, text: str) -> str:
-    """Return of what else a text asks what was asked before: of "and on Sunday?" the rest; or "".
-    """
+    """Return of what else a text asks the last question: the rest of "and on Sunday?"; or ""."""
     spans, words, language = _words_in(lex, text[:MAX_ASKED_CHARS])
     size = lex.phrase_at(words, 0, "goes_on", language)
     rest = text[spans[size][0]:].strip(" ?") if 0 < size < len(words) else ""
@@ -8145,8 +8145,7 @@ def _compared(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked:
 
 
 def _told_of(lex: Lexicon, memory: Memory, asked: Asked) -> List[str]:
-    """Return by which names things were told of that a question names by one word: which suitcase?
-    """
+    """Return the names of told things that a question names by one word: which suitcase?"""
     for noun in (asked.line.words[i] for i in asked.terms if not asked.line.words[i].classes):
         heads = (pair for unit in _about(lex, memory, analyzed(lex, noun.text))
                  for pair in things_named(lex, lex.line(unit.text)))
@@ -8287,8 +8286,7 @@ def _wants_all(asked: Asked) -> bool:
 
 
 def _replaces(lex: Lexicon, new: Line, old: Line) -> bool:
-    """Return whether of two statements one has the other's place: all the same but for its value.
-    """
+    """Return whether one statement has another's place: all the same but for its value."""
     ours, theirs = ([line.words[i].stem for i in line.telling] for line in (new, old))
     lost = [j for j in old.telling if old.words[j].stem not in ours]
     got = [i for i in new.telling if new.words[i].stem not in theirs]
@@ -8321,8 +8319,7 @@ def _sum(lex: Lexicon, memory: Memory, text: str) -> Optional[Reply]:
 def recollection(memory: Memory, text: str, rng: random.Random, least: float,
                  rejected: Container[str] = (), turns: Sequence[Tuple[str, str]] = (),
                  like: Optional[Like] = None) -> Tuple[Optional[Reply], List[Recall]]:
-    """Return what memory replies by itself to a text, or None; and all that fits, if not rejected.
-    """
+    """Return what memory replies by itself to a text, or None; and all that fits it."""
     known, meant = lexicon_of(memory), in_context(lexicon(), text, turns)
     if meant != text and not any("{" in entry.text for entry in memory.entries_of(
             _just_said(memory, folded_words(text)))):
@@ -8393,16 +8390,6 @@ def _quotation(lex: Lexicon, text: str, told: Sequence[Recall], factual: bool) -
                  near[0].entry, near[0].score, tuple(fit.entry for fit in near))
 
 
-def states_a_fact(text: str) -> bool:
-    """Return whether a text tells something to be kept, rather than how one feels or fares."""
-    lex = lexicon()
-    lines = [lex.line(statement) for statement in statements_of(text[:MAX_ASKED_CHARS], lex)]
-    return lex.opened(text)[1] == "tell" or any(
-        "own" in line.has or "you" not in line.has
-        and (any(line.caps[1:]) or any(_is_number(lex, word) for word in line.words))
-        and (len(line.telling) > 1 or "me" in line.has) for line in lines)
-
-
 def mended(lex: Lexicon, recent: Sequence[Entry], text: str) -> Optional[str]:
     """Return a statement told of late as a correction has it, or None: at nine; no, at ten.
 
@@ -8455,14 +8442,11 @@ def _spans(lex: Lexicon, line: Line) -> List[Tuple[int, int]]:
     return spans if len(spans) == len(line.words) else []
 
 
-_JOINTS = (":", ".", "-")  # of 9:40
-
-
 def _joined(text: str, spans: Sequence[Tuple[int, int]], at: int, step: int) -> int:
     """Return the last word, one way on from a place, that signs join to it: 40, of 9:40."""
     while 0 <= at + step < len(spans):
         left, right = sorted((at, at + step))
-        if text[spans[left][1]:spans[right][0]] not in _JOINTS:
+        if text[spans[left][1]:spans[right][0]] not in (":", ".", "-"):
             break
         at += step
     return at
@@ -8480,8 +8464,7 @@ def _in_common(lex: Lexicon, new: Line, i: int, old: Line, j: int) -> int:
 
 
 def _corrected(lex: Lexicon, text: str) -> str:
-    """Return what follows the words with which a correction begins; "" if it begins so with none.
-    """
+    """Return what follows the words with which a correction begins; "" where none do."""
     spans, words, language = _words_in(lex, text[:MAX_ASKED_CHARS])
     at, begun, size = 0, False, 1
     while size and at < len(words):
@@ -8514,12 +8497,20 @@ def asks_for_a_fact(text: str) -> bool:
 
 
 def names_something(text: str) -> bool:
-    """Return whether a text states a fact with a name or a number in it, to be kept exactly."""
-    line = lexicon().line(text[:MAX_ASKED_CHARS])
-    if line.words and line.words[0].classes & {"puts", "strikes"} and line.has & {
-            "list", "refers"} or "list" in line.has and ":" in text:
+    """Return whether a text states a fact with a name or a number in it, to be kept exactly.
+
+    How one feels or fares is none.
+    """
+    lex, said = lexicon(), text[:MAX_ASKED_CHARS]
+    whole, lines = lex.line(said), [lex.line(part) for part in statements_of(said, lex)]
+    if whole.words and whole.words[0].classes & {"puts", "strikes"} and whole.has & {
+            "list", "refers"} or "list" in whole.has and ":" in text:
         return True  # of a list
-    return states_a_fact(text) and bool(
+    states = lex.opened(text)[1] == "tell" or any(
+        "own" in line.has or "you" not in line.has
+        and (any(line.caps[1:]) or any(_is_number(lex, word) for word in line.words))
+        and (len(line.telling) > 1 or "me" in line.has) for line in lines)
+    return states and bool(
         re.search(r"\d|\b(?:named?|called)\b|[^\W_][,;:]? (?!I\b)[A-Z](?![A-Z]{3})", text))
 
 
@@ -8930,18 +8921,13 @@ class Trace:
     def entry_shares(self) -> List[Tuple[Entry, int, float]]:
         """Return the entries copied from, with how many tokens and nats they gave, most first."""
         given: DefaultDict[Entry, List[float]] = defaultdict(list)
-        for said in self.tokens:
-            source = self._source(said) if said.shares[-1] > 0.0 else None
-            if source is not None:
+        for said in (said for said in self.tokens if said.shares[-1] > 0.0):
+            matches = [(_common_end(ids[:at], said.before), entry) for entry, ids in self.sources
+                       for at, token in enumerate(ids) if token == said.token]
+            length, source = max(matches, key=itemgetter(0), default=(0, None))
+            if length:  # it holds the longest end of what stood before
                 given[source].append(said.shares[-1])
         return sorted(((e, len(nats), sum(nats)) for e, nats in given.items()), key=lambda x: -x[2])
-
-    def _source(self, said: Said) -> Optional[Entry]:
-        """Return the source that holds the longest end of what stood before, and the token."""
-        matches = ((_common_end(ids[:at], said.before), entry) for entry, ids in self.sources
-                   for at, token in enumerate(ids) if token == said.token)
-        length, best = max(matches, key=itemgetter(0), default=(0, None))
-        return best if length else None
 
     def delta_shares(self) -> List[float]:
         """Return how many nats a token each delta layer raised the reply by.
@@ -9020,13 +9006,6 @@ def form_of(text: str, known: Callable[[str], bool]) -> float:
     return 4.0 * strange + 2.0 * (not ended) + 3.0 * (len(set(threes)) < len(threes))
 
 
-def borrowed_stems(text: str, entries: Iterable[Entry]) -> Set[str]:
-    """Return the stems of what others said in exchanges, and who said the text did not."""
-    heard = [line[len(MARKERS[0]):] for entry in entries for line in entry.text.splitlines()
-             if line.startswith(MARKERS[0])]
-    return set().union(*map(_content, heard)) - _content(text)
-
-
 # What counts beside fluency, in nats a token; found by reading replies to 200 prompts.
 TOPIC = 1.0          # words that go with what was said
 BORROWED = 0.4       # words that somebody else had said
@@ -9076,8 +9055,7 @@ class EntryCounts:
         return self._state == self._state_of(tokenizer, config)
 
     def catch_up(self, most_chars: float = math.inf) -> bool:
-        """Count what is new in the entries, about so many characters; return whether that is all.
-        """
+        """Count about so many characters of new entries; return whether that is all."""
         while most_chars > 0.0:
             fresh = self.memory.entries("e.id > ? AND e.training AND NOT e.held_out",
                                         self._last_id, limit=200)
@@ -9237,8 +9215,10 @@ class Turn:
         memory, encode, model = self.memory, self.mind.tokenizer.encode, self.mind.model
         speaker, bare = model.speaker(ids), [END_OF_TEXT, *encode("A:")]
         topic = topic_of(memory, self.text, search(memory, self.text))
-        borrowed, may_lack = borrowed_stems(self.text, self._near()), self._may_lack()
-        asked = set(folded_words(self.text))
+        heard = [line[len(MARKERS[0]):] for entry in self._near()
+                 for line in entry.text.splitlines() if line.startswith(MARKERS[0])]
+        borrowed = set().union(*map(_content, heard)) - _content(self.text)
+        asked, may_lack = set(folded_words(self.text)), self._may_lack()
         known = functools.lru_cache(None)(
             lambda word: word in asked or bool(memory.ids_holding([[word]], 1)))
 
