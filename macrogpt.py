@@ -7470,7 +7470,7 @@ def judged(lex: Lexicon, asked: Asked, entries: Iterable[Entry]) -> List[Judged]
     for each in sorted((each._replace(score=each.news * weighed(values, JUDGE))
                         for values, each in found if bare or any(each.near.values())),
                        key=lambda each: -each.score):
-        best.setdefault((each.unit.entry.id, each.unit.text or each.unit.line.text), each)
+        best.setdefault((each.unit.entry.id, each.unit.text), each)
     return list(best.values())
 
 
@@ -8241,15 +8241,14 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
     found = newest_first(lex, asked, judged(lex, asked, entries), least)
     names = [asked.line.words[i].text for i in asked.vital if asked.line.caps[i]]
     for each in found:
-        line, unit = each.unit.line, each.unit
+        line, unit, answer = each.unit.line, each.unit, said_back(lex, each.unit, today)
         unsure = asked.polar and not each.verdict or (  # is quoted at most
             asked.slot in _STRICT and not each.filled or asked.line.has & {"more", "less"}
             or line.speaker and ("subject" in asked.line.has or names and not any(
                 name in line.speaker for name in names)))
         said.append(Recall(
             min(each.score, least / 2.0) if unsure else each.score, unit.entry,
-            each.verdict + said_back(lex, unit, today), unit.text or line.text, (),
-            said_back(lex, unit) if line.speaker else f'"{unit.text or line.text}"'))
+            each.verdict + answer, unit.text, (), answer if line.speaker else f'"{unit.text}"'))
     if found and found[0].score >= least:
         said[0] = _with_others(lex, asked, found, said, least, today)
     return sorted([*said[:1], *fits, *said[1:]], key=lambda fit: -round(fit.score, 2))
