@@ -1,11 +1,16 @@
-"""What several test files share: ways to run the program, and a folder for it to live in."""
+"""What several test files share: assertions, ways to run the program, a folder for it to live in."""
 import contextlib
 import io
+import json
+import multiprocessing
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import unittest
 from unittest import mock
 
@@ -19,6 +24,8 @@ PROGRAM = os.path.join(ROOT, "macrogpt.py")
 START = ("import sys; sys.addaudithook(lambda event, args: event == 'socket.connect' and "
          "args[1][0] != '127.0.0.1' and sys.exit(f'connected to {args[1]}')); "
          "sys.path.insert(0, sys.argv.pop(1)); import macrogpt; sys.exit(macrogpt.main())")
+
+PATIENCE_SECONDS = 20.0  # for what is to happen soon; a machine may be busy with other things
 
 # Where kernels are compiled to, once for all tests; the home of each test is its own.
 CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -131,6 +138,14 @@ def engine_in_use():
     return macrogpt.choose_engine(os.environ.get("MACROGPT_ENGINE", ""), True, lambda notice: None)
 
 
+def each_apart(work, things):
+    """Return work(thing) of each, done by two processes where there is a fork."""
+    if not hasattr(os, "fork"):
+        return list(map(work, things))
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return pool.map(work, things, 1)
+
+
 def passage(text, closed=True):
     """Return a text as the document that it is."""
     return macrogpt.Document(tuple(text.splitlines()), closed)
@@ -141,8 +156,35 @@ def entries_with(memory, stems, limit=200):
     return memory.entries_of(memory.ids_holding([[stem + "*" for stem in stems]], limit))
 
 
-class Folder:
-    """A test-case mixin: a temporary folder with a small corpus, gone after each test."""
+class Case(unittest.TestCase):
+    """A test case, and what many of them assert."""
+
+    def refused(self, kind, call, *signs):
+        """Assert that a call raises one line of a kind that holds every sign; return the line."""
+        with self.assertRaises(kind) as caught:
+            call()
+        said = str(caught.exception)
+        self.assertEqual(len(said.splitlines()), 1, said)
+        for sign in signs:
+            self.assertIn(sign, said)
+        return said
+
+    def assert_near(self, found, expected, tolerance=1e-6, hint=""):
+        """Assert that two rows of numbers are the same but for the tolerance."""
+        self.assertEqual(len(found), len(expected), hint)
+        for i, (a, b) in enumerate(zip(found, expected)):
+            self.assertTrue(abs(a - b) <= tolerance, f"{hint}: number {i} is {a!r}, not {b!r}")
+
+    def until(self, condition):
+        """Wait for a condition; fail when it does not come."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            self.assertLess(time.monotonic(), end, "it did not happen in time")
+            time.sleep(0.005)
+
+
+class Folder(Case):
+    """A test case with a temporary folder that holds a small corpus, gone after each test."""
 
     def setUp(self):
         super().setUp()
@@ -163,10 +205,66 @@ class Folder:
             file.write(raw)
         return self.path(name)
 
+    def content(self, name):
+        """Return the bytes of a file of the folder."""
+        with open(self.path(name), "rb") as file:
+            return file.read()
+
+    def kept(self, path=None, **options):
+        """Return the folder's memory, opened; it is closed after the test."""
+        memory = macrogpt.Memory(path or self.db, **options)
+        self.addCleanup(memory.close)
+        return memory
+
+    def stored(self, sql):
+        """Return rows of the memory file; none while it is being made."""
+        try:
+            with contextlib.closing(sqlite3.connect(f"file:{self.db}?mode=ro", uri=True)) as db:
+                return db.execute(sql).fetchall()
+        except sqlite3.OperationalError:
+            return []
+
+    def setting(self, name):
+        """Return a setting that is committed, or an empty object."""
+        rows = self.stored(f"SELECT value FROM settings WHERE name = '{name}'")
+        return json.loads(rows[0][0]) if rows else {}
+
+    def owner_said(self):
+        """Return what the owner said, as it is committed."""
+        return [text for text, in self.stored("SELECT text FROM messages WHERE role = 'owner'")]
+
     def run_here(self, *args, apart=False, **options):
         """Run the program, tiny, in the folder: within this process, or apart in one of its own."""
         run = run_macrogpt if apart else run_inside
         return run(*args, *TINY, cwd=self.folder, **options)
+
+    def good(self, *args, **options):
+        """Return the stdout of a tiny run that must end with 0."""
+        done = self.run_here(*args, **options)
+        self.assertEqual(done.returncode, 0, done.stderr.decode("utf-8", "replace"))
+        self.assertNotIn(b"Traceback", done.stderr)
+        return done.stdout.decode("utf-8")
+
+    def report(self, *args, code=0):
+        """Return the one JSON object that a tiny run with --json prints."""
+        done = self.run_here(*args, "--json")
+        self.assertEqual((done.returncode, done.stdout.count(b"\n")), (code, 1), done.stderr)
+        return dict(json.loads(done.stdout))
+
+    def chat(self, *lines, args=("--no-train",), **options):
+        """Return the lines that a tiny chat replies to these, text or bytes with their ends."""
+        typed = b"".join(line if isinstance(line, bytes) else line.encode() + b"\n"
+                         for line in lines)
+        return self.good(*args, stdin=typed, **options).splitlines()
+
+    def mistake(self, code, *args, signs=(), run=run_inside, **options):
+        """Assert that a run ends with code, says nothing on stdout and one line on stderr."""
+        done = run(*args, cwd=self.folder, **options)
+        said = done.stderr.decode("utf-8")
+        self.assertEqual((done.returncode, done.stdout), (code, b""), said)
+        self.assertRegex(said, r"\Amacrogpt: \S[^\n]*\n\Z")
+        for sign in signs:
+            self.assertIn(sign, said)
 
     def start_here(self, *args, **options):
         """Start the program, tiny, in the folder; it is killed after the test at the latest."""
@@ -178,9 +276,17 @@ class Folder:
             process.wait()
             for stream in (process.stdin, process.stdout, process.stderr):
                 if stream is not None:
-                    try:
+                    with contextlib.suppress(OSError):  # what was still in a closed pipe's buffer
                         stream.close()
-                    except OSError:
-                        pass  # what was still in the buffer of a closed pipe
         self.addCleanup(end)
         return process
+
+    def answer(self, process, line):
+        """Write a line to a process, and return the one it answers in time."""
+        process.stdin.write(line + b"\n")
+        process.stdin.flush()
+        watch = threading.Timer(PATIENCE_SECONDS, process.kill)
+        watch.start()
+        said = process.stdout.readline()
+        watch.cancel()
+        return said

@@ -15,7 +15,7 @@ from fractions import Fraction
 from unittest import mock
 
 import macrogpt as m
-from support import ROOT, Folder, compiled_engine, engine_in_use
+from support import ROOT, Case, Folder, compiled_engine, engine_in_use
 
 KERNELS = {kernel.__name__: kernel for kernel in m.KERNELS}
 CLOSE = {"f": 3e-6, "d": 1e-10}
@@ -67,14 +67,7 @@ def naive_causal(qkv, starts, heads, width):
     return out
 
 
-class NearCase(unittest.TestCase):
-    def assert_near(self, found, expected, tolerance=1e-6, hint=""):
-        self.assertEqual(len(found), len(expected), hint)
-        for i, (a, b) in enumerate(zip(found, expected)):
-            self.assertTrue(abs(a - b) <= tolerance, f"{hint}: number {i} is {a!r}, not {b!r}")
-
-
-class EveryTwinDoesWhatItsKernelDoes(NearCase):
+class EveryTwinDoesWhatItsKernelDoes(Case):
     def each(self, seed, likes=LIKES):
         """Yield rng, typecode, and a maker of buffers, for every kind of number."""
         rng = random.Random(seed)
@@ -152,7 +145,7 @@ class EveryTwinDoesWhatItsKernelDoes(NearCase):
                 self.compare_attention(rng, qkv, (0, 33, 50), 2, 3)
 
 
-class KernelsKnowTheAnswersWorkedOutByHand(NearCase):
+class KernelsKnowTheAnswersWorkedOutByHand(Case):
     def setUp(self):
         self.engines = [engine_in_use(), *(make(typecode) for typecode in "fd" for make in (
             m.reference_engine, m.interpreted_engine))]
@@ -216,7 +209,7 @@ class KernelsKnowTheAnswersWorkedOutByHand(NearCase):
                 self.assertEqual({round(x, 4) for x in out if x}, {round(1 / (1 - rate), 4)})
 
 
-class PackedMatrixIsTheMatrix(NearCase):
+class PackedMatrixIsTheMatrix(Case):
     def times(self, weights, rows, dim, x):
         """Return the product with one vector as lanes give it, in whatever typecode."""
         vector = m.PackedMatrix(array(weights.typecode, x), 1, dim)
@@ -366,7 +359,7 @@ def multiplied(engine, rng, rows, inner, cols):
     return products
 
 
-class TheCompiledKernels(NearCase):
+class TheCompiledKernels(Case):
     @classmethod
     def setUpClass(cls):
         if not m.find_compiler():
@@ -461,7 +454,7 @@ QUICK = ("-O0", "-fPIC", "-std=gnu99", "-w")  # compiles in a third of the time
 HOLLOW = "".join(f"void {name}(void) {{}}\n" for name in KERNELS)  # can be loaded in no time
 
 
-class FindingAndTrustingTheCompiler(Folder, unittest.TestCase):
+class FindingAndTrustingTheCompiler(Folder):
     @classmethod
     def setUpClass(cls):
         compiled_engine()

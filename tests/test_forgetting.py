@@ -155,7 +155,7 @@ class Gates(Pupils, unittest.TestCase):
         self.assertEqual(curve, sorted(curve))
 
 
-class Benchmark(Folder, unittest.TestCase):
+class Benchmark(Folder):
     SIZES = ("--chars", "1000", "--tokens", "100", "--shifts", "2", "--shift-chars", "1000",
              "--shift-tokens", "50", "--test-chars", "100",
              *(word for setting in ("max_merges=0", "gate_bound=9", *SMALL)

@@ -43,6 +43,13 @@ def being(deltas=0, routed=True, shape=SHAPE):
     return m.Leaving(config, tokenizer, model, m.Growth(phase="grown"), ["it was born"])
 
 
+def based_on(folder, engine):
+    """Return a model whose base is what a folder holds."""
+    model = m.GPT(SHAPE, 261, engine, None)
+    m.load_params(list(model.params.values()), m.returned_base(folder, SHAPE, 261))
+    return model
+
+
 def header_of(path):
     """Return the header of a file of safetensors, and where its numbers begin."""
     with open(path, "rb") as file:
@@ -60,7 +67,7 @@ def entry(shape, begin, end, dtype="F32"):
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-class GraduationCase(Folder, unittest.TestCase):
+class GraduationCase(Folder):
     """A folder, and what leaves into it."""
 
     def exported(self, form, who=None):
@@ -68,13 +75,7 @@ class GraduationCase(Folder, unittest.TestCase):
         return self.path(form)
 
     def refusal(self, *signs, call):
-        """Assert that a call is refused in one line that holds these signs."""
-        with self.assertRaises(m.GraduationError) as caught:
-            call()
-        said = str(caught.exception)
-        self.assertNotIn("\n", said)
-        for sign in signs:
-            self.assertIn(sign, said)
+        self.refused(m.GraduationError, call, *signs)
 
 
 class Safetensors(GraduationCase):
@@ -83,9 +84,8 @@ class Safetensors(GraduationCase):
         head = (b'{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[1,2],'
                 b'"data_offsets":[0,8]}}')
         head += b" " * (-len(head) % 8)
-        with open(self.path("x"), "rb") as file:
-            self.assertEqual(file.read(), struct.pack("<Q", len(head)) + head
-                             + struct.pack("<2f", 1.0, -2.0))
+        self.assertEqual(self.content("x"), struct.pack("<Q", len(head)) + head
+                         + struct.pack("<2f", 1.0, -2.0))
 
     def test_offsets_have_no_holes_and_the_numbers_begin_at_eights_and_end_the_file(self):
         path = os.path.join(self.exported("hf"), "model.safetensors")
@@ -142,10 +142,7 @@ class Safetensors(GraduationCase):
 
     def test_the_weights_of_one_layer_come_back_as_they_left(self):
         who = being(2)
-        folder = self.exported("hf", who)
-        base = m.returned_base(folder, SHAPE, who.model.vocab_size)
-        other = m.GPT(SHAPE, who.model.vocab_size, who.model.engine, None)
-        m.load_params(list(other.params.values()), base)
+        other = based_on(self.exported("hf", who), who.model.engine)
         self.assertEqual({n: [*p.data] for n, p in other.params.items()},
                          {n: [*p.data] for n, p in who.model.params.items()})
 
@@ -169,7 +166,7 @@ class Llama(GraduationCase):
         for model, other in ((who.model, who.model.with_layer(2)), (being(2, False).model,) * 2):
             with engine.no_grad():
                 one, whole = m.as_one(model).logits([5, 6, 7]), other.logits([5, 6, 7])
-            self.assertLess(max(abs(a - b) for a, b in zip(one.data, whole.data)), 1e-4)
+            self.assert_near(one.data, whole.data, 1e-4)
 
     def test_the_table_is_tied_but_has_a_copy_where_adapters_change_it(self):
         hf, peft = self.exported("hf"), self.exported("peft")
@@ -196,9 +193,7 @@ class Llama(GraduationCase):
         os.mkdir(self.path("x"))
         path = self.path("x", "model.safetensors")
         m.write_safetensors(path, tensors)
-        base = m.returned_base(self.path("x"), SHAPE, who.model.vocab_size)
-        other = m.GPT(SHAPE, who.model.vocab_size, who.model.engine, None)
-        m.load_params(list(other.params.values()), base)
+        other = based_on(self.path("x"), who.model.engine)
         old, new = who.model.params["1.qkv"].data, other.params["1.qkv"].data
         self.assertEqual([*new], [2 * x if i % 8 == 0 else x for i, x in enumerate(old)])
         for name, tensor, *signs in (
@@ -316,9 +311,8 @@ class Gguf(GraduationCase):
                 + struct.pack("<Q", 17) + b"general.alignment" + struct.pack("<II", 4, 32)
                 + struct.pack("<Q", 1) + b"k" + struct.pack("<II", 4, 5)
                 + struct.pack("<Q", 1) + b"t" + struct.pack("<IQQIQ", 2, 2, 1, 0, 0))
-        with open(self.path("x"), "rb") as file:
-            self.assertEqual(file.read(), head.ljust(160, b"\0") + struct.pack("<2f", 1, 2).ljust(
-                32, b"\0"))
+        self.assertEqual(self.content("x"), head.ljust(160, b"\0")
+                         + struct.pack("<2f", 1, 2).ljust(32, b"\0"))
 
     def test_numbers_stand_at_multiples_of_32_and_end_the_file(self):
         self.exported("gguf")
@@ -380,21 +374,18 @@ class Adapters(GraduationCase):
         with model.engine.no_grad():
             return model.logits([98, 99, 258, 5]).data
 
-    def near(self, a, b):
-        self.assertLess(max(abs(x - y) for x, y in zip(a, b)), 1e-4)
-
     def test_each_delta_comes_back_as_it_left_and_all_stand_in_one_where_they_add_up(self):
         who = being(2)
         folder = self.exported("peft", who)
         self.assertEqual(sorted(os.listdir(folder)), ["README.md", "base", "delta-1", "delta-2"])
         for number in (1, 2):
-            self.near(self.returned(os.path.join(folder, f"delta-{number}"), who),
-                      self.logits(who.model.with_layer(number)))
+            self.assert_near(self.returned(os.path.join(folder, f"delta-{number}"), who),
+                      self.logits(who.model.with_layer(number)), 1e-4)
         who.model.router = None
         m.export_weights(self.path("added"), "peft", who)
         config = m.read_json(self.path("added", "all", "adapter_config.json"))
         self.assertEqual((config["r"], config["lora_alpha"]), (6, 6))
-        self.near(self.returned(self.path("added", "all"), who), self.logits(who.model))
+        self.assert_near(self.returned(self.path("added", "all"), who), self.logits(who.model), 1e-4)
 
     def test_names_and_shapes_are_those_of_peft_and_the_fused_matrix_is_cut(self):
         header, _ = header_of(os.path.join(self.exported("peft"), "delta-1",
@@ -427,9 +418,8 @@ class Adapters(GraduationCase):
                                                         for k in range(2))
         os.mkdir(self.path("whole"))
         m.write_safetensors(self.path("whole", "model.safetensors"), whole)
-        other = m.GPT(SHAPE, 261, who.model.engine, None)
-        m.load_params(list(other.params.values()), m.returned_base(self.path("whole"), SHAPE, 261))
-        self.near(self.returned(self.path("a"), who), self.logits(other))
+        other = based_on(self.path("whole"), who.model.engine)
+        self.assert_near(self.returned(self.path("a"), who), self.logits(other), 1e-4)
 
     def adapter(self, tensors, **config):
         """Write an adapter into the folder a."""
@@ -471,8 +461,7 @@ class Engines(GraduationCase):
 
     def near(self, theirs, model):
         with model.engine.no_grad():
-            ours = model.logits(self.IDS).data
-        self.assertLess(max(abs(a - b) for a, b in zip(theirs, ours)), 1e-3)
+            self.assert_near(theirs, model.logits(self.IDS).data, 1e-3)
 
     def in_torch(self, folder):
         torch, transformers = package("torch"), package("transformers")
@@ -533,27 +522,10 @@ class Returning(GraduationCase):
         super().setUp()
         shutil.copytree(self.first, self.folder, dirs_exist_ok=True)
 
-    def good(self, *args):
-        done = self.run_here(*args)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        return done.stdout.decode()
-
-    def mistake(self, *args, signs):
-        done = self.run_here(*args)
-        said = done.stderr.decode()
-        self.assertEqual((done.returncode, said.count("\n"), done.stdout), (1, 1, b""), said)
-        for sign in signs:
-            self.assertIn(sign, said)
-
-    def stored(self):
-        memory = m.Memory(self.db, writable=False)
-        self.addCleanup(memory.close)
-        return memory
-
     def test_weights_of_the_hf_form_come_back_as_a_new_generation_that_has_read_the_same(self):
-        before = self.stored().layer("base").data
+        before = self.kept(writable=False).layer("base").data
         self.assertIn("generation 2", self.good("import", self.path("hf")))
-        memory = self.stored()
+        memory = self.kept(writable=False)
         growth = m.Growth.of(memory.setting("growth"))
         self.assertEqual((growth.generation, growth.phase), (2, "grown"))
         self.assertEqual(memory.layer("base").data, before)
@@ -564,7 +536,7 @@ class Returning(GraduationCase):
         self.good("train")
 
     def test_an_adapter_comes_back_as_a_delta_unless_it_does_harm(self):
-        model = m.Leaving.of(self.stored(), m.Config(n_layer=1, n_embd=16, n_head=2, block_size=24),
+        model = m.Leaving.of(self.kept(writable=False), m.Config(n_layer=1, n_embd=16, n_head=2, block_size=24),
                           engine_in_use(), []).model
         model.append_delta(2, random.Random(1))
         os.mkdir(self.path("a"))
@@ -572,20 +544,20 @@ class Returning(GraduationCase):
                             m.lora_tensors(model, model.deltas))
         self.write("a/adapter_config.json", '{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
         with mock.patch.object(m.Gate, "worse", return_value={"0": (2.0, 3.25)}):
-            self.mistake("import", self.path("a"), signs=("probe 0", "3.250", "2.000"))
-        self.assertEqual(m.delta_names(self.stored().manifests()), [])
+            self.mistake(1, "import", self.path("a"), signs=("probe 0", "3.250", "2.000"))
+        self.assertEqual(m.delta_names(self.kept(writable=False).manifests()), [])
         self.assertIn("delta 1", self.good("import", self.path("a")))
-        self.assertEqual(m.delta_names(self.stored().manifests()), ["delta1"])
-        self.assertEqual(m.Growth.of(self.stored().setting("growth")).generation, 1)
+        self.assertEqual(m.delta_names(self.kept(writable=False).manifests()), ["delta1"])
+        self.assertEqual(m.Growth.of(self.kept(writable=False).setting("growth")).generation, 1)
         self.good("--no-train", "ask", "Who are you?")
 
     def test_what_reads_a_probe_worse_is_refused_and_changes_nothing(self):
-        memory = self.stored()
+        memory = self.kept(writable=False)
         before = memory.setting("growth"), memory.layer("base").data
         with mock.patch.object(m, "fit_to_live", return_value={
                 "probe": "0", "before": 2.5, "now": 3.25}):
-            self.mistake("import", self.path("hf"), signs=("probe 0", "3.250", "2.500"))
-        memory = self.stored()
+            self.mistake(1, "import", self.path("hf"), signs=("probe 0", "3.250", "2.500"))
+        memory = self.kept(writable=False)
         self.assertEqual((memory.setting("growth"), memory.layer("base").data), before)
         self.assertIsNone(memory.setting("rebirth"))
 
@@ -601,8 +573,7 @@ class Returning(GraduationCase):
             self.refusal("probe 0", "nan", call=lambda: m.import_weights(
                 organism, self.path("hf")))
         organism.trainer.take_over.assert_not_called()
-        memory = m.Memory(self.db)
-        self.addCleanup(memory.close)
+        memory = self.kept()
         trainer = m.Trainer(m.Config, memory, print, print)
         learner.snapshot.return_value = m.Growth(generation=2), {}
         with self.assertRaisesRegex(m.TrainerError, "meanwhile"), trainer.holding():
@@ -611,20 +582,20 @@ class Returning(GraduationCase):
 
     def test_a_pickle_is_never_opened_and_other_things_are_refused(self):
         for name in ("model.bin", "x.pt", "x.pth", "x.ckpt"):
-            self.mistake("import", self.write(name, b"\x80\x04."), signs=("never opened",))
+            self.mistake(1, "import", self.write(name, b"\x80\x04."), signs=("never opened",))
         os.rename(self.path("hf", "model.safetensors"), self.path("hf", "pytorch_model.bin"))
-        self.mistake("import", self.path("hf"), signs=("hf/model.safetensors", "never opened"))
+        self.mistake(1, "import", self.path("hf"), signs=("hf/model.safetensors", "never opened"))
         config = m.read_json(self.path("hf", "config.json"))
         for name, value in (("hidden_size", 32), ("num_key_value_heads", 1), ("rms_norm_eps", 1e-6),
                             ("model_type", "mistral"), ("rope_parameters", {"rope_theta": 5.0})):
             self.write("hf/config.json", json.dumps({**config, name: value}))
-            self.mistake("import", self.path("hf"),
+            self.mistake(1, "import", self.path("hf"),
                          signs=("rope_theta" if "rope" in name else name, "expected"))
 
     def test_nothing_leaves_a_newborn_and_nothing_comes_to_one(self):
         new = ("--db", self.path("new.sqlite3"))
-        self.mistake("export", self.path("x"), "--format", "hf", *new, signs=("run `train`",))
-        self.mistake("import", self.path("hf"), *new, signs=("run `train`",))
+        self.mistake(1, "export", self.path("x"), "--format", "hf", *new, signs=("run `train`",))
+        self.mistake(1, "import", self.path("hf"), *new, signs=("run `train`",))
 
 
 class Words(GraduationCase):
@@ -633,8 +604,7 @@ class Words(GraduationCase):
 
     def test_markdown_that_was_exported_is_read_back_with_its_days_and_its_lines(self):
         day = 1_700_000_000.0
-        with_talk = m.Memory(self.db, clock=lambda: day)
-        self.addCleanup(with_talk.close)
+        with_talk = self.kept(clock=lambda: day)
         session = with_talk.session_id("boats")
         with_talk.add_message(session, "owner", "My boat is Plover.\n- It leaks.\n# Truly.")
         with_talk.add_message(session, "self", "you: said")
@@ -661,17 +631,23 @@ class Words(GraduationCase):
             self.assertIn("line 2", str(caught.exception))
 
     def test_what_is_exported_is_said_and_both_forms_are_read_back_by_the_program(self):
-        self.run_here("--no-train", "ask", "My boat is called Plover.")
-        for form, name in (("jsonl", "t.jsonl"), ("markdown", "t.md")):
-            more = ("--mine",) if form == "jsonl" else ()
-            done = self.run_here("export", self.path(name), "--format", form, *more)
+        self.good("--no-train", "ask", "My boat is called Plover.")
+        for form, *more in (("jsonl", "--mine"), ("markdown",)):
+            done = self.run_here("export", self.path(form), "--format", form, *more)
             self.assertIn(b"holds what you said, word for word", done.stderr)
             there = ("--db", self.path(form + ".sqlite3"))
-            self.assertIn(b"2 messages", self.run_here("import", self.path(name), *there).stdout)
-            done = self.run_here("--no-train", "ask", "What is my boat called?", *there)
-            self.assertEqual(done.stdout, b"Your boat is called Plover.\n")
-        self.assertEqual(self.run_here("export", self.path("x"), "--format", "hf", "--mine")
-                         .returncode, 2)
+            self.assertIn("2 messages", self.good("import", self.path(form), *there))
+            self.assertEqual(self.good("--no-train", "ask", "What is my boat called?", *there),
+                             "Your boat is called Plover.\n")
+        rows = [json.loads(line) for line in self.content("jsonl").splitlines()]
+        self.assertEqual([[turn["role"] for turn in row["messages"]] for row in rows],
+                         [["user", "assistant"]])
+        self.good("export", "all.jsonl", "--format", "jsonl")
+        self.assertGreater(len(self.content("all.jsonl").splitlines()), 1, "with the corpus")
+        self.assertRegex(self.content("markdown").decode("utf-8"),
+                         r"## my boat\n\n- \d{4}-\d\d-\d\d  My boat is called Plover\.\n")
+        self.mistake(2, "export", "markdown", "--format", "markdown", signs=("name a new file",))
+        self.mistake(2, "export", self.path("x"), "--format", "hf", "--mine")
 
 
 if __name__ == "__main__":

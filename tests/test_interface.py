@@ -16,85 +16,11 @@ import sys
 import threading
 import time
 import unittest
-from pathlib import Path
 from unittest import mock
 
 import macrogpt as m
-from support import (CORPUS, PROGRAM, ROOT, TINY, Folder, command, environment, run_inside,
-                     run_macrogpt, start_macrogpt)
-
-PATIENCE_SECONDS = 20.0
-ONE_ERROR = re.compile(r"macrogpt: \S[^\n]*\n")
-
-
-class Waiting(Folder):
-    """A test-case mixin: a wait that ends, and a look at what is committed."""
-
-    def until(self, condition, seconds=PATIENCE_SECONDS):
-        """Wait for a condition; fail when it does not come."""
-        end = time.monotonic() + seconds
-        while not condition():
-            self.assertLess(time.monotonic(), end, "it did not happen in time")
-            time.sleep(0.005)
-
-    def stored(self, sql):
-        """Return rows of the memory file; none while it is being made."""
-        try:
-            with contextlib.closing(sqlite3.connect(f"file:{self.db}?mode=ro", uri=True)) as db:
-                return db.execute(sql).fetchall()
-        except sqlite3.OperationalError:
-            return []
-
-    def setting(self, name):
-        """Return a setting that is committed, or an empty object."""
-        rows = self.stored(f"SELECT value FROM settings WHERE name = '{name}'")
-        return json.loads(rows[0][0]) if rows else {}
-
-
-class ProcessCase(Waiting, unittest.TestCase):
-    def mistake(self, code, *args, signs=(), run=run_inside, **options):
-        """Assert that a run ends with code, says nothing on stdout and one line on stderr."""
-        done = run(*args, cwd=self.folder, **options)
-        said = done.stderr.decode("utf-8")
-        self.assertEqual(done.returncode, code, said)
-        self.assertEqual(done.stdout, b"")
-        self.assertRegex(said, f"\\A{ONE_ERROR.pattern}\\Z")
-        for sign in signs:
-            self.assertIn(sign, said)
-
-    def good(self, *args, **options):
-        """Return the stdout of a tiny run that must end with 0."""
-        done = self.run_here(*args, **options)
-        self.assertEqual(done.returncode, 0, done.stderr.decode("utf-8", "replace"))
-        self.assertNotIn(b"Traceback", done.stderr)
-        return done.stdout.decode("utf-8")
-
-    def report(self, *args, code=0):
-        """Return the one JSON object that a tiny run with --json prints."""
-        done = self.run_here(*args, "--json")
-        self.assertEqual((done.returncode, done.stdout.count(b"\n")), (code, 1), done.stderr)
-        return dict(json.loads(done.stdout))
-
-    def chat(self, *lines, args=("--no-train",), **options):
-        typed = b"".join(line if isinstance(line, bytes) else line.encode() + b"\n"
-                         for line in lines)
-        return self.good(*args, stdin=typed, **options).splitlines()
-
-    def answer(self, process, line):
-        """Write a line to a process, and return the one it answers in time."""
-        process.stdin.write(line + b"\n")
-        process.stdin.flush()
-        watch = threading.Timer(PATIENCE_SECONDS, process.kill)
-        watch.start()
-        said = process.stdout.readline()
-        watch.cancel()
-        return said
-
-    def owner_said(self):
-        return [text for text, in self.stored("SELECT text FROM messages WHERE role = 'owner'")]
-
-    def step(self):
-        return self.setting("growth").get("step", 0)
+from support import (CORPUS, PATIENCE_SECONDS, PROGRAM, ROOT, TINY, Folder, command, environment,
+                     run_inside, run_macrogpt)
 
 
 class Window(unittest.TestCase):
@@ -127,7 +53,7 @@ class Window(unittest.TestCase):
                 self.assertGreater(m.width_of(f"{line} {after.split()[0]}"), columns)
 
 
-class CommandLine(ProcessCase):
+class CommandLine(Folder):
     def test_a_mistake_is_one_line_with_a_remedy_and_the_code_2_and_what_cannot_be_had_is_1(self):
         self.mistake(2, "trian", signs=["trian", "train"], run=run_macrogpt)
         with self.assertRaises(m.UsageError):  # its traceback is shown only with --debug
@@ -162,15 +88,31 @@ class CommandLine(ProcessCase):
         self.mistake(1, "stats", env=env, signs=env)
         self.mistake(2, "stats", env={"MACROGPT_ENGINE": "steam"}, signs=["steam"])
 
-    def test_the_script_tells_its_version_and_a_help_with_every_command_and_makes_nothing(self):
-        done = subprocess.run([sys.executable, "-S", PROGRAM, "--version"], cwd=self.folder,
-                              capture_output=True, timeout=PATIENCE_SECONDS, check=True)
-        self.assertEqual(done.stdout.decode(), f"macrogpt {m.__version__}\n")
-        said = run_inside("--help", cwd=self.folder).stdout.decode()
+    def test_as_a_script_it_keeps_the_options_of_python_and_its_own_and_tells_its_version(self):
+        runs = [subprocess.Popen(
+            [sys.executable, *options, PROGRAM, word], stdout=subprocess.PIPE, encoding="utf-8",
+            stderr=subprocess.PIPE, env=environment(self.folder), cwd=self.folder)
+            for *options, word in (("--version",), ("-O", "-W", "error", "nosuch"),
+                                   ("-I", "nosuch"))]
+        version, *others = [(*run.communicate(timeout=30), run.returncode) for run in runs]
+        self.assertEqual(version, (f"macrogpt {m.__version__}\n", "", 0))
+        for out, told, code in others:
+            self.assertEqual((out, code), ("", 2))
+            self.assertRegex(told, r"\Amacrogpt: there is no command 'nosuch'.*\n\Z")
+        self.assertEqual(os.listdir(self.folder), ["nonames.txt"], "it makes nothing")
+
+    def test_help_names_every_command_and_option_and_shells_complete_them(self):
+        said = self.good("--help")
         for name in (*m.COMMANDS, "--db", "--corpus", "--session", "--set", "--seed", "--no-train",
                      "--wait-trained", "--json", "--quiet", "--debug", "--color", "--version"):
             self.assertRegex(said, rf"(?m)(^|\s){re.escape(name)}\b")
-        self.assertEqual(os.listdir(self.folder), ["nonames.txt"])
+        self.assertIn("example: macrogpt log --last 20", self.good("log", "--help"))
+        for name in m.COMMANDS:
+            said = m.help_of(name)
+            self.assertTrue(said.startswith(f"usage: macrogpt {name}") and "SUPPRESS" not in said)
+        for shell in ("bash", "zsh", "fish"):
+            said = self.good("completion", shell)
+            self.assertTrue("sessions" in said and "wait-trained" in said, said)
 
     def test_options_may_stand_before_and_after_the_command(self):
         one = self.path("one.db")
@@ -203,7 +145,15 @@ class CommandLine(ProcessCase):
         self.assertGreater(len(set(said[0])), 1, "the seed does not freeze the die")
 
 
-class Reports(ProcessCase):
+class Reports(Folder):
+    def test_a_page_of_stats_can_be_read_and_has_its_curve(self):
+        self.good("stats", "--html", self.path("page.html"))
+        page = self.content("page.html").decode("utf-8")
+        self.assertIn("parameters", page)
+        html.parser.HTMLParser().feed(page)
+        points = [(0, 3.0), (50, 2.0), (90, 2.5)]
+        self.assertIn('points="50.0,35.0 241.7,150.0 395.0,92.5"', m.chart(points))
+
     def test_every_report_is_one_object_with_its_keys_or_lines_for_people(self):
         for words, said in ((("sessions", "list"), "no session"), (("doctor",), "ok  python"),
                             (("memory", "list"), "nothing found"), (("stats",), "parameters")):
@@ -245,7 +195,7 @@ class Reports(ProcessCase):
                                    ("train", "generate") for end in ("", "_median")), 0.0)
 
 
-class Piped(ProcessCase):
+class Piped(Folder):
     def test_a_chat_goes_on_where_the_last_one_was_and_a_new_session_may_be_named(self):
         self.assertEqual(self.chat("Who are you?", "/new boats", "/new boats", "/session"), [
             "I am a small lantern in a big house.", "session boats",
@@ -257,42 +207,10 @@ class Piped(ProcessCase):
         self.good("sessions", "delete", "ships")
         self.assertEqual(self.chat("/session"), ["session main"])
 
-    def test_what_was_exported_is_imported_elsewhere_and_answered(self):
-        self.chat("My boat is called Plover.", "Who are you?")
-        self.good("export", self.path("talks.jsonl"), "--format", "jsonl", "--mine")
-        there = ("--db", self.path("there.sqlite3"))
-        self.assertIn("4 messages", self.good("import", self.path("talks.jsonl"), *there))
-        self.assertEqual(self.chat("What is my boat called?", args=("--no-train", *there)),
-                         ["Your boat is called Plover."])
-        self.write("odd.jsonl", '{"messages": [{"role": "pirate", "content": "Ahoy"}]}\n')
-        self.mistake(2, "import", "odd.jsonl", *there, signs=["line 1", "messages"])
-
-    def test_as_a_script_it_keeps_the_options_of_python_and_its_own(self):
-        for options in ((), ("-O", "-W", "error"), ("-I",)):
-            done = subprocess.run([sys.executable, *options, PROGRAM, "nosuch"], timeout=30,
-                                  env=environment(self.folder), capture_output=True, check=False)
-            self.assertEqual((done.returncode, done.stdout), (2, b""))
-            self.assertRegex(done.stderr, rb"\Amacrogpt: there is no command 'nosuch'.*\n\Z")
-
-    def test_help_completion_and_a_page_of_stats(self):
-        self.assertIn("example: macrogpt log --last 20", self.good("log", "--help"))
-        for shell in ("bash", "zsh", "fish"):
-            said = self.good("completion", shell)
-            self.assertTrue("sessions" in said and "wait-trained" in said, said)
-        for name in m.COMMANDS:
-            said = m.help_of(name)
-            self.assertTrue(said.startswith(f"usage: macrogpt {name}") and "SUPPRESS" not in said)
-        self.good("stats", "--html", self.path("page.html"))
-        page = Path(self.path("page.html")).read_text(encoding="utf-8")
-        self.assertIn("parameters", page)
-        html.parser.HTMLParser().feed(page)
-        points = [(0, 3.0), (50, 2.0), (90, 2.5)]
-        self.assertIn('points="50.0,35.0 241.7,150.0 395.0,92.5"', m.chart(points))
-
     def test_each_line_gives_exactly_one_line_in_order_whatever_it_is(self):
         said = self.chat("Who are you?", "", "What do you eat?", "   ", "zzz?",
                          b"Where does the heron sleep?\r\n", b"\xff\xfe caf\xe9 \x80\x00\x1b[2J\n",
-                         b"heron " * 170_000 + b"\n", b"Who are you?")
+                         b"heron " * 45_000 + b"\n", b"Who are you?")
         self.assertEqual(len(said), 9, "a last line without its end is a line")
         self.assertEqual({said[0], said[8]}, {"I am a small lantern in a big house."})
         self.assertEqual(said[2], "I eat words and a little electricity.")
@@ -320,9 +238,8 @@ class Piped(ProcessCase):
 
     @unittest.skipUnless(os.name == "posix", "pipes break otherwise on Windows")
     def test_a_block_is_one_message_and_gets_one_line_of_reply(self):
-        said = run_inside("--no-train", *TINY, cwd=self.folder, stdin=(
-            b'"""\nMy boat is blue.\n/exit\n"""\nWho are you?\n"""My oar is red."""\n"""It is old.\n'))
-        self.assertEqual(len(said.stdout.splitlines()), 4)
+        self.assertEqual(len(self.chat('"""\nMy boat is blue.\n/exit\n"""', "Who are you?",
+                                       '"""My oar is red."""', '"""It is old.')), 4)
         self.assertEqual(self.owner_said(), ["My boat is blue.\n/exit", "Who are you?",
                                              "My oar is red.", "It is old."])
         self.assertEqual(self.report("sessions")["sessions"][0]["title"], "My boat is blue.\n/exit")
@@ -355,7 +272,7 @@ class Piped(ProcessCase):
 
     def test_without_a_corpus_the_one_that_comes_with_the_program_is_written_and_said(self):
         os.unlink(self.corpus)
-        done = self.run_here("--no-train", stdin=b"Who are you?\n")
+        done = self.run_here("--no-train", "--set", "max_corpus_lines=500", stdin=b"Who are you?\n")
         self.assertEqual((done.returncode, len(done.stdout.splitlines())), (0, 1))
         self.assertIn(b"nonames.txt", done.stderr)
         self.assertEqual(m.read_text(self.corpus), m.read_text(os.path.join(ROOT, "nonames.txt")))
@@ -365,12 +282,11 @@ class Piped(ProcessCase):
             self.assertEqual(m.first_corpus(), m.FIRST_CORPUS)
 
     def test_a_chat_goes_on_with_what_can_be_read_of_a_damaged_store(self):
-        run_inside("--no-train", *TINY, cwd=self.folder, stdin=b"My cat is called Biscuit.\n")
+        self.chat("My cat is called Biscuit.")
         for damage in ("DROP TABLE layers", "DROP TABLE entries_fts_config"):
             with contextlib.closing(sqlite3.connect(self.db)) as db, db:
                 db.execute(damage)
-            done = run_inside("--no-train", *TINY, cwd=self.folder,
-                              stdin=b"What is my cat called?\nWho are you?\n")
+            done = self.run_here("--no-train", stdin=b"What is my cat called?\nWho are you?\n")
             said = done.stdout.decode("utf-8").splitlines()
             self.assertEqual((done.returncode, said[0], len(said)),
                              (0, "Your cat is called Biscuit.", 2), done.stderr)
@@ -380,15 +296,13 @@ class Piped(ProcessCase):
                          ["-1", "-2"])
 
     def test_what_is_forgotten_leaves_the_history_and_nothing_else_does(self):
-        run_inside("--no-train", *TINY, cwd=self.folder, stdin=b"My gnu is called Xerxes.\n")
+        self.chat("My gnu is called Xerxes.")
         for words, env in ((("memory", "forget", "gnu"), {}), ((), {"MACROGPT_NOHISTORY": "1"})):
             if importlib.util.find_spec("readline"):  # which knows nothing of that file here
                 importlib.import_module("readline")
             self.write(".macrogpt_history", "Hello.\nMy gnu is called Xerxes.\n/forget gnu\n")
-            done = run_inside("--no-train", *TINY, *words, cwd=self.folder, env=env,
-                              stdin=b"My gnu is called Xerxes.\n/forget gnu\n")
-            self.assertEqual(done.returncode, 0, done.stderr)
-            self.assertEqual(m.read_text(self.path(".macrogpt_history")), "Hello.\n")
+            self.chat("My gnu is called Xerxes.", "/forget gnu", args=("--no-train", *words), env=env)
+            self.assertEqual(self.content(".macrogpt_history"), b"Hello.\n")
 
     def test_a_report_makes_no_file_and_another_programs_file_is_never_written(self):
         before = sorted(os.listdir(self.folder))
@@ -397,34 +311,27 @@ class Piped(ProcessCase):
             self.assertEqual(done.returncode, 0, done.stderr)
             self.assertEqual(sorted(os.listdir(self.folder)), before)
             self.assertEqual(b"no memory in typo.sqlite3" in done.stderr, command != ("doctor",))
-        other = sqlite3.connect(self.path("other.sqlite3"))
-        other.execute("CREATE TABLE birds (name)")
-        other.commit()
-        other.close()
-        with open(self.path("other.sqlite3"), "rb") as file:
-            data = file.read()
+        with contextlib.closing(sqlite3.connect(self.path("other.sqlite3"))) as other, other:
+            other.execute("CREATE TABLE birds (name)")
+        data = self.content("other.sqlite3")
         for command in (("stats",), ("doctor",), ("--no-train", "ask", "hello")):
             done = self.run_here("--db", self.path("other.sqlite3"), *command)
             self.assertEqual(done.returncode, 1)
             self.assertIn(b"another program's file", done.stdout + done.stderr)
-        with open(self.path("other.sqlite3"), "rb") as file:
-            self.assertEqual(file.read(), data)
+        self.assertEqual(self.content("other.sqlite3"), data)
 
     def test_a_kept_setting_out_of_its_bounds_is_left_out_and_a_full_disk_is_said(self):
         self.good("--no-train", "ask", "hello")
-        store = sqlite3.connect(self.db)
-        store.execute("INSERT INTO settings VALUES ('config.top_p', '7.0')")
-        store.commit()
-        store.close()
+        with contextlib.closing(sqlite3.connect(self.db)) as store, store:
+            store.execute("INSERT INTO settings VALUES ('config.top_p', '7.0')")
         self.good("--no-train", "ask", "hello")
         if os.path.exists("/dev/full"):
             with open("/dev/full", "wb") as full:
-                done = subprocess.run([sys.executable, PROGRAM, *TINY, "--db", self.db, "--corpus",
-                                       self.corpus, "--no-train", "ask", "hello"], stdout=full,
-                                      stderr=subprocess.PIPE, cwd=self.folder)
-            self.assertEqual((done.returncode, done.stderr.count(b"\n")), (1, 2), done.stderr)
-            self.assertIn(b"left out: top_p=7.0", done.stderr)
-            self.assertIn(b"cannot be written", done.stderr)
+                process = self.start_here("--no-train", "ask", "hello", stdout=full)
+                _, told = process.communicate(timeout=PATIENCE_SECONDS)
+            self.assertEqual((process.returncode, told.count(b"\n")), (1, 2), told)
+            self.assertIn(b"left out: top_p=7.0", told)
+            self.assertIn(b"cannot be written", told)
 
     def test_two_slashes_say_one_and_a_talk_is_shown_saved_renamed_and_deleted(self):
         done = self.run_here("--no-train", "--session", "one", stdin=b"//tmp is full\n/again\n"
@@ -439,31 +346,17 @@ class Piped(ProcessCase):
         self.assertEqual(self.report("sessions")["sessions"], [])
         self.assertIn("/tmp is full", self.good("memory", "list"))
 
-    def test_talks_are_exported_as_records_and_as_pages_and_no_file_is_overwritten(self):
-        self.good("--no-train", "ask", "My cat is called Biscuit.")
-        self.good("export", "talks.jsonl", "--format", "jsonl", "--mine")
-        rows = [json.loads(line) for line in m.read_text(self.path("talks.jsonl")).splitlines()]
-        self.assertEqual([[turn["role"] for turn in row["messages"]] for row in rows],
-                         [["user", "assistant"]])
-        self.good("export", "all.jsonl", "--format", "jsonl")
-        self.assertGreater(len(m.read_text(self.path("all.jsonl")).splitlines()), 1)
-        self.good("export", "told.md", "--format", "markdown")
-        self.assertRegex(m.read_text(self.path("told.md")),
-                         r"## my cat\n\n- \d{4}-\d\d-\d\d  My cat is called Biscuit\.\n")
-        self.mistake(2, "export", "told.md", "--format", "markdown", signs=("name a new file",))
-
     def test_ask_answers_from_what_is_piped_into_it_and_keeps_nothing_of_that(self):
-        done = self.run_here("--no-train", "ask", "what is the gate code?", apart=True,
-                             stdin=b"Shopping is on Friday.\nThe gate code is 4711.\n")
-        self.assertEqual(done.stdout, b"The gate code is 4711.\n", done.stderr)
-        self.assertNotIn("4711", self.good("memory", "search", "gate code"))
-        done = self.run_here("--no-train", "--set", "max_corpus_lines=1", "ask",
-                             "what is the gate code?", apart=True,
-                             stdin=b"The gate code is 4711.\nShopping is on Friday.\n")
-        self.assertEqual(done.stdout, b"The gate code is 4711.\n", done.stderr)  # its beginning
+        lines = [b"Shopping is on Friday.\n", b"The gate code is 4711.\n"]
+        for most in (999, 1):  # of more its beginning
+            said = self.good("--no-train", "--set", f"max_corpus_lines={most}", "ask",
+                             "what is the gate code?", stdin=b"".join(lines), apart=True)
+            self.assertEqual(said, "The gate code is 4711.\n")
+            self.assertNotIn("4711", self.good("memory", "search", "gate code"))
+            lines.reverse()
 
 
-class Training(ProcessCase):
+class Training(Folder):
     def test_train_learns_commits_and_goes_on_where_it_was_also_in_a_long_corpus(self):
         facts = self.report("train")
         self.assertEqual(facts["phase"], "grown")
@@ -513,7 +406,7 @@ class Training(ProcessCase):
 
 
 @unittest.skipUnless(os.name == "posix", "signals are a thing of POSIX")
-class Signals(ProcessCase):
+class Signals(Folder):
     def end(self, process, number, code):
         """Send a signal; assert the exit code, and that stderr holds no traceback."""
         process.send_signal(number)
@@ -554,17 +447,17 @@ class Signals(ProcessCase):
             self.assertEqual(chat.stdout.read(), b"")
             self.assertEqual(self.owner_said(), ["The boat is called Plover."])
             self.db = self.path(f"train{code}")
-            self.until(lambda: self.step() >= 12)
+            self.until(lambda: self.setting("growth").get("step", 0) >= 12)
             self.end(training, number, code)
             facts = self.report("stats", "--db", self.db)
-            self.assertEqual(facts["step"], self.step())
+            self.assertEqual(facts["step"], self.setting("growth").get("step", 0))
             self.assertTrue(facts["layers"]["base"])
         more = self.report("train", "--steps", "3", "--db", self.db)
         self.assertEqual((more["steps_now"], more["step"]), (3, facts["step"] + 3))
 
 
 @unittest.skipIf(sys.platform == "win32", "there are no pseudo-terminals here")
-class TerminalCase(ProcessCase):
+class TerminalCase(Folder):
     WORDS, SHELL = ("--no-train",), ()
 
     def setUp(self):
@@ -642,8 +535,7 @@ class InATerminal(TerminalCase):
             self.type("\r")
             self.expect("you> ")
             self.assertEqual(self.owner_said()[1:], ["The boat is blue.\nIt is old."])
-            with open(self.path(".macrogpt_history"), encoding="utf-8") as file:
-                self.assertIn("Who are you?", file.read(), "kept as it grows")
+            self.assertIn(b"Who are you?", self.content(".macrogpt_history"), "kept as it grows")
         self.type("\x04")
         self.leave(0)
 
@@ -675,9 +567,9 @@ class InATerminal(TerminalCase):
         self.assertEqual(self.owner_said(), ["Who are you?", "The boat is called Plover.\n/exit\n\n"
                                              "It is blue.", "/exit is a word", "It is"])
         if importlib.util.find_spec("readline"):
-            history = self.path(".macrogpt_history")
-            self.assertEqual(os.stat(history).st_mode & 0o777, 0o600, "its owner's alone")
-            self.assertIn("Who are you?\n", m.read_text(history))
+            mode = os.stat(self.path(".macrogpt_history")).st_mode
+            self.assertEqual(mode & 0o777, 0o600, "its owner's alone")
+            self.assertIn(b"Who are you?\n", self.content(".macrogpt_history"))
 
     def test_what_is_longer_than_the_screen_is_paged_and_what_is_forgotten_is_asked_for(self):
         self.expect("you> ")

@@ -3,7 +3,7 @@ import math
 import random
 
 import macrogpt as m
-from test_engine import NearCase
+from support import Case
 
 ENGINES = (m.interpreted_engine, m.reference_engine)
 
@@ -16,7 +16,7 @@ def copy_of(engine, rows, dim, data):
     return m.VectorValue(engine, rows, dim, engine.buffer_of(data))
 
 
-class GradientsAreFiniteDifferences(NearCase):
+class GradientsAreFiniteDifferences(Case):
     def check(self, build, *shapes):
         """Compare the gradient of Σ c·build(*inputs) wrt every input with central differences.
 
@@ -84,7 +84,7 @@ class GradientsAreFiniteDifferences(NearCase):
                 self.check(build, *shapes)
 
 
-class OperationsKeepTheirPromises(NearCase):
+class OperationsKeepTheirPromises(Case):
     def test_the_angles_are_position_times_a_falling_rate(self):
         found = m.rope_angles(3, 2, 4, 100.0)  # the rates of the two pairs are 1 and 1/10
         expected = [turn(a) for a in (3.0, 0.3, 4.0, 0.4) for turn in (math.cos, math.sin)]
@@ -146,7 +146,7 @@ class OperationsKeepTheirPromises(NearCase):
         self.assertEqual((list(x.grad[:3]), all(x.grad[3:])), ([0.0] * 3, True))
 
 
-class ParametersAndDeltas(NearCase):
+class ParametersAndDeltas(Case):
     engine = m.interpreted_engine()
 
     def test_normal_numbers_have_the_spread_asked_for(self):

@@ -35,7 +35,7 @@ def texts(entries):
     return [entry.text.strip() for entry in entries]
 
 
-class MemoryCase(Folder, unittest.TestCase):
+class MemoryCase(Folder):
     now = 1000.0
 
     def open(self, path=None):

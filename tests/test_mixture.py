@@ -1,7 +1,6 @@
 """Claims about the counts that learn in one reading and the one voice."""
 import dataclasses
 import itertools
-import json
 import math
 import random
 import threading
@@ -252,7 +251,7 @@ class TheEntriesAreCounted(unittest.TestCase):
         self.assertEqual(self.anew().counts.size, 0)
 
 
-class TheMindIsRenewed(Folder, unittest.TestCase):
+class TheMindIsRenewed(Folder):
     def setUp(self):
         super().setUp()
         self.memory = m.Memory(":memory:")
@@ -445,25 +444,23 @@ class TheVoiceIsFitted(unittest.TestCase):
         self.assertEqual(again.mixer.manifest["probes"], ["70", "71"])
 
 
-class TheWholeProgram(Folder, unittest.TestCase):
+class TheWholeProgram(Folder):
     def test_eval_measures_every_voice_and_learns_nothing_and_why_is_one_line_whoever_speaks(self):
         text = "".join(f"H: what is {w}?\nA: it is a kind of {w} by the sea\n\n"
                        for w in "amber boats cliffs dunes eels foam gulls herons ice".split())
         self.write("nonames.txt", text * 3)
         held = "H: what is kelp?\nA: it is — a kind of kelp by the sea\n\n" * 9
         self.write("held.txt", held)
-        newborn = json.loads(self.run_here("eval", "held.txt", "--json").stdout)
+        newborn = self.report("eval", "held.txt")
         self.assertTrue(6.0 < newborn["gpt_bpc"] < 12.0, "a newborn knows nothing")
-        self.run_here("train", "--set", "held_out_share=0.3")
-        first, again = (json.loads(self.run_here("eval", "held.txt", "--json").stdout)
-                        for _ in range(2))
+        self.good("train", "--set", "held_out_share=0.3")
+        first, again = (self.report("eval", "held.txt") for _ in range(2))
         self.assertEqual((first, first["characters"]), (again, len(held)), "it learns nothing")
         self.assertLess(first["voice_bpc"], first["gpt_bpc"])
         self.assertLess(first["voice_adaptive_bpc"], first["voice_bpc"])
         for mix, found in ((1, ("the voice said it", *m.EXPERTS)), (0, ("said it by itself",))):
-            done = self.run_here("--no-train", "--set", "trust_bpc=99", "--set", "recall_score=1",
-                                 "--set", "boldness=99", "--set", f"mix={mix}",
-                                 stdin=b"well it rains on and on\n/why\n")
-            _, why = done.stdout.decode().splitlines()
+            _, why = self.chat("well it rains on and on", "/why", args=(
+                "--no-train", "--set", "trust_bpc=99", "--set", "recall_score=1",
+                "--set", "boldness=99", "--set", f"mix={mix}"))
             for words in found:
                 self.assertIn(words, why)

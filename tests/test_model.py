@@ -5,8 +5,8 @@ import random
 from unittest import mock
 
 import macrogpt as m
-from support import engine_in_use
-from test_engine import NearCase, naive_attention
+from support import Case, engine_in_use
+from test_engine import naive_attention
 
 SHAPE = m.Shape(n_layer=2, n_embd=8, n_head=2, n_ff=12, block_size=8, rope_base=10_000.0,
                 norm_eps=1e-5)
@@ -88,7 +88,7 @@ def naive_llama(model, ids, window=None):
     return [times("embedding", [scale * n for n in norm(x)]) for x in stream]
 
 
-class TheFormIsLlama(NearCase):
+class TheFormIsLlama(Case):
     def test_logits_and_loss_are_those_of_a_naive_llama(self):
         ids = some_ids(9)
         for make, code in ENGINES:
@@ -142,7 +142,7 @@ class TheFormIsLlama(NearCase):
             self.assertRaises(ValueError, refused)
 
 
-class TheCacheSaysWhatTheModelSays(NearCase):
+class TheCacheSaysWhatTheModelSays(Case):
     def test_read_at_once_or_one_by_one_it_is_attention_that_slides_past_the_block(self):
         ids = some_ids(30)
         for make, code in ENGINES:
@@ -188,7 +188,7 @@ class TheCacheSaysWhatTheModelSays(NearCase):
         self.assertTrue(model.logits([1, 2]).sources)
 
 
-class WindowsShareOneGraph(NearCase):
+class WindowsShareOneGraph(Case):
     WINDOWS = ([1, 2, 3, 4, 5], [6, 7], [8, 9, 10], [3, 3, 3, 3, 3, 3, 3, 3, 3])
 
     def test_loss_and_gradient_of_a_batch_are_the_mean_of_its_windows_weighted_by_length(self):
@@ -226,7 +226,7 @@ class WindowsShareOneGraph(NearCase):
         self.assertEqual(model.loss(self.WINDOWS, 0.0, random.Random(1)).data, plain)
 
 
-class GradientsOfTheWholeModel(NearCase):
+class GradientsOfTheWholeModel(Case):
     def check(self, model, params, drop=0.0, samples=2):
         """Compare sampled slopes of the loss with central differences."""
         windows, rng, h = ([1, 2, 3, 2, 5], [4, 1, 1]), random.Random(7), 1e-5
@@ -264,7 +264,7 @@ class GradientsOfTheWholeModel(NearCase):
             self.assertIsNone(param.grad, param.name)
 
 
-class TheModelGrowsByAppending(NearCase):
+class TheModelGrowsByAppending(Case):
     def setUp(self):
         self.model, self.ids = lively(m.interpreted_engine()), some_ids(8)
 
@@ -310,7 +310,7 @@ class TheModelGrowsByAppending(NearCase):
         self.assertEqual(self.model.trainable(), list(self.model.params.values()))
 
 
-class EveryLayerSpeaksForItself(NearCase):
+class EveryLayerSpeaksForItself(Case):
     def setUp(self):
         self.model, self.ids = lively(engine_in_use()), some_ids(8)
         for seed in (5, 6, 7):

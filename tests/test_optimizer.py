@@ -4,7 +4,7 @@ import random
 import unittest
 
 import macrogpt as m
-from test_engine import NearCase
+from support import Case
 
 CONFIG = m.Config(beta1=0.8, beta2=0.95, eps_adam=1e-7, weight_decay=0.1, grad_clip=1.5)
 
@@ -38,7 +38,7 @@ def state(params):
     return [(p.data[:], *(moment[:] for moment in p.moments), p.steps) for p in params]
 
 
-class AdamWIsItsPaper(NearCase):
+class AdamWIsItsPaper(Case):
     def params(self, engine, shapes=((3, 4), (2, 2), (1, 1)), decays=(True, False, True)):
         rng = random.Random(1)
         return [m.MatrixParam.normal(engine, f"p{i}", *shape, 1.0, rng, d)

@@ -19,8 +19,7 @@ import unittest
 from unittest import mock
 
 import macrogpt as m
-from support import engine_in_use, run_inside, start_macrogpt
-from test_interface import Waiting
+from support import Folder, engine_in_use, run_inside, start_macrogpt
 
 TINY = ("n_layer=1", "n_embd=8", "n_head=1", "block_size=24", "warmup_steps=12", "eval_steps=4",
         "micro_steps=3", "batch_size=2", "delta_rank=2", "burst_passes=1", "mix_passes=1",
@@ -97,7 +96,7 @@ class ChildHere:
         return -9
 
 
-class Reader(Waiting):
+class Reader(Folder):
     """A test-case mixin: a folder with a corpus, and tiny organisms that live in it."""
 
     def setUp(self):
@@ -176,7 +175,7 @@ class Home(Reader):
         return being.memory.entries("text LIKE '%quartz%' AND layer = 1")
 
 
-class Life(Home, unittest.TestCase):
+class Life(Home):
     def test_it_is_born_once_and_never_again_for_the_same_text(self):
         being = self.grown()
         self.assertEqual(being.growth.phase, "grown")
@@ -299,7 +298,7 @@ class Life(Home, unittest.TestCase):
         self.assertGreater(next(count), 2)
 
 
-class Failing(Home, unittest.TestCase):
+class Failing(Home):
     def in_birth(self):
         being = self.organism(*LONG)
         being.awake()
@@ -339,7 +338,7 @@ class Failing(Home, unittest.TestCase):
         self.until(lambda: any("no room" in notice for notice in being.notices))
 
 
-class NothingIsReset(Home, unittest.TestCase):
+class NothingIsReset(Home):
     """What the owner does meanwhile neither begins the birth anew nor takes back a step."""
 
     def watched(self, being):
@@ -417,7 +416,7 @@ class NothingIsReset(Home, unittest.TestCase):
         self.assertIsNone(being.trainer.due())
 
 
-class Rebirth(Home, unittest.TestCase):
+class Rebirth(Home):
     """Another generation grows up beside the one that speaks and learns."""
 
     EAGER = ("rebirth_chars=60", "rebirth_share=0.1", "rebirth_bound=9", "gate_bound=9")
@@ -507,7 +506,7 @@ class Rebirth(Home, unittest.TestCase):
         self.until(lambda: self.events(being).count("rebirth") == 2)
 
 
-class Unlearning(Home, unittest.TestCase):
+class Unlearning(Home):
     """What is forgotten leaves the weights that were trained on it."""
 
     STRONG = ("held_out_share=0", "delta_seal_chars=20", "delta_rank=4", "dropout=0",
@@ -590,7 +589,7 @@ class Unlearning(Home, unittest.TestCase):
         self.assertEqual(being.growth.step, step)
 
 
-class Processes(Reader, unittest.TestCase):
+class Processes(Reader):
     """The program as its owner runs it; what is killed is a process of its own."""
 
     def words(self, words, settings):

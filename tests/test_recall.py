@@ -11,14 +11,13 @@ import json
 import os
 import random
 import re
-import sqlite3
 import time
 import unittest
 from unittest import mock
 
 import macrogpt as m
 import fit_recall
-from support import ROOT, Folder
+from support import ROOT, Folder, each_apart
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -60,24 +59,28 @@ def after(told, asked, source="chat"):
         return reply(memory, asked)
 
 
+def replies_to(group):
+    """Return (tag, words, right, reply) of each question of a group, told beside the corpus."""
+    facts, rows = [words.split("|")[0].strip() for tag, words in group if tag == "F"], []
+    with contextlib.closing(memory_of(*facts)) as memory:
+        for tag, words in group:
+            if tag == "F":
+                keys = [key.strip().lower() for key in words.split("|")[1].split(";")]
+            elif tag in "QTNROUS":
+                said = reply(memory, words)
+                right = tag not in "US" and any(key in said.text.lower() for key in keys)
+                rows.append((tag, words, right, said))
+    return rows
+
+
 class Sets(unittest.TestCase):
     """Every group is told to a memory of its own, beside the project's corpus."""
 
     @classmethod
     def setUpClass(cls):
-        cls.rows = []  # (tag, words, right, reply)
-        for name in ("recall_sets.txt", "recall_cases.txt"):
-            for group in groups_of(name):
-                facts = [words.split("|")[0].strip() for tag, words in group if tag == "F"]
-                with contextlib.closing(memory_of(*facts)) as memory:
-                    keys = []
-                    for tag, words in group:
-                        if tag == "F":
-                            keys = [key.strip().lower() for key in words.split("|")[1].split(";")]
-                        elif tag in "QTNROUS":
-                            said = reply(memory, words)
-                            right = any(key in said.text.lower() for key in keys)
-                            cls.rows.append((tag, words, right and tag not in "US", said))
+        well_read()
+        groups = itertools.chain(*map(groups_of, ("recall_sets.txt", "recall_cases.txt")))
+        cls.rows = list(itertools.chain(*each_apart(replies_to, groups)))
 
     def test_what_was_told_is_mostly_answered_and_what_was_not_is_seldom_claimed_or_quoted(self):
         tests = {"told": lambda right, source: right,
@@ -330,14 +333,11 @@ class Asking(unittest.TestCase):
             self.assertFalse(m.holds_statements(text), text)
 
 
-class Talking(Folder, unittest.TestCase):
+class Talking(Folder):
     """The same through the whole program: told, closed, opened, asked."""
 
     def talk(self, *lines, apart=False, args=()):
-        done = self.run_here("--no-train", *args, stdin=("\n".join(lines) + "\n").encode(),
-                             apart=apart)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        said = done.stdout.decode().splitlines()
+        said = self.chat(*lines, args=("--no-train", *args), apart=apart)
         self.assertEqual(len(said), len(lines))
         return said
 
@@ -360,8 +360,7 @@ class Talking(Folder, unittest.TestCase):
         for row in rows:
             self.assertEqual(set(row), {"reply", "source", "entries", "score", "seconds"})
         self.assertIn("Biscuit", rows[0]["entries"][0]["text"])
-        asked = json.loads(self.run_here("ask", "What is my cat called?", "--json",
-                                         "--no-train").stdout)
+        asked = self.report("ask", "What is my cat called?", "--no-train")
         self.assertEqual((asked["reply"], asked["source"]), (rows[0]["reply"], "memory"))
 
     def test_written_into_the_corpus_it_is_known_too(self):
@@ -389,10 +388,8 @@ class Talking(Folder, unittest.TestCase):
         self.assertIn("Ada", said[2])
         self.assertTrue(said[3].startswith("forgotten"), said[3])
         self.assertNotIn("Ada", said[4])
-        with contextlib.closing(m.Memory(self.db)) as memory:
-            said = memory.newest_messages(memory.session_id("main"), 99)
-            self.assertNotIn("Your locker number is 207.", [text for _, text in said])
-            self.assertEqual(memory.entries("text LIKE '%207%'"), [])
+        for table in ("messages", "entries"):
+            self.assertEqual(self.stored(f"SELECT * FROM {table} WHERE text LIKE '%207%'"), [])
 
 
 class Speed(unittest.TestCase):
@@ -432,7 +429,7 @@ class OwnersWords(unittest.TestCase):
             self.assertTrue(m.Lexicon(m.WORD_TABLE + line + "\n").line("My cat sleeps.").words)
 
 
-class Days(Folder, unittest.TestCase):
+class Days(Folder):
     """A talk over days, with a clock that the test moves."""
 
     def at(self, day, *lines, zone="UTC"):
@@ -493,20 +490,15 @@ class Days(Folder, unittest.TestCase):
     def test_what_leans_on_a_forgotten_statement_holds_nothing_of_it_any_more(self):
         self.at("2026-05-08T09:00", "My cousin is Ines.", "She teaches in Porto.",
                 "/forget My cousin is Ines.")
-        store = sqlite3.connect(self.db)
-        rows = store.execute("SELECT text, about, words FROM entries WHERE source = 'chat'")
-        told = rows.fetchall()
-        store.close()
+        told = self.stored("SELECT text, about, words FROM entries WHERE source = 'chat'")
         self.assertEqual([row[0] for row in told], ["She teaches in Porto.\n"])
         self.assertNotIn("ines", " ".join(map(str, told)).lower())
 
     def test_after_forgetting_the_rarest_word_is_nowhere_in_the_store(self):
         self.at("2026-05-08T09:00", "The safe opens with quazzelbrunft.", "How does the safe open?")
-        with open(self.db, "rb") as file:
-            self.assertIn(b"quazzelbrunft", file.read().lower())
+        self.assertIn(b"quazzelbrunft", self.content(self.db).lower())
         self.at("2026-05-09T09:00", "/forget The safe opens with quazzelbrunft.")
-        with open(self.db, "rb") as file:
-            self.assertNotIn(b"quazzel", file.read().lower())
+        self.assertNotIn(b"quazzel", self.content(self.db).lower())
 
     def test_numbers_of_two_things_are_compared_taken_from_each_other_and_summed(self):
         said = self.at("2026-05-08T09:00", "The Tweed is 155 kilometres long.",
@@ -525,8 +517,7 @@ class Days(Folder, unittest.TestCase):
         said = self.at("2026-05-08T09:00", *words, *(f"/forget {line}" for line in words[::5]))
         self.assertEqual([line for line, _ in said[len(words):]],
                          [f"forgotten: {line}" for line in words[::5]])
-        kept = self.run_here("--no-train", "--json", "memory", "list").stdout
-        self.assertEqual({entry["text"].strip() for entry in json.loads(kept)["entries"]},
+        self.assertEqual({entry["text"].strip() for entry in self.report("memory", "list")["entries"]},
                          set(words) - set(words[::5]))
 
     def test_sums_lists_and_all_that_is_known_and_why(self):
@@ -539,7 +530,5 @@ class Days(Folder, unittest.TestCase):
         self.assertEqual(words[4], "Tent and a torch.")
         self.assertIn("Porto", words[7])
         self.assertIn("Porto", words[-1])
-        about = self.run_here("--no-train", "memory", "about", "Ines")
-        self.assertIn(b"Porto", about.stdout)
-
+        self.assertIn("Porto", self.good("memory", "about", "Ines"))
 

@@ -1,14 +1,12 @@
 """Claims about sessions: what a prompt is made of, compaction, forgetting, and a new start."""
-import contextlib
 import itertools
 import random
 import signal
-import threading
 import unittest
 from unittest import mock
 
 import macrogpt as m
-from support import Folder, entries_with, passage, run_inside
+from support import Folder, entries_with, passage
 
 BUDGET = 300
 
@@ -296,49 +294,38 @@ class Talk(unittest.TestCase):
         self.assertEqual(len(self.memory.newest_messages(self.session, 99)), 5)
 
 
-class Chats(Folder, unittest.TestCase):
-    def chat(self, *lines, session="main"):
-        done = run_inside("--no-train", "--session", session, cwd=self.folder,
-                          stdin="".join(line + "\n" for line in lines).encode())
-        self.assertEqual(done.returncode, 0, done.stderr)
-        said = done.stdout.decode().splitlines()
-        self.assertEqual(len(said), len(lines))
-        return said
-
+class Chats(Folder):
     def test_told_compacted_and_left_behind_by_new_it_still_answers_until_it_is_forgotten(self):
         fact, asked = "The ferryman's parrot is called Zephyrine.", "What is the parrot called?"
+        def chat(*lines, session="main"):
+            return self.chat(*lines, args=("--no-train", "--session", session))
         for session in ("main", "../../x"):
-            said = self.chat("/compact", fact, "Copper pots are heavy.", "/compact", "/compact",
-                             session=session)
+            said = chat("/compact", fact, "Copper pots are heavy.", "/compact", "/compact",
+                        session=session)
             self.assertIn("empty", said[0])
             self.assertIn("H: The ferryman's", said[3])
             self.assertIn("no turns", said[4])
-        [again, _] = self.chat("/compact", "/new")
+        [again, _] = chat("/compact", "/new")
         self.assertEqual(again.partition(";")[2], said[4].partition(";")[2])
-        self.assertIn("Zephyrine", self.chat(asked, session="talk 1")[0])
-        self.assertIn("forgotten", self.chat(f"/forget {fact}", session="talk 1")[0])
+        self.assertIn("Zephyrine", chat(asked, session="talk 1")[0])
+        self.assertIn("forgotten", chat(f"/forget {fact}", session="talk 1")[0])
         for session in ("main", "talk 1"):
-            said = self.chat(asked, "hm", "/compact", "/compact", session=session)
+            said = chat(asked, "hm", "/compact", "/compact", session=session)
             self.assertNotIn("Zephyrine", " ".join(said))
 
     @unittest.skipUnless(hasattr(signal, "SIGKILL"), "there is no SIGKILL here")
     def test_a_chat_killed_again_and_again_loses_no_answered_word_and_meets_none_twice(self):
         told = []
         for i in range(2):
-            process = self.start_here("--no-train", "--db", self.db, bufsize=0)
-            watch = threading.Timer(30.0, process.kill)
-            watch.start()
-            for j in range(4):
-                told.append(f"The number {4 * i + j} boat is called {7919 * (4 * i + j) % 1000}.")
-                process.stdin.write(told[-1].encode() + b"\n")
-                self.assertTrue(process.stdout.readline())
+            process = self.start_here("--no-train", bufsize=0)
+            for j in range(4 * i, 4 * i + 4):
+                told.append(f"The number {j} boat is called {7919 * j % 1000}.")
+                self.assertTrue(self.answer(process, told[-1].encode()))
             process.kill()
             process.wait()
-            watch.cancel()
         told.append("hm")
         self.chat("hm")
-        with contextlib.closing(m.Memory(self.db)) as memory:
-            said = memory.newest_messages(memory.session_id("main"), 99)
-            self.assertEqual([text for role, text in said if role == "owner"], told)
-            self.assertLessEqual(len(memory.prompt_messages(1)), 8)
-            self.assertEqual([e.text.strip() for e in memory.entries("e.source = 'chat'")], told)
+        self.assertEqual(self.owner_said(), told)
+        memory = self.kept()
+        self.assertLessEqual(len(memory.prompt_messages(1)), 8)
+        self.assertEqual([e.text.strip() for e in memory.entries("e.source = 'chat'")], told)

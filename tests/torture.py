@@ -22,7 +22,6 @@ import subprocess
 import sys
 import threading
 import time
-import unittest
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, TESTS)  # as `discover` does
@@ -56,7 +55,7 @@ ODD_SQL = "NULL|x'fffe00ff'|'{'|'[]'|'7'|-1|9e300|'\u202eodd\x1b[2J'|''".split("
 FAILURES = "lost|unsound|orphans|begun anew|replies|controls|tracebacks|hangs".split("|")
 
 
-class Case(support.Folder, unittest.TestCase):
+class Case(support.Folder):
     """One attempt: a folder, what chance has in store for it, and what came of it."""
 
     def __init__(self, part, number, seed, counts):
@@ -293,10 +292,10 @@ def grown(seed):
     return raw
 
 
-def attempt(part, number, seed, counts, **options):
+def attempt(part, number, seed, counts, *sizes):
     """Do one case, and count what came of it."""
     case = Case(part, number, seed, counts)
-    getattr(case, part)(**options)
+    getattr(case, part)(*sizes)
     case.judge()
     case.count("acknowledged", len(case.told))
     if part in ("kills", "faults", "chats") and not any(case.go(said=[b"Hello."])[1]):
