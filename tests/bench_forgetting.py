@@ -1,10 +1,9 @@
-"""What learning costs the old: texts are learned one after the other, by three methods.
+"""What learning costs the old: texts are learned one after the other, by two methods.
 
     python tests/bench_forgetting.py [TEXT...] [--json] [--shifts N] [--set FIELD=VALUE] ...
 
 Two streams: unlike texts, your own first and then some that every Python carries; and shifts,
-slices of them in ever new styles. Each is learned by full fine-tuning, by one delta for all, and
-as macrogpt does in life; shown are bits per character on held-out text, right after learning and
+slices of them in ever new styles. Each is learned by full fine-tuning, and as macrogpt does in life; shown are bits per character on held-out text, right after learning and
 in the end.
 """
 import argparse
@@ -34,7 +33,7 @@ STYLES = (("", lambda text: text), ("upper", str.upper),
                                                for line in text.split("\n"))),
           ("no vowels", lambda text: re.sub("[aeiou]", "", text)),
           ("spelled", lambda text: "-".join(text)))
-METHODS = ("full", "shared", "ours")  # full fine-tuning, one delta for all, and as we live
+METHODS = ("full", "ours")  # full fine-tuning, and as we live
 UNLIKE_TEXTS = 5
 SHORTEST_LESSON = 1000  # characters
 
@@ -94,8 +93,6 @@ class Pupil:
         growth, layers = state
         self.learner = m.Learner(config, dataclasses.replace(growth), layers, engine)
         self.counts = m.NgramMemory(config.ngram_order, config.ngram_counts)
-        if method == "shared":
-            self.learner.model.append_delta(config.delta_rank, random.Random(config.seed))
         if method != "ours":
             self.learner.model.router = None
 
@@ -129,17 +126,15 @@ class Pupil:
             job.close()
 
     def _tune(self, steps):
-        """Train what may be trained on the new text alone."""
+        """Train the whole model on the new text alone."""
         learner, config = self.learner, self.config
-        learner.model.freeze(self.method == "shared")
-        for matrix in learner.model.delta_params():
-            matrix.needs_grad = True
-        peak = config.delta_rate if self.method == "shared" else config.learning_rate
+        learner.model.freeze(False)
         batch = config.batch_size
         for i in range(steps):
             windows = [w for w in learner.pool.windows(batch, batch, learner.rng) if len(w) > 1]
             m.train_step(learner.model, config, windows,
-                         m.scheduled_rate(peak, i / steps, config.rate_warmup, config.schedule),
+                         m.scheduled_rate(config.learning_rate, i / steps, config.rate_warmup,
+                                            config.schedule),
                          config.dropout, learner.rng)
         learner.mark_read([text.key for text in learner.unread()])
         learner.mixer = None  # one voice for all texts is fitted on all of them

@@ -2,9 +2,9 @@
 import dataclasses
 import math
 import re
-import unittest
 
 import macrogpt as m
+from support import Case
 
 FIELDS = dataclasses.fields(m.Config)
 NUMBERS = [f for f in FIELDS if type(f.default) is not str]
@@ -19,16 +19,9 @@ def beyond(f, end, sign):
         limit + sign * max(1e-9, abs(limit) * 1e-3))
 
 
-class Settings(unittest.TestCase):
+class Settings(Case):
     def refuse(self, change, *signs):
-        """Assert that change raises a one-line ConfigError that holds every sign; return it."""
-        with self.assertRaises(m.ConfigError) as caught:
-            change()
-        text = str(caught.exception)
-        self.assertEqual(len(text.splitlines()), 1, text)
-        for sign in signs:
-            self.assertIn(sign, text)
-        return text
+        return self.refused(m.ConfigError, change, *signs)
 
     def refuse_value(self, f, value, *signs):
         with self.subTest(f.name, value=value):

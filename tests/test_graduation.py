@@ -648,7 +648,3 @@ class Words(GraduationCase):
                          r"## my boat\n\n- \d{4}-\d\d-\d\d  My boat is called Plover\.\n")
         self.mistake(2, "export", "markdown", "--format", "markdown", signs=("name a new file",))
         self.mistake(2, "export", self.path("x"), "--format", "hf", "--mine")
-
-
-if __name__ == "__main__":
-    unittest.main()

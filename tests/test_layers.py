@@ -1,4 +1,4 @@
-"""Claims about the transformer's operations, their gradients, and the parameters they use."""
+"""Claims about the transformer's operations and the parameters they use; gradients: test_model."""
 import math
 import random
 
@@ -85,14 +85,14 @@ class GradientsAreFiniteDifferences(Case):
 
 
 class OperationsKeepTheirPromises(Case):
+    def setUp(self):
+        self.engine, self.rng = m.interpreted_engine(), random.Random(80)
+
     def test_the_angles_are_position_times_a_falling_rate(self):
         found = m.rope_angles(3, 2, 4, 100.0)  # the rates of the two pairs are 1 and 1/10
         expected = [turn(a) for a in (3.0, 0.3, 4.0, 0.4) for turn in (math.cos, math.sin)]
         self.assert_near(found, expected, 1e-12)
         self.assert_near(m.rope_angles(7, 1, 4)[2:], [math.cos(0.07), math.sin(0.07)], 1e-12)
-
-    def setUp(self):
-        self.engine, self.rng = m.interpreted_engine(), random.Random(80)
 
     def test_embed_returns_the_rows_named(self):
         table = m.MatrixParam(self.engine, "t", 3, 2, self.engine.buffer_of(range(6)))

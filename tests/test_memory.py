@@ -2,11 +2,9 @@
 import concurrent.futures
 import contextlib
 import functools
-import multiprocessing
 import os
 import random
 import shutil
-import signal
 import sqlite3
 import stat
 import unittest
@@ -39,9 +37,18 @@ class MemoryCase(Folder):
     now = 1000.0
 
     def open(self, path=None):
-        memory = m.Memory(path or self.db, lambda: self.now)
-        self.addCleanup(memory.close)
-        return memory
+        return self.kept(path, clock=lambda: self.now)
+
+    def report(self):
+        """Return the memory as a report opens it."""
+        return contextlib.closing(m.Memory(self.db, writable=False))
+
+    def snapshot(self):
+        """Return the bytes of the file and of a commit that was broken off."""
+        return [path.read_bytes() for path in self.pair() if path.exists()]
+
+    def pair(self):
+        return Path(self.db), Path(self.db + "-journal")
 
     def aside(self, *statements):
         """Run statements on the closed file with sqlite3 alone; return the last one's rows."""
@@ -50,29 +57,23 @@ class MemoryCase(Folder):
             return [db.execute(sql, values).fetchall() for sql, *values in statements][-1]
 
     def half_a_commit(self):
-        """Leave the closed file as a kill in the middle of a commit does; return both files."""
-        pair = [Path(self.db), Path(self.db + "-journal")]
-        with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as db:
+        """Leave the file as a kill in the middle of a commit does; return the bytes."""
+        with contextlib.closing(m._connect(self.db)) as db:
             db.execute("PRAGMA cache_size = 1")
             db.execute("BEGIN IMMEDIATE")
             db.execute("CREATE TABLE half (data)")
             db.executemany("INSERT INTO half VALUES (?)", [("x" * 4000,)] * 100)
-            torn = [path.read_bytes() for path in pair]
+            torn = self.snapshot()
             db.execute("ROLLBACK")
-        for path, data in zip(pair, torn):
+        for path, data in zip(self.pair(), torn):
             path.write_bytes(data)
-        return pair
+        return torn
 
     def refuse(self, path, *signs):
         """Assert that opening path is refused in one line that holds every sign, and closed."""
         made, connect = [], m._connect
         with mock.patch.object(m, "_connect", lambda p: made.append(connect(p)) or made[-1]):
-            with self.assertRaises(m.StoreError) as caught:
-                m.Memory(path)
-        text = str(caught.exception)
-        self.assertEqual(len(text.splitlines()), 1, text)
-        for sign in (path, ";", *signs):  # found, and what to do
-            self.assertIn(sign, text)
+            self.refused(m.StoreError, lambda: m.Memory(path), path, ";", *signs)  # what to do
         for db in made:
             with self.assertRaises(sqlite3.ProgrammingError):
                 db.execute("SELECT 1")
@@ -199,9 +200,8 @@ class AStoreOfVersion3(MemoryCase):
 
     def setUp(self):
         super().setUp()
-        db = sqlite3.connect(self.db)
-        db.executescript(Path(ROOT, "tests", "old_store.sql").read_text(encoding="utf-8"))
-        db.close()
+        with contextlib.closing(sqlite3.connect(self.db)) as db:
+            db.executescript(Path(ROOT, "tests", "old_store.sql").read_text(encoding="utf-8"))
 
     def test_what_it_holds_is_carried_over_and_what_its_deltas_knew_waits_or_is_unlearned(self):
         before = [self.aside((sql,)) for sql in self.SAME]
@@ -288,29 +288,14 @@ class Transactions(MemoryCase):
                              [f"{role} {i}" for i in range(40)])
         self.assertEqual((memory.entry_count(), list(memory.faults())), (80, []))
 
-    @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
     def test_a_kill_in_the_middle_of_a_transaction_loses_that_one_alone(self):
-        def live_and_die():
-            memory = m.Memory(self.db)
-            memory.set_setting("kept", 1)
-            with memory.transaction():
-                memory.set_setting("lost", 1)
-                memory.save_layers({"base": m.Layer(None, b"x" * 3_000_000)})
-                for i in range(200):
-                    memory.add_entry("chat", passage(f"lost {i}"))
-                os.kill(os.getpid(), signal.SIGKILL)
-        process = multiprocessing.get_context("fork").Process(target=live_and_die)
-        process.start()
-        process.join()
-        self.assertEqual(process.exitcode, -signal.SIGKILL)
-        self.assertTrue(os.path.exists(self.db + "-journal"), "half of it had been written")
-        with contextlib.closing(m.Memory(self.db, writable=False)) as report:
-            self.assertEqual((report.entry_count(), list(report.faults())), (0, []))
+        self.open().set_setting("kept", 1)
+        self.half_a_commit()
+        with self.report() as report:
+            self.assertEqual((report.settings(""), list(report.faults())), ({"kept": 1}, []))
+        self.half_a_commit()
         memory = self.open()
-        self.assertEqual(memory.settings(""), {"kept": 1})
-        self.assertEqual((memory.entry_count(), memory.layers()), (0, {}))
-        self.assertEqual(entries_with(memory, ["lost"]), [])
-        self.assertEqual(list(memory.faults()), [])
+        self.assertEqual((memory.settings(""), list(memory.faults())), ({"kept": 1}, []))
 
 
 class Keeping(MemoryCase):
@@ -547,10 +532,10 @@ class Layers(MemoryCase):
             memory.add_entry("chat", passage("My cat is Biscuit."))
             memory.close()
             self.aside(*((sql,) for sql in damage))
-            before = Path(self.db).read_bytes()
-            with contextlib.closing(m.Memory(self.db, writable=False)) as report:
+            before = self.snapshot()
+            with self.report() as report:
                 list(report.faults())
-            self.assertEqual(Path(self.db).read_bytes(), before, "a report mends nothing")
+            self.assertEqual(self.snapshot(), before, "a report mends nothing")
             memory = self.open()
             found = " ".join(memory.faults())
             self.assertIn(sign, found)
@@ -581,9 +566,9 @@ class Layers(MemoryCase):
         with self.assertRaisesRegex(m.StoreError, "there already"):
             m.rescue(self.db, self.path("new.sqlite3"))
         memory.close()
-        before = Path(self.db).read_bytes()
+        before = self.snapshot()
         kept, again = m.renew_damaged(self.db)
-        self.assertEqual((again, Path(kept).read_bytes()), (rows, before))
+        self.assertEqual((again, [Path(kept).read_bytes()]), (rows, before))
         self.assertEqual(list(self.open().faults()), [], "what can be read, in its place")
 
     def test_a_changed_bit_that_changes_a_row_is_found(self):
@@ -605,11 +590,10 @@ class Layers(MemoryCase):
         memory = self.open()
         memory.add_message(memory.session_id("main"), "owner", "My cat is Biscuit.")
         memory.close()
-        pair = self.half_a_commit()
-        before = [path.read_bytes() for path in pair]
+        before = self.half_a_commit()
         self.assertEqual(m.rescue(self.db, self.path("new.sqlite3"))["messages"], 1)
-        self.assertEqual([path.read_bytes() for path in pair], before)
-        with contextlib.closing(m.Memory(self.db, writable=False)) as report:  # it is taken back
+        self.assertEqual(self.snapshot(), before)
+        with self.report() as report:  # it is taken back
             self.assertEqual((report.counts()["messages"], list(report.faults())), (1, []))
 
     def test_what_is_only_read_stays_as_it_is_whatever_its_version(self):
@@ -619,33 +603,32 @@ class Layers(MemoryCase):
                            ("PRAGMA user_version = 5",))
             else:
                 self.open().close()
-            before = Path(self.db).read_bytes()
+            before = self.snapshot()
             with contextlib.closing(m.Memory(self.db, writable=False)) as memory:
                 self.assertEqual((memory.counts()["messages"], list(memory.faults())), (0, []))
                 if version > 5:
                     with self.assertRaises(m.StoreError):
                         memory.set_setting("mine", 1)
-            self.assertEqual(Path(self.db).read_bytes(), before)
+            self.assertEqual(self.snapshot(), before)
 
     def test_another_programs_file_is_never_opened_to_write(self):
         for damage in ("PRAGMA application_id = 42", "CREATE VIEW mine AS SELECT 1",
                        "PRAGMA user_version = 3", "CREATE TABLE users (id)"):
             self.aside((damage,), ("PRAGMA journal_mode = WAL",))
-            before = Path(self.db).read_bytes()
+            before = self.snapshot()
             for writable in (True, False):
                 with self.assertRaisesRegex(m.StoreError, "another program's file"):
                     m.Memory(self.db, writable=writable)
-            self.assertEqual(Path(self.db).read_bytes(), before)
+            self.assertEqual(self.snapshot(), before)
             os.unlink(self.db)
 
     def test_another_programs_half_commit_waits_for_that_program(self):
         self.aside(("CREATE TABLE users (id)",))
-        pair = self.half_a_commit()
-        before = [path.read_bytes() for path in pair]
+        before = self.half_a_commit()
         for writable in (True, False):
             with self.assertRaisesRegex(m.StoreError, "another program's file"):
                 m.Memory(self.db, writable=writable)
-        self.assertEqual([path.read_bytes() for path in pair], before)
+        self.assertEqual(self.snapshot(), before)
 
 
 class ReadersAndGenerations(MemoryCase):

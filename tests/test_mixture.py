@@ -9,7 +9,7 @@ from array import array
 from unittest import mock
 
 import macrogpt as m
-from support import Folder, engine_in_use, passage
+from support import Case, Folder, engine_in_use, passage
 
 VOCAB, SMALL = 40, m.Config(n_layer=1, n_embd=16, n_head=2, block_size=24)
 
@@ -76,7 +76,7 @@ def chances(expectation, vocab=VOCAB):
     return [math.exp(expectation.log_p(token)) for token in range(vocab)]
 
 
-class CountsLearnInOneReading(unittest.TestCase):
+class CountsLearnInOneReading(Case):
     def assert_sums_to_1(self, memory, rng, times=20):
         for _ in range(times):
             found = chances(memory.expect(tuple(rng.choices(range(VOCAB), k=3)), VOCAB))
@@ -99,8 +99,8 @@ class CountsLearnInOneReading(unittest.TestCase):
                         history[len(history) - known[-1]:])].values()) if known else 0)
                     found = chances(expectation)
                     self.assertAlmostEqual(sum(found), 1.0, 5)
-                    for a, b in zip(found, naive_chances(naive, order, history, VOCAB, lowest)):
-                        self.assertAlmostEqual(a, b, 6)
+                    self.assert_near(
+                        found, naive_chances(naive, order, history, VOCAB, lowest))
 
     def test_nothing_learned_expects_everything_alike(self):
         for memory in (m.NgramMemory(), m.NgramMemory(5, lowest=1)):
@@ -166,7 +166,7 @@ def naive_mixture(mixture, logits, history):
     return [score - total for score in scores], rows, weights
 
 
-class VoiceCase(unittest.TestCase):
+class VoiceCase(Case):
     def setUp(self):
         self.rng, self.engine = random.Random(1), engine_in_use()
         self.ids = text_of(self.rng, 600)
@@ -186,8 +186,7 @@ class OneVoiceOfThree(VoiceCase):
             wanted, rows, weights = naive_mixture(mixture, logits, history)
             found = [-mixture.nats(i) for i in range(VOCAB)]
             self.assertAlmostEqual(sum(map(math.exp, found)), 1.0, 5)
-            for a, b in zip(found, wanted):
-                self.assertAlmostEqual(a, b, 4)
+            self.assert_near(found, wanted, 1e-4)
             rival = max((i for i in range(VOCAB) if i != token), key=wanted.__getitem__)
             for slope, share, weight, row in zip(mixture.slopes(token), mixture.shares(token),
                                                  weights, rows):
@@ -254,8 +253,7 @@ class TheEntriesAreCounted(unittest.TestCase):
 class TheMindIsRenewed(Folder):
     def setUp(self):
         super().setUp()
-        self.memory = m.Memory(":memory:")
-        self.addCleanup(self.memory.close)
+        self.memory = self.kept(":memory:")
         self.memory.add_entry("taught", passage("the heron sleeps by the mill"))
         self.speaker = m.Speaker(lambda: SMALL, self.memory, m.choose_engine("python"), True)
 
@@ -340,8 +338,7 @@ class ReadingAText(VoiceCase):
         self.read(self.ids[:60], fit=True)
         layer = m.pack_mixer(self.mixer)
         again = m.load_mixer(m.Config(), layer)
-        for a, b in zip(again.numbers(), self.mixer.numbers()):
-            self.assertAlmostEqual(a, b, 3)
+        self.assert_near(again.numbers(), self.mixer.numbers(), 1e-3)
         self.assertEqual(m.load_mixer(m.Config(ngram_order=2), layer).numbers(),
                          m.Mixer(2).numbers())
         numbers = again.numbers()
@@ -407,8 +404,7 @@ class WhatMovedAReply(VoiceCase):
         ids, count = trace.prompt + [said.token for said in trace.tokens], len(trace.tokens)
         alone, spoke = (m._reply_nats(self.model.with_layer(i), ids, count) for i in (0, 2))
         self.assertNotAlmostEqual(alone, spoke, 3)
-        for found, wanted in zip(trace.delta_shares(), (0.0, (alone - spoke) / count)):
-            self.assertAlmostEqual(found, wanted, 4)
+        self.assert_near(trace.delta_shares(), (0.0, (alone - spoke) / count), 1e-4)
 
 
 class TheVoiceIsFitted(unittest.TestCase):

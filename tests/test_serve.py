@@ -578,7 +578,3 @@ class FrontEnds(Serving):
         self.assertEqual(browser.see("document.activeElement.id"), "text")
         self.assertEqual(browser.see("document.querySelectorAll('#log > div').length"), 6)
         self.assertEqual(self.end(process), (130, ""))
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -8,6 +8,7 @@ from collections import Counter
 from unittest import mock
 
 import macrogpt as m
+from test_learning import KINDS
 from test_model import PLAIN, VOCAB, lively
 
 SHAPE = m.Shape(n_layer=1, n_embd=8, n_head=2, n_ff=8, block_size=8, rope_base=10_000.0,
@@ -243,10 +244,6 @@ class ScoresAndReplay(unittest.TestCase):
 
 
 class RoutersChoose(unittest.TestCase):
-    KINDS = ("the gull and the wave and the salt wind blow over the pier ",
-             "17 + 25 = 42; 9 * 8 = 72; 100 - 58 = 42; ",
-             "WHO GOES THERE? STAND AND UNFOLD YOURSELF! ")
-
     def setUp(self):
         self.tokenizer = m.EvolvingTokenizer()
         self.router = m.Router(self.tokenizer)
@@ -256,7 +253,7 @@ class RoutersChoose(unittest.TestCase):
             self.router.learn(layer, [self.text(layer, 500)])
 
     def text(self, layer, count, seed=0):
-        words = self.KINDS[layer].split(" ")
+        words = list(KINDS.values())[layer].split(" ")
         return " ".join(random.Random(f"{layer} {seed}").choices(words, k=count))
 
     def chosen(self):
