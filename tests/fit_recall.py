@@ -18,6 +18,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import macrogpt as m
+from support import seed_corpus
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FOLDS = 5
@@ -44,7 +45,7 @@ def well_read(*clock):
     """Return a memory that has read the project's corpus."""
     memory = m.Memory(":memory:", *clock)
     with memory.transaction():
-        for document in m.read_corpus(os.path.join(os.path.dirname(HERE), "nonames.txt")).documents:
+        for document in seed_corpus().documents:
             memory.add_entry("corpus", document)
     return memory
 

@@ -1,5 +1,6 @@
 """What several test files share: assertions, ways to run the program, a folder for it to live in."""
 import contextlib
+import functools
 import io
 import json
 import multiprocessing
@@ -144,6 +145,12 @@ def each_apart(work, things):
         return list(map(work, things))
     with multiprocessing.get_context("fork").Pool(2) as pool:
         return pool.map(work, things, 1)
+
+
+@functools.lru_cache(maxsize=None)
+def seed_corpus():
+    """Return the project's corpus, read once for all tests."""
+    return macrogpt.read_corpus(os.path.join(ROOT, "nonames.txt"))
 
 
 def passage(text, closed=True):

@@ -59,6 +59,9 @@ class CommandLine(Folder):
         with self.assertRaises(m.UsageError):  # its traceback is shown only with --debug
             run_inside("--debug", "trian", cwd=self.folder)
         self.write("empty.txt", "")
+        with contextlib.closing(sqlite3.connect(self.path("other.sqlite3"))) as other:
+            other.execute("CREATE TABLE birds (name)")
+        before = self.content("other.sqlite3")
         for code, args, *signs in (
                 (2, ("stats", "--set", "top_kk=3"), "top_kk", "top_k"),
                 (2, ("--set", "n_embd=many"), "n_embd", "int"),
@@ -80,10 +83,14 @@ class CommandLine(Folder):
                 (1, ("--db", self.folder, "stats"), self.folder),
                 (1, ("--db", self.corpus, "ask", "hello"), "nonames.txt"),
                 (1, ("--db", self.path("no", "m.db"), "stats"), "folder"),
-                (1, ("export", "there", "--format", "gguf"), "export", "run `train` first")):
+                (1, ("export", "there", "--format", "gguf"), "export", "run `train` first"),
+                (1, ("--db", "other.sqlite3", "stats"), "another program's file"),
+                (1, ("--db", "other.sqlite3", "ask", "hello"), "another program's file")):
             with self.subTest(args=args):
                 self.mistake(code, *args, signs=signs)
         self.assertFalse(os.path.exists(self.path("mine.txt")))
+        self.assertEqual(self.run_here("--db", "other.sqlite3", "doctor").returncode, 1)
+        self.assertEqual(self.content("other.sqlite3"), before)
         env = {"MACROGPT_ENGINE": "native", "CC": "no-such-compiler"}
         self.mistake(1, "stats", env=env, signs=env)
         self.mistake(2, "stats", env={"MACROGPT_ENGINE": "steam"}, signs=["steam"])
@@ -304,21 +311,13 @@ class Piped(Folder):
             self.chat("My gnu is called Xerxes.", "/forget gnu", args=("--no-train", *words), env=env)
             self.assertEqual(self.content(".macrogpt_history"), b"Hello.\n")
 
-    def test_a_report_makes_no_file_and_another_programs_file_is_never_written(self):
+    def test_a_report_makes_no_file(self):
         before = sorted(os.listdir(self.folder))
         for command in (("stats",), ("log",), ("sessions",), ("memory", "list"), ("doctor",)):
             done = self.run_here("--db", "typo.sqlite3", *command)
             self.assertEqual(done.returncode, 0, done.stderr)
             self.assertEqual(sorted(os.listdir(self.folder)), before)
             self.assertEqual(b"no memory in typo.sqlite3" in done.stderr, command != ("doctor",))
-        with contextlib.closing(sqlite3.connect(self.path("other.sqlite3"))) as other, other:
-            other.execute("CREATE TABLE birds (name)")
-        data = self.content("other.sqlite3")
-        for command in (("stats",), ("doctor",), ("--no-train", "ask", "hello")):
-            done = self.run_here("--db", self.path("other.sqlite3"), *command)
-            self.assertEqual(done.returncode, 1)
-            self.assertIn(b"another program's file", done.stdout + done.stderr)
-        self.assertEqual(self.content("other.sqlite3"), data)
 
     def test_a_kept_setting_out_of_its_bounds_is_left_out_and_a_full_disk_is_said(self):
         self.good("--no-train", "ask", "hello")

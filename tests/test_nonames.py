@@ -10,12 +10,13 @@ import re
 import unittest
 
 import macrogpt as m
-from support import ROOT
+from support import ROOT, seed_corpus
 
 PATH = os.path.join(ROOT, "nonames.txt")
 WORD = re.compile(r"/?[a-z0-9]+(?:['-][a-z]+)*")
 MARKED = re.compile(r"\s*[A-Za-z]\s*:")        # what looks like a marker
 SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+")
+QUOTE_OR_BRACKET = re.compile("[\"'()]")
 ODD_SIGN = re.compile(r"[^A-Za-z0-9 .,!?;:'\"()/{}-]")
 OPENING = re.compile(r"^(?:\{\w+\}.*|[\"'(]+(?=\w))")  # a quotation, or a tool at the beginning
 STRAY_SPACE = re.compile(r"  | [.,!?;:)]|\( |[,;:?!](?![ ?!)\"]|$)")
@@ -44,6 +45,8 @@ def is_typed(line):
 
 def is_open(text):
     """Return whether a bracket or a quote that opens in text does not close in it."""
+    if not QUOTE_OR_BRACKET.search(text):
+        return False
     depths = [0, *itertools.accumulate((sign == "(") - (sign == ")") for sign in text)]
     quotes = re.sub(r"(?<=\w)'(?=\w)", "", text)  # less the apostrophe of don't
     return min(depths) < 0 or depths[-1] > 0 or any(quotes.count(q) % 2 for q in "\"'")
@@ -54,7 +57,7 @@ class Seed(unittest.TestCase):
     def setUpClass(cls):
         with open(PATH, "rb") as file:
             cls.raw = file.read()
-        cls.corpus = m.read_corpus(PATH, m.Config.max_corpus_lines, m.Config.max_line_chars)
+        cls.corpus = seed_corpus()
         cls.spoken = [d for d in cls.corpus.documents if not d.is_dictionary]
         cls.placed = [(line, number) for number, document in enumerate(cls.spoken)
                       for line in document.lines]
