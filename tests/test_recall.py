@@ -219,16 +219,23 @@ class Replies(unittest.TestCase):
         self.assertEqual(after(["Put rice on the shopping list."],
                                "What is on the shopping list?").text, "Rice.")
 
-    def test_things_of_one_name_are_compared_and_added_up(self):
+    def test_numbers_of_two_things_are_compared_taken_from_each_other_and_summed(self):
         told = ["The red trunk weighs 21 kilos.", "The blue trunk weighs 16 kilos.",
-                "My sister is 31.", "My brother is 28."]
+                "My sister is 31.", "My brother is 28.", "The Tweed is 155 kilometres long.",
+                "The Tees is 137 kilometres long.", "The clutch cost 420 pounds.",
+                "The labour was 180 pounds."]
         for asked, begins in (("Which trunk is heavier?", "The red trunk."),
                               ("Which trunk is lighter?", "The blue trunk."),
                               ("How much heavier is the red trunk?", "5: "),
                               ("How much do both trunks weigh together?", "37: "),
-                              ("Who is older, my sister or my brother?", "Your sister.")):
+                              ("Who is older, my sister or my brother?", "Your sister."),
+                              ("Which is longer, the Tees or the Tweed?", "The Tweed."),
+                              ("How many kilometres longer is the Tweed than the Tees?", "18: The"),
+                              ("What did the clutch and the labour cost together?", "600: The")):
             said = after(told, asked).text
             self.assertTrue(said.startswith(begins), (asked, said))
+        asked = "What did the clutch and the tyres cost together?"
+        self.assertNotIn("420:", after(told, asked).text)
         self.assertNotEqual(after(told[:1], "Which trunk is heavier?").source, "memory")
 
     def test_how_old_how_many_and_why_are_not_claimed_where_no_number_or_reason_is_told(self):
@@ -494,24 +501,14 @@ class Days(Folder):
         self.at("2026-05-09T09:00", "/forget The safe opens with quazzelbrunft.")
         self.assertNotIn(b"quazzel", self.content(self.db).lower())
 
-    def test_numbers_of_two_things_are_compared_taken_from_each_other_and_summed(self):
-        said = self.at("2026-05-08T09:00", "The Tweed is 155 kilometres long.",
-                       "The Tees is 137 kilometres long.", "The clutch cost 420 pounds.",
-                       "The labour was 180 pounds.", "Which is longer, the Tees or the Tweed?",
-                       "How many kilometres longer is the Tweed than the Tees?",
-                       "What did the clutch and the labour cost together?",
-                       "What did the clutch and the tyres cost together?")
-        self.assertEqual([line.split()[:2] for line, _ in said[4:7]],
-                         [["The", "Tweed."], ["18:", "The"], ["600:", "The"]])
-        self.assertNotIn("420:", said[7][0])
-
     def test_the_very_words_of_a_statement_forget_it_alone_among_many_alike(self):
         words = [f"The {a} of room {i} is kept in the {b} box." for i, (a, b) in enumerate(
             itertools.permutations("oboe urn mirror velvet dagger jasper ribbon".split(), 2))]
         said = self.at("2026-05-08T09:00", *words, *(f"/forget {line}" for line in words[::5]))
         self.assertEqual([line for line, _ in said[len(words):]],
                          [f"forgotten: {line}" for line in words[::5]])
-        self.assertEqual({entry["text"].strip() for entry in self.report("memory", "list")["entries"]},
+        kept = self.report("memory", "list")["entries"]
+        self.assertEqual({entry["text"].strip() for entry in kept},
                          set(words) - set(words[::5]))
 
     def test_sums_lists_and_all_that_is_known_and_why(self):

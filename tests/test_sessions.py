@@ -1,7 +1,6 @@
 """Claims about sessions: what a prompt is made of, compaction, forgetting, and a new start."""
 import itertools
 import random
-import signal
 import unittest
 from unittest import mock
 
@@ -312,20 +311,3 @@ class Chats(Folder):
         for session in ("main", "talk 1"):
             said = chat(asked, "hm", "/compact", "/compact", session=session)
             self.assertNotIn("Zephyrine", " ".join(said))
-
-    @unittest.skipUnless(hasattr(signal, "SIGKILL"), "there is no SIGKILL here")
-    def test_a_chat_killed_again_and_again_loses_no_answered_word_and_meets_none_twice(self):
-        told = []
-        for i in range(2):
-            process = self.start_here("--no-train", bufsize=0)
-            for j in range(4 * i, 4 * i + 4):
-                told.append(f"The number {j} boat is called {7919 * j % 1000}.")
-                self.assertTrue(self.answer(process, told[-1].encode()))
-            process.kill()
-            process.wait()
-        told.append("hm")
-        self.chat("hm")
-        self.assertEqual(self.owner_said(), told)
-        memory = self.kept()
-        self.assertLessEqual(len(memory.prompt_messages(1)), 8)
-        self.assertEqual([e.text.strip() for e in memory.entries("e.source = 'chat'")], told)

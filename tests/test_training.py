@@ -123,15 +123,6 @@ class StepsLearn(unittest.TestCase):
     def step(self, model, windows, rate=0.02, guard=None, drop=0.0):
         return m.train_step(model, self.CONFIG, windows, rate, drop, random.Random(1), guard)
 
-    def test_a_small_pattern_is_learned(self):
-        windows = [[1, 2, 3, 4, 1, 2, 3, 4, 1], [3, 4, 1, 2, 3]]
-        for make in PLAIN:
-            model = small_model(make())
-            reports = [self.step(model, windows, 0.05) for _ in range(40)]
-            self.assertAlmostEqual(reports[0].loss, math.log(VOCAB), delta=0.3)
-            self.assertLess(reports[-1].loss, 0.15)
-            self.assertTrue(all(r.applied and r.tokens == 12 and r.norm > 0 for r in reports))
-
     def test_the_same_seed_learns_the_same_while_what_is_frozen_stays(self):
         models = small_model(), small_model()
         for model in models:
@@ -151,6 +142,7 @@ class StepsLearn(unittest.TestCase):
         norm = m.gradient_norm(model.trainable())
         report = self.step(model, windows)  # the gradients left above must not count
         self.assertEqual((report.loss, report.norm), (expected.data, norm))
+        self.assertEqual((report.applied, report.tokens), (True, 4))
         self.assertEqual({p.grad for p in model.params.values()}, {None})
 
     def test_a_loss_or_a_gradient_that_is_not_finite_changes_nothing_and_is_reported(self):
