@@ -252,6 +252,7 @@ class TheTranslator(unittest.TestCase):
 
 
 SANITIZED = """
+print("begun", flush=True)
 import random, sys
 import macrogpt as m
 import test_engine
@@ -340,13 +341,13 @@ class TheCompiledKernels(Case):
                 capture_output=True, check=False)
             if built.returncode or not os.path.isabs(runtime):
                 self.skipTest("this compiler has no address sanitizer")
-            if subprocess.run([sys.executable, "-S", "-c", ""], env=env, check=False,
-                              capture_output=True).returncode:
-                self.skipTest("Python does not start under the address sanitizer")
             done = subprocess.run(
                 [sys.executable, "-S", "-c", SANITIZED, library], env=env, cwd=ROOT,
                 capture_output=True, text=True, check=False, timeout=60)
-            self.assertEqual((done.returncode, done.stdout), (0, "clean\n"), done.stderr[-2000:])
+            if not done.stdout:
+                self.skipTest("Python does not start under the address sanitizer")
+            self.assertEqual((done.returncode, done.stdout), (0, "begun\nclean\n"),
+                             done.stderr[-2000:])
 
     def test_the_number_of_threads_changes_no_bit(self):
         results = []

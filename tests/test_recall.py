@@ -296,8 +296,8 @@ class Replies(unittest.TestCase):
             memory.add_entry("corpus", passage("= axolotl monster\npet: axolotl"))
             self.assertEqual(reply(memory, "What is the name of my monster?").text,
                              "Your axolotl is called Bubbles.")
-        for line in ("!", "=", "~ ", "! |", "pet:", "pet: ,", "a.xx:", "turn.nl: /", "= ,a"):
-            self.assertTrue(m.Lexicon(m.WORD_TABLE + line + "\n").line("My cat sleeps.").words)
+        lines = "!", "=", "~ ", "! |", "pet:", "pet: ,", "a.xx:", "turn.nl: /", "= ,a", ""
+        self.assertTrue(m.Lexicon(m.WORD_TABLE + "\n".join(lines)).line("My cat sleeps.").words)
 
     def test_a_clause_has_a_verb_of_its_own_and_an_enumeration_is_none(self):
         for text, count in (("Wim pays 410, Ayodele pays 380 and Constance pays 450.", 3),
@@ -503,7 +503,7 @@ class Days(Folder):
 
     def test_the_very_words_of_a_statement_forget_it_alone_among_many_alike(self):
         words = [f"The {a} of room {i} is kept in the {b} box." for i, (a, b) in enumerate(
-            itertools.permutations("oboe urn mirror velvet dagger jasper ribbon".split(), 2))]
+            itertools.permutations("oboe urn mirror velvet dagger ribbon".split(), 2))]
         said = self.at("2026-05-08T09:00", *words, *(f"/forget {line}" for line in words[::5]))
         self.assertEqual([line for line, _ in said[len(words):]],
                          [f"forgotten: {line}" for line in words[::5]])
