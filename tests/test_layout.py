@@ -53,19 +53,11 @@ def names_bound(node):
             for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
-def annotation_names(annotation):
-    """Yield the names in an annotation, those inside quotes too."""
-    for node in ast.walk(annotation):
-        if isinstance(node, ast.Name):
-            yield node.id
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield from annotation_names(ast.parse(node.value, mode="eval"))
-
-
-def annotations_of(nodes):
-    """Yield every annotation in nodes."""
-    for node in nodes:
-        yield from filter(None, (getattr(node, "annotation", None), getattr(node, "returns", None)))
+def annotation_names(nodes):
+    """Return the names in all annotations of nodes, those inside quotes too."""
+    found = (getattr(node, name, None) for node in nodes for name in ("annotation", "returns"))
+    return {name for annotation in filter(None, found)
+            for name in re.findall(r"(?<![.\w])[A-Za-z_]\w*", ast.unparse(annotation))}
 
 
 def global_names(table):
@@ -80,7 +72,7 @@ def global_names(table):
 def references(node, source):
     """Return the names of the module that a statement refers to, annotations included."""
     names = set(global_names(symtable.symtable(source, PATH, "exec")))
-    return names.union(*map(annotation_names, annotations_of(ast.walk(node))))
+    return names | annotation_names(ast.walk(node))
 
 
 def walk_functions(tree, inside=()):
@@ -178,8 +170,7 @@ class Layout(unittest.TestCase):
         self.none([(line, f"{name} is bound again") for name, line in bound if count[name] > 1])
 
     def test_imports_are_of_the_standard_library_are_used_and_stand_before_the_first_section(self):
-        used = {n.id for n in self.nodes if isinstance(n, ast.Name)}.union(
-            *map(annotation_names, annotations_of(self.nodes)))
+        used = {n.id for n in self.nodes if isinstance(n, ast.Name)} | annotation_names(self.nodes)
         broken = [(1, f"{name} is imported and not used")
                   for name in self.imported - used - {"annotations"}]
         broken += [(n.lineno, "an import below the first banner") for n in self.imports

@@ -173,13 +173,6 @@ class Home(Reader):
 
 
 class Life(Home):
-    def test_it_is_born_once_and_never_again_for_the_same_text(self):
-        being = self.grown()
-        self.assertEqual(being.growth.phase, "grown")
-        being.sleep()
-        again = self.grown()
-        self.assertEqual((again.growth, self.unread(again)), (being.growth, []))
-
     def test_one_new_line_is_learned_at_once_and_sends_the_child_that_line_alone(self):
         being = self.grown()
         del self.children[-1].frames[:]
