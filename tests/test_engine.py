@@ -11,6 +11,7 @@ import time
 import unittest
 from pathlib import Path
 from array import array
+from fractions import Fraction
 from unittest import mock
 
 import macrogpt as m
@@ -105,6 +106,18 @@ class EveryTwinDoesWhatItsKernelDoes(Case):
                         getattr(engine, name)(*factors, out, rows, inner, cols)
                         self.assert_near(out, slow, CLOSE["f"] * size, (name, rows, inner, cols))
 
+    def test_sums_and_softmax_are_those_of_the_kernels(self):
+        self.assertEqual(set(m.TWINS), {"add_scaled", "dot", "softmax", "attention_forward",
+                                        "attention_backward"}, "a twin is not compared here")
+        for rng, typecode, make in self.each(5):
+            for n in (0, 1, 7, 16, 33):
+                for scale in (1.0, 0.0, -2.5):
+                    self.compare("add_scaled", (make(n), make(n + 3), n, scale))
+                x, y = make(n + 2), make(n)
+                self.compare("dot", (x, y, n), 1e-2 * (1.0 + largest(x, y) ** 2))
+                if n:
+                    self.compare("softmax", (make(n + 1), n), 1e5)
+
     def compare_attention(self, rng, qkv, starts, heads, width, scale=None):
         """Forward and backward must come to the same by kernel, by twin and by formula."""
         code, rows, dim = qkv.typecode, starts[-1], heads * width
@@ -185,6 +198,27 @@ class PackedMatrixIsTheMatrix(Case):
         """Return the product with one vector as lanes give it, in whatever typecode."""
         vector = m.PackedMatrix(array(weights.typecode, x), 1, dim)
         return next(m.PackedMatrix(weights, rows, dim).times(False, vector, False))
+
+    def assert_exact(self, weights, rows, dim, x):
+        """The product must come within the rounding of both factors to fixed point."""
+        found = self.times(weights, rows, dim, x)
+        widest, length = math.hypot(*weights), math.hypot(*x)
+        weight_unit, vector_unit = widest * 2.0 ** -32, length * 2.0 ** -28
+        bound = (math.sqrt(dim) * (length * weight_unit + widest * vector_unit) / 2
+                 + (4096 + dim) * weight_unit * vector_unit) * 1.01 + 1e-300
+        for r in range(rows):
+            exact = sum(Fraction(w) * Fraction(v)
+                        for w, v in zip(weights[r * dim:(r + 1) * dim], x))
+            self.assertLessEqual(abs(found[r] - float(exact)), bound, (rows, dim, r))
+        self.assertEqual(len(found), rows)
+
+    def test_times_is_the_exact_product_but_for_rounding(self):
+        rng = random.Random(30)
+        for typecode in "fd":
+            for rows, dim in ((1, 1), (1, 9), (7, 1), (13, 5), (3, 64), (4, 63), (2, 300)):
+                for like in LIKES:
+                    self.assert_exact(numbers(rng, typecode, rows * dim, like), rows, dim,
+                                      numbers(rng, typecode, dim, like))
 
     def test_lanes_neither_run_over_at_their_edge_nor_disturb_their_neighbours(self):
         for dim in (1, 3, 4, 7, 8, 127, 128):

@@ -319,6 +319,18 @@ class Child(Pupils, unittest.TestCase):
         self.assertEqual(sorted(adopted["read"]), [*range(1, 10), 50])
         self.assertEqual(child.learner.config.n_embd, 16)
 
+    def test_one_that_reads_worse_is_given_up_unless_it_must_unlearn(self):
+        for unlearns in (False, True):
+            child = self.child()
+            self.finish(child)
+            child.on_rebirth(unlearns=unlearns, **self.state(child))
+            child.learner.growth.best_probes = {"0": 0.01}
+            old = child.learner
+            self.finish(child)
+            self.assertEqual(child.learner is old, not unlearns)
+            self.assertEqual([x["probe"] for x in self.kinds("given_up")], ["0"] * (not unlearns))
+            self.assertEqual(child.learner.growth.best_probes, {"0": 0.01})
+
     def test_a_step_with_a_loss_that_is_not_finite_is_told(self):
         child = self.child()
         for param in child.learner.model.params.values():

@@ -184,6 +184,12 @@ class Speaking(unittest.TestCase):
         self.assertNotIn("<|endoftext|>", "".join(pieces))
         self.assertTrue("".join(pieces).endswith("x"))
 
+    def test_pieces_are_never_empty_nor_half_a_character_unless_it_was_cut_short(self):
+        pieces, _ = self.say("aé你\N{GRINNING FACE}z\n")
+        self.assertEqual(pieces, ["a", "é", "你", "\N{GRINNING FACE}", "z"])
+        pieces, _ = self.say([*self.tokenizer.encode("a你")[:-1], m.END_OF_TEXT])
+        self.assertEqual("".join(pieces), "a\ufffd")
+
     def test_nothing_is_fed_ahead_of_the_listener_and_each_reply_has_a_cache_of_its_own(self):
         model = ScriptedModel(self.tokenizer.encode("ab\n"))
         for _ in range(2):
