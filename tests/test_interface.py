@@ -100,13 +100,13 @@ class CommandLine(Folder):
         runs = [subprocess.Popen(
             [sys.executable, *options, PROGRAM, word], stdout=subprocess.PIPE, encoding="utf-8",
             stderr=subprocess.PIPE, env=environment(self.folder), cwd=self.folder)
-            for *options, word in (("--version",), ("-O", "-W", "error", "nosuch"),
-                                   ("-I", "nosuch"))]
-        version, *others = [(*run.communicate(timeout=30), run.returncode) for run in runs]
+            for *options, word in (("--version",), "-I -O -W error -X importtime nosuch".split())]
+        version, (out, told, code) = [(*run.communicate(timeout=30), run.returncode)
+                                      for run in runs]
         self.assertEqual(version, (f"macrogpt {m.__version__}\n", "", 0))
-        for out, told, code in others:
-            self.assertEqual((out, code), ("", 2))
-            self.assertRegex(told, r"\Amacrogpt: there is no command 'nosuch'.*\n\Z")
+        self.assertEqual((out, code), ("", 2))
+        self.assertRegex(told, r"\nmacrogpt: there is no command 'nosuch'.*\n\Z")
+        self.assertRegex(told, r"import time: .* sqlite3\n")  # which is no early import
         self.assertEqual(os.listdir(self.folder), ["nonames.txt"], "it makes nothing")
 
     def test_help_names_every_command_and_option_and_shells_complete_them(self):
