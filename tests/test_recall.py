@@ -80,7 +80,8 @@ class Sets(unittest.TestCase):
     def setUpClass(cls):
         well_read()
         groups = itertools.chain(*map(groups_of, ("recall_sets.txt", "recall_cases.txt")))
-        cls.rows = list(itertools.chain(*each_apart(replies_to, groups)))
+        largest_first = sorted(groups, key=len, reverse=True)
+        cls.rows = list(itertools.chain(*each_apart(replies_to, largest_first)))
 
     def test_what_was_told_is_mostly_answered_and_what_was_not_is_seldom_claimed_or_quoted(self):
         tests = {"told": lambda right, source: right,
