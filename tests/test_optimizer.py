@@ -34,6 +34,10 @@ class NaiveAdamW:
         return norm
 
 
+def state(params):
+    return [(p.data[:], *(moment[:] for moment in p.moments), p.steps) for p in params]
+
+
 class AdamWIsItsPaper(Case):
     def params(self, engine, shapes=((3, 4), (2, 2), (1, 1)), decays=(True, False, True)):
         rng = random.Random(1)
