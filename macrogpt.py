@@ -5958,10 +5958,10 @@ FADE = 16.0             # exchanges after which what was said counts half
 # Weights of the judge and the score from which a statement is quoted; the one from which it is
 # said is the owner's recall_score. Fitted by tests/fit_recall.py, which says on what.
 JUDGE = {
-    "quote": 0.068, "bias": -1.45, "tale": -2.53, "same": 0.54, "mass": 0.38, "rare": 0.73,
-    "two": 1.13, "whole": 2.71, "thing lost": -0.18, "new": -1.73, "empty": -0.97,
-    "empty whole": -1.82, "half whole": -1.38, "filled thing": 0.72, "I": 0.21, "yours": -0.58,
-    "owner": 0.18, "other's": -0.43, "rival": -0.55, "leant": 0.33}
+    "quote": 0.059, "bias": -3.33, "tale": -2.78, "asked at length": 1.30,
+    "told at length": -0.07, "mass": 1.74, "whole": 3.34, "thing lost": -0.61, "name lost": -1.26,
+    "new": -1.55, "kind": 0.21, "empty": -1.17, "empty whole": -2.10, "half whole": -1.58,
+    "yours": -0.57, "owner": 0.38, "other's": -0.44, "rival": -0.64}
 
 # What is known of words, one format for all. A line begins with = where its words name the same
 # thing, with ~ where they are near, with ! where forms follow their base; or with names of a kind
@@ -7180,7 +7180,7 @@ def _counted(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
     if _is_number(lex, after) or re.fullmatch(r"\d+(?:st|nd|rd|th)", word.word):
         return 0  # forty-eight: the last word decides; the 28th is a day
     unit, ends = after.stem in lex.kinds["unit"], after is _NO_WORD
-    timely = after.stem in lex.kinds["time"] or before.word == "at"
+    timely = after.stem in lex.kinds["time"] or "at" in (before.word, first.word)  # at 14:00
     aged = any(w.stem in lex.kinds["aged"] for w in line.words[max(0, at - 2):at + 4])
     told = "aux" in before.classes and (unit or ends)
     counts = any(i in used for i in range(at + 1, at + 4))  # a count stands before its things,
@@ -7189,7 +7189,7 @@ def _counted(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
     return {"number": 2 if counts else 0 if labels or other else 1 + any(
                 i in used for i in range(at - 2, at)),
             "amount": 2 - (timely or "subject" in first.classes or at + 1 in used and not unit),
-            "measure": 1 + (ends or unit and not timely), "span": 1 + unit,
+            "measure": 1 + (ends or unit and not timely), "span": 2 if unit else int(not timely),
             "age": 2 if aged or told else int("prep" in before.classes)}[slot]
 
 
@@ -7281,21 +7281,18 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
     found = {
         "bias": True,
         "tale": unit.entry.source not in TOLD and not line.speaker and _leaning(unit.entry.text),
-        "same": sum(asked.weights[i] for i in terms if near[i] == 4) / (
-            sum(asked.weights[i] for i in terms) or 1.0),
+        "asked at length": log(1.0 + len(q.words)),  # a short question has no word to spare
+        "told at length": len(line.telling),
         "mass": sum(asked.weights[i] for i in terms if near[i]),
-        "rare": max((asked.weights[i] for i in terms if near[i] > 2), default=0.0),
-        "two": len(used) > 1, "whole": whole, "thing lost": bool(vital) and not held,
-        "new": min(3, new) / 3.0,
+        "whole": whole, "thing lost": bool(vital) and not held,
+        "name lost": any(i and q.caps[i] or q.words[i].word[:1] in _NUMBERED for i in lost),
+        "new": min(3, new) / 3.0, "kind": bool(asked.kind),
         "empty": typed and not filled, "empty whole": typed and not filled and whole,
         "half whole": typed and filled == 1 and whole,
-        "filled thing": held and filled == 2,
-        "I": "subject" in q.has and "subject" in line.has,
         "yours": "you" in q.has and not q.has & {"me"},
         "owner": max(owned, default=0) > 0,
         "other's": min(owned, default=0) < 0,
-        "rival": any(_has_rival(lex, q.words[i], line) for i in lost),
-        "leant": before > 0 and not own}
+        "rival": any(_has_rival(lex, q.words[i], line) for i in lost)}
     return {name: float(value) for name, value in found.items()}, Judged(
         0.0, unit, near, filled, verdict, own, bool(new or asked.polar))
 
@@ -7469,7 +7466,7 @@ def judged(lex: Lexicon, asked: Asked, entries: Iterable[Entry]) -> List[Judged]
     best: Dict[Tuple[int, str], Judged] = {}  # by itself, or with what stands before it
     for each in sorted((each._replace(score=each.news * weighed(values, JUDGE))
                         for values, each in found if bare or any(each.near.values())),
-                       key=lambda each: -each.score):
+                       key=lambda each: (-each.score, -sum(each.near.values()))):
         best.setdefault((each.unit.entry.id, each.unit.text), each)
     return list(best.values())
 
