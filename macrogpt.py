@@ -6450,6 +6450,10 @@ class Lexicon:
         return max((len(phrase) for phrase in begun
                     if tuple(words[at:at + len(phrase)]) == phrase), default=0)
 
+    def past(self, language: str) -> AbstractSet[str]:
+        """Return the words that say of a sentence that it tells of what was."""
+        return frozenset(self.pairs["past", language].values())
+
     def language_of(self, words: Sequence[str]) -> str:
         """Return the language that has most of the words as function words, or short for them."""
         return max(self.endings, key=lambda language: sum(
@@ -7212,10 +7216,13 @@ def _where(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
         return int(line.caps[at] and at > 0 and "prep" not in before.classes)
     j = next((j for j in range(at + 1, min(at + 5, len(line.words))) if not line.words[j].classes
               & {"det", "own", "prep", "other", "you", "function"}), at)  # in the left pocket
+    nth = lex.pairs["nth", line.language]
+    if line.words[j].word in nth and j + 1 in line.telling:
+        j += 1  # under the fourth pot; on the fourth of May is a day
     ahead = line.words[j]
     led = word.word not in ("to", "of", "about", "by", "for", "during") or line.caps[j] or (
         word.word in ("to", "by") and "det" in line.words[j - 1].classes)
-    timely = ahead.stem in lex.kinds["time"] or ahead.word in lex.pairs["nth", line.language]
+    timely = ahead.stem in lex.kinds["time"] or ahead.word in nth
     return 2 * (j > at and j not in used and led and not timely and not _is_number(lex, ahead))
 
 
@@ -7348,8 +7355,11 @@ def _verdict(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: D
     """
     q, denied = asked.line, ("not" in line.has) != ("not" in asked.line.has)
     met = [i for i in near if i not in missing]
-    if not asked.polar or owned < 0 or not met or (
-            line.has_phrase(lex, "unreal") - q.has_phrase(lex, "unreal")
+    if not asked.polar or owned < 0 or not met:
+        return ""
+    if not missing and _is_over(lex, q, line, {at[i] for i in met}):
+        return "No. "
+    if (line.has_phrase(lex, "unreal") - q.has_phrase(lex, "unreal")
             or _role_clash(asked, line, near, at) or _only_was(lex, q, line)
             or "subject" in q.has and "subject" not in line.has
             or min(asked.vital, default=-1) in missing):  # of my mother, asked of my father
@@ -7368,9 +7378,17 @@ def _verdict(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: D
     return "No. " if missing and single and named and not denied else ""
 
 
+def _is_over(lex: Lexicon, asked: Line, line: Line, met: Container[int]) -> bool:
+    """Return whether what is asked for as it is now was given up, sold or stopped."""
+    words = [word.word for word in line.words]
+    return lex.past(asked.language).isdisjoint(word.word for word in asked.words) and any(
+        lex.phrase_at(words, at, "ended", line.language) for at in range(len(words))
+        if at not in met)
+
+
 def _only_was(lex: Lexicon, asked: Line, line: Line) -> bool:
     """Return whether something was so, where it is asked whether it is."""
-    past = {*lex.pairs["past", asked.language].values()}
+    past = lex.past(asked.language)
     return "is" in asked.words[0].classes and past.isdisjoint(w.word for w in asked.words) and (
         any("is" in w.classes and w.word in past for w in line.words))
 
@@ -7497,7 +7515,8 @@ def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) 
                        not several or _subject(each.unit.line) == _subject(top.unit.line))))]
     fits.sort(key=lambda each: (each.unit.entry.told_at, each.unit.entry.id), reverse=True)
     best = fits[min(former, len(fits) - 1)]
-    if best.unit.entry is top.unit.entry and not former:
+    if best.unit.entry is top.unit.entry and not former and not (
+            asked.polar and _mends(lex, top.unit)):  # what it ended says yes no more
         return found
     return [best._replace(score=max(top.score, best.score)),
             *(each for each in found if each not in fits)]
@@ -7846,7 +7865,8 @@ def things_named(lex: Lexicon, line: Line) -> Iterator[Tuple[Word, str]]:
         while end + 1 in joined and (line.caps[end + 1] or words[end + 1].word == "'s" or not (
                 words[end + 1].word in lex.odd or words[end + 1].word[3:].endswith(verbs))):
             end += 1
-        if asking and end == len(words) - 1 and not line.caps[end]:
+        placed = start > 1 and "prep" in words[start - 2].classes  # on my shopping list
+        if asking and end == len(words) - 1 and not line.caps[end] and not placed:
             end = max(start, end - 1)  # does the oracle wear; is my old bike safe
         end -= words[end].word == "'s"
         if not led:  # called Olga; Olga pays
@@ -8399,17 +8419,20 @@ def mended(lex: Lexicon, recent: Sequence[Entry], text: str) -> Optional[str]:
 
 def _mended(lex: Lexicon, before: str, text: str, last: bool) -> Optional[str]:
     rest = _corrected(lex, text)
-    text = rest or lex.opened(text)[0]
+    text = next((rest[rest.find(part):] for part in sentences_of(rest)
+                 if "not" in lex.line(part).has), rest or lex.opened(text)[0])
     new, old = lex.line(text), lex.line(before)
-    if not before or asks(text, lex) or "subject" in new.has or "own" in new.has or not (
+    says_i = any("subject" in word.classes and "det" not in new.words[i - 1].classes
+                 for i, word in enumerate(new.words))  # an i is a letter
+    if not before or asks(text, lex) or says_i or "own" in new.has or not (
             rest or "not" in new.has):
         return None
     words, denied = new.words, [i for i, word in enumerate(new.words) if "not" in word.classes]
     gone = [j for i in denied for j, word in enumerate(old.words) if j in old.telling and any(
         word.stem == w.stem for w in words[i + 1:i + 4])]
     known = {word.stem for word in old.words}  # Hattie isn't, of Hattie: nothing new takes a place
-    fresh = [i for i in new.telling if words[i].stem not in known
-             and not (denied and denied[-1] < i and gone)]
+    fresh = [i for i in new.telling if words[i].stem not in known]
+    fresh = [i for i in fresh if not gone or i < denied[-1]] or fresh  # Eva, not Ida with an i
     if denied and not gone or not fresh or len(fresh) > 4 or not (gone or last):
         return None
     i = fresh[0]
