@@ -5532,7 +5532,7 @@ class Memory:
         born = self.setting("growth", {}).get("phase", "newborn") != "newborn"
         if born and not {"base", "tokenizer"} <= left:
             return 0, list(dict.fromkeys(["base", *names]))
-        sound = len(delta_names(left))
+        sound = 0 if "router" in bad else len(delta_names(left))  # it knew which text each reads
         read = self._one("SELECT max(layer) FROM entries WHERE typeof(layer) = 'integer'") or 0
         lost = [f"delta{number}" for number in range(sound + 1, read + 1)]
         lost += [name for name in names if name[:5] == "delta" and int(name[5:]) > sound]
@@ -6618,11 +6618,11 @@ _DATE_FORMS = (
              r"(?:,? (?P<year>\d{4}))?"),
     ("month", r"(?:DATED|UNTIL) (?P<month>MONTH)(?: (?P<year>\d{4}))?"),
     ("year", r"(?:DATED|UNTIL) (?P<year>\d{4})"),
-    ("nth", r"(?:DATED) the (?P<nth>NTH|\d{1,2}(?:st|nd|rd|th))"
+    ("nth", r"DATED the (?P<nth>NTH|\d{1,2}(?:st|nd|rd|th))"
             r"(?: of (?P<side>SIDE) month|(?! of))"),
-    ("ago", r"(?:AGO) (?P<count>COUNT|\d{1,3}) (?P<span>SPAN)"),
-    ("ago", r"(?P<count>COUNT|\d{1,3}) (?P<span>SPAN) (?:AGO)"),
-    ("ahead", r"(?:AHEAD) (?:exactly |about )?(?P<count>COUNT|\d{1,3}) (?P<span>SPAN)"),
+    ("ago", r"AGO (?P<count>COUNT|\d{1,3}) (?P<span>SPAN)"),
+    ("ago", r"(?P<count>COUNT|\d{1,3}) (?P<span>SPAN) AGO"),
+    ("ahead", r"AHEAD (?:exactly |about )?(?P<count>COUNT|\d{1,3}) (?P<span>SPAN)"),
     ("side", r"(?:DATED )?(?P<side>SIDE) (?:(?P<span>SPAN)|(?P<weekday>WEEKDAY)|(?P<month>MONTH))"),
     ("side", r"(?P<span>SPAN) (?P<side>SIDE)"),
     ("day", r"(?P<day>DAY)"),
@@ -6636,7 +6636,8 @@ def _date_forms(lex: Lexicon, language: str) -> List[Tuple[str, Pattern[str]]]:
         kind = match[0].lower()
         known = lex.pairs.get((kind, language)) or {
             " ".join(p) for ps in lex.phrases[kind, language].values() for p in ps}
-        return "|".join(sorted(map(re.escape, known), key=len, reverse=True)) or "(?!)"
+        longest_first = sorted(map(re.escape, known), key=lambda word: (-len(word), word))
+        return f"(?:{'|'.join(longest_first) or '(?!)'})"
     return [(name, re.compile(rf"(?<!\w){re.sub('[A-Z]{3,}', words, form)}(?!\w)", re.I))
             for name, form in _DATE_FORMS]
 
@@ -12989,12 +12990,16 @@ def _chat_piped(app: App) -> int:
             code = max(code, int(isinstance(error, StoreError)))
             app.terminal.tell_error(error)
             app.terminal.say("")
-    return code
+    learns_no_more = app.options.wait_trained and app.organism().trainer.phase is Phase.FAILED
+    return max(code, int(learns_no_more))
 
 
 def _whole_answer(app: App, command: bool, line: str) -> str:
     """Return what a command or a reply says; where asked, all is learned before it and after."""
-    settled = app.organism().wait_rest if app.options.wait_trained else lambda: None
+    def settled() -> None:
+        with contextlib.suppress(TrainerError):  # that it learns no more was told; it speaks on
+            if app.options.wait_trained:
+                app.organism().wait_rest()
     settled()  # edits made before these words come before them
     said = " ".join(repl_command(app, line)) if command else _whole_reply(app, line)
     settled()
@@ -13016,10 +13021,15 @@ def _chat_terminal(app: App) -> int:
     tell_due(app)
     learning, interrupted = LearningLine(app), -math.inf
     app.on_list = learning.leave
+
+    def next_line(prompt: str) -> str:
+        if prompt != PROMPT:  # within a block the row above holds what was typed
+            learning.leave()
+        return input(prompt)
     while True:
         learning.place()
         try:
-            command, line = read_message(input)
+            command, line = read_message(next_line)
         except EOFError:
             app.terminal.err.write("\n")
             return 0

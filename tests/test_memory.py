@@ -498,6 +498,7 @@ class Layers(MemoryCase):
                 file.write(b"N")
         for name, lost, damage in (
                 ("base", {"base", "delta1"}, flip), ("delta1", {"delta1"}, flip),
+                ("router", {"delta1"}, flip),  # nobody knows any more which text it reads
                 (m.NEXT + "base", set(), flip),
                 ("base", {"base", "delta1"}, lambda: self.aside(
                     ("UPDATE layers SET manifest = '{broken' WHERE name = 'base'",)))):
