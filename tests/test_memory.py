@@ -410,6 +410,17 @@ class Searching(MemoryCase):
         self.assertEqual(len(entries_with(memory, ["heron"])), 2, "it is not to be recalled")
 
     @each_way
+    def test_an_index_brought_together_is_of_one_part_and_finds_the_same(self, memory):
+        def found():
+            return [memory.ids_holding([[stem]], 9) for stem in ("hero*", "mill", "train*", "你")]
+        before, pauses = found(), []
+        memory.merge_index(lambda: pauses.append(1))
+        self.assertEqual(found(), before)
+        if memory.has_fts:
+            (parts,), = memory._rows("SELECT count(DISTINCT segid) FROM entries_fts_idx")
+            self.assertEqual((parts, len(pauses) > 0), (1, True))
+
+    @each_way
     def test_entry_and_message_that_are_forgotten_go_and_do_not_come_back(self, memory):
         session = memory.session_id("main")
         for text in ("tea", "tea please"):
