@@ -6405,7 +6405,7 @@ class Lexicon:
             back = self.pairs["silent", language].get(ended[2], "")
         if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "lsz":
             return word[:-1]  # stopp(ed)
-        return word + back * bool(_SHORT.fullmatch(word))
+        return word + back if back and _SHORT.fullmatch(word) else word
 
     @functools.lru_cache(1 << 13)
     def word(self, text: str, language: str) -> Word:
