@@ -8093,7 +8093,7 @@ def _object(lex: Lexicon, line: Line) -> str:
 def _about(lex: Lexicon, memory: Memory, asked: Asked) -> List[Unit]:
     """Return the statements that hold all that a question names, oldest first."""
     asked, entries = gathered(lex, memory, asked)
-    skip = {"idle", "says", "frame", "about", "list"}
+    skip = {"idle", "says", "frame", "about", "list", "sums"}
     terms = [i for i in asked.terms if not asked.line.words[i].classes & skip and (
         i not in asked.asking)]
     found = [each.unit for each in judged(lex, asked, entries)
