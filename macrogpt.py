@@ -6971,6 +6971,9 @@ def _has_subject(lex: Lexicon, text: str) -> bool:
                for word in lex.line(text).words[:1])
 
 
+_NEUTER = ("it", "its", "es")  # stands for no person
+
+
 def leans(lex: Lexicon, line: Line) -> bool:
     """Return whether a sentence needs the one before it: she teaches; the red one; in the barn."""
     for at, word in enumerate(line.words):
@@ -6979,6 +6982,12 @@ def leans(lex: Lexicon, line: Line) -> bool:
             return True
         named = line.caps[at] or line.owners[at] or at == 0 and {*line.telling[:2]} == {0, 1}
         if at in line.telling and named and word.stem not in lex.kinds["time"]:
+            it = next((j for j, w in enumerate(line.words) if j > at and w.word in _NEUTER), 0)
+            things = [j for j in line.telling if at < j < it
+                      and line.words[j - 1].classes & {"det", "own"}]
+            person = line.caps[at] or word.stem in lex.kinds["person"]
+            if it and person and not things:
+                return True  # the Hills left, and I changed it
             return "stands" in _NONE.union(*(w.classes for w in line.words[at + 1:at + 2]))
     return bool(line.words) and "prep" in line.words[0].classes and len(line.words) < 7 and (
         not line.has & {"aux", "subject"})
@@ -7298,7 +7307,8 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
     lost = [i for i in terms if not near[i]]
     vital = [i for i in terms if i in asked.vital]
     owned = [1 if i in renamed else _owner_fit(asked, line, i, at[i]) for i in vital if near[i]]
-    verdict = _verdict(lex, asked, line, near, at, lost, min(owned, default=0), filled)
+    verdict = _verdict(lex, asked, line, near, at, lost, min(owned, default=0), filled,
+                       before)
     if verdict:  # what stands in a missing word's place answers as well
         terms, lost = [i for i in terms if near[i]], []
     held, whole = bool(vital) and not set(vital) & set(lost), bool(used) and not lost
@@ -7367,14 +7377,14 @@ def _leaning(text: str) -> float:
 
 
 def _verdict(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: Dict[int, int],
-             missing: Sequence[int], owned: int, filled: int) -> str:
+             missing: Sequence[int], owned: int, filled: int, before: int) -> str:
     """Return "Yes. " or "No. " where a statement says so to a question of yes or no, or "".
 
     It does not where it is of another, where who did it to whom is another way round, or where it
     only was, will be, may be or almost was so.
     """
-    q, denied = asked.line, ("not" in line.has) != ("not" in asked.line.has)
-    met = [i for i in near if i not in missing]
+    q, met = asked.line, [i for i in near if i not in missing]
+    denied = _denies(line, before, max((at[i] for i in met), default=0)) != ("not" in q.has)
     if not asked.polar or owned < 0 or not met:
         return ""
     if not missing and _is_over(lex, q, line, {at[i] for i in met}):
@@ -7396,6 +7406,18 @@ def _verdict(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: D
                  for sign in lex.senses.get(q.words[i].stem, ()))  # one has one name, one home
     named = all(q.caps[i] for i in missing) and (filled == 2 if asked.slot else any(line.caps[1:]))
     return "No. " if missing and single and named and not denied else ""
+
+
+def _denies(line: Line, before: int, last: int) -> bool:
+    """Return whether a denial stands in the clause of a word: she is vegan and eats no eggs.
+
+    A clause begins at a word that joins, and where a denial follows a telling word: tea, not milk.
+    """
+    begins = [at for at, word in enumerate(line.words) if at == before or "joins" in word.classes
+              or "not" in word.classes and at - 1 in line.telling]
+    first = max((at for at in begins if at <= last), default=0)
+    end = min((at for at in begins if at > last), default=len(line.words))
+    return any("not" in word.classes for word in line.words[first:end])
 
 
 def _is_over(lex: Lexicon, asked: Line, line: Line, met: Container[int]) -> bool:
@@ -7861,7 +7883,7 @@ def _topic(lex: Lexicon, question: str, reply: str, pronoun: str) -> str:
             said = text is reply and name.casefold() in question.casefold()
             if not said and (line.caps[at] or line.owners[at] != "your"):
                 found.append((bool(line.caps[at] or head.stem in lex.kinds["person"]), name))
-    thing = pronoun in ("it", "its", "es")
+    thing = pronoun in _NEUTER
     return next((name for person, name in found if person != thing),
                 found[0][1] if found else "")
 
