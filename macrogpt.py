@@ -5007,6 +5007,7 @@ class Memory:
                  writable: bool = True) -> None:
         self.path, self.clock, self.writable = path, clock, writable
         self._lock = threading.RLock()
+        self._depth = 0  # of transactions; SQLite may hold one whose rollback has failed
         with _told(path, OSError):
             _judge_file(path)
             self._db = _connect(path) if writable else _connect_to_read(path)
@@ -5077,7 +5078,7 @@ class Memory:
             return work()
         except StoreDamaged:
             with self._lock:
-                if self._db.in_transaction:  # whoever began it comes back, and begins again
+                if self._depth:  # whoever began the transaction comes back, and begins again
                     raise
                 self.build_index()
             return work()
@@ -5091,18 +5092,23 @@ class Memory:
     def transaction(self) -> Iterator[None]:
         """Make everything inside one commit, or nothing of it.  May be nested."""
         with self._lock, _told(self.path):
-            if self._db.in_transaction:  # the outermost commits
-                yield
-                return
+            outermost, self._depth = self._depth == 0, self._depth + 1
             try:
-                self._revive()
-                self._db.execute("BEGIN IMMEDIATE")
+                if outermost:
+                    self._revive()
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    self._db.execute("BEGIN IMMEDIATE")
                 yield
-                self._db.execute("COMMIT")
+                if outermost:
+                    self._db.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(*SQL_ERRORS):  # what went wrong first is what is told
-                    self._db.execute("ROLLBACK")
+                    if outermost and self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
                 raise
+            finally:
+                self._depth -= 1
 
     def _revive(self) -> None:
         """Write the file anew from the open connection when somebody has removed it."""

@@ -271,6 +271,25 @@ class Transactions(MemoryCase):
             self.assertEqual(self.aside(seen), [(0,)])
         self.assertEqual(self.aside(seen), [(2,)])
 
+    def test_where_a_rollback_fails_too_what_comes_next_is_committed_all_the_same(self):
+        failing = []
+
+        class Faulty(sqlite3.Connection):
+            def execute(self, sql, *values):
+                if sql in failing:
+                    failing.remove(sql)
+                    raise sqlite3.OperationalError("disk I/O error")
+                return super().execute(sql, *values)
+        with mock.patch.object(sqlite3, "connect",
+                               functools.partial(sqlite3.connect, factory=Faulty)):
+            memory = self.open()
+        failing += ["COMMIT", "ROLLBACK"]
+        with self.assertRaises(m.StoreError):
+            memory.set_setting("lost", 1)
+        self.assertEqual(failing, [])
+        memory.set_setting("kept", 2)
+        self.assertEqual(self.aside(("SELECT name FROM settings",)), [("kept",)])
+
     def test_threads_that_write_at_once_lose_nothing(self):
         memory = self.open()
         session = memory.session_id("s")
