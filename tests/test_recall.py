@@ -151,6 +151,25 @@ class Replies(unittest.TestCase):
             self.assertEqual("drill" in reply, "drill" in asked, reply)
         self.assertEqual(after(told, "Where is my drill?").text, "Your drill is in the loft.")
 
+    def test_a_denial_is_of_its_own_clause_and_what_was_given_up_says_no(self):
+        for told, asked, begins in (
+                ("The lodger cooks on Mondays but he does not wash up.",
+                 "Does the lodger cook on Mondays?", "Yes"),
+                ("The lodger cooks on Mondays but he does not wash up.",
+                 "Does the lodger wash up?", "No"),
+                ("My brother has a boat and no car.", "Does my brother have a boat?", "Yes"),
+                ("My brother has a boat and no car.", "Does my brother have a car?", "No"),
+                ("I drink cider, not beer.", "Do I drink cider?", "Yes"),
+                ("I drink cider, not beer.", "Do I drink beer?", "No"),
+                (["I have a trumpet and a cello.", "Sold the trumpet to a pupil."],
+                 "Do I still have the trumpet?", "No"),
+                (["I have a trumpet and a cello.", "Sold the trumpet to a pupil."],
+                 "Do I still have the cello?", "Yes"),
+                (["My uncle rides a motorbike.", "My uncle has quit riding the motorbike."],
+                 "Does my uncle still ride the motorbike?", "No")):
+            with self.subTest(asked):
+                self.assertEqual(after(told, asked).text.partition(".")[0], begins)
+
     def test_what_only_says_the_question_again_or_fills_another_gap_is_no_answer(self):
         for told, asked in (("I sold the old harp.", "Who took the old harp when I sold it?"),
                             ("Baby Nils weighed 3500 grams.", "On what date was baby Nils born?"),
@@ -170,7 +189,15 @@ class Replies(unittest.TestCase):
                  "The choir meets at 8:15 in room 12."),
                 ("My uncle lives in Hull.", "Actually it's Derby.", "My uncle lives in Derby."),
                 ("The clerk is a Mrs Abel.", "I am mistaken, it is Mrs Arden, not Abel.",
-                 "The clerk is a Mrs Arden.")):
+                 "The clerk is a Mrs Arden."),
+                ("The plumber comes at 7:30.", "Not 7:30, 8:15.", "The plumber comes at 8:15."),
+                ("Our coach is Miss Clarke.", "Clerk with an e, not Clarke",
+                 "Our coach is Miss Clerk."),
+                ("Greta has the key.", "Sorry, I mixed them up. Not Greta, Hanna has it.",
+                 "Hanna has the key."),
+                ("The choir meets on Monday.", "It's not on Monday, it's on Wednesday.",
+                 "The choir meets on Wednesday."),
+                ("Greta is a vegan.", "Greta isn't a vegan any more", None)):
             with contextlib.closing(memory_of(told, read=False)) as memory:
                 self.assertEqual(m.mended(m.lexicon(), memory.told(), said), now)
 
