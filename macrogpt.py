@@ -6366,7 +6366,7 @@ class Lexicon:
             for word in {w for w in closed if "function" in closed[w]}.union(short):
                 self.spoken[word].append(language)
         self.dates = functools.lru_cache(None)(functools.partial(_date_forms, self))
-        self.dated = functools.lru_cache(1 << 12)(
+        self.dated = functools.lru_cache(1 << 10)(
             lambda text: bool(days_in(self, text, datetime.date(2000, 1, 1))))
         joints = "|".join(sorted({word for words in self.closed.values() for word in words
                                   if words[word] >= {"joins", "opening"}}))  # and, but, mais
@@ -6379,8 +6379,8 @@ class Lexicon:
         for name in self.kinds.keys() - self.loose:
             for stem in self.kinds[name]:
                 self.rivals[stem].append(self.kinds[name])
-        self.opened = functools.lru_cache(1 << 12)(functools.partial(opened, self))
-        self.line = functools.lru_cache(1 << 10)(functools.partial(Line, self))
+        self.opened = functools.lru_cache(1 << 9)(functools.partial(opened, self))
+        self.line = functools.lru_cache(1 << 8)(functools.partial(Line, self))
 
     def _take(self, sign: str, name: str, words: Sequence[str]) -> None:
         kinds, dot, language = name.rpartition(".")
@@ -6413,7 +6413,7 @@ class Lexicon:
             return word[:-1]  # stopp(ed)
         return word + back if back and _SHORT.fullmatch(word) else word
 
-    @functools.lru_cache(1 << 13)
+    @functools.lru_cache(1 << 12)
     def word(self, text: str, language: str) -> Word:
         """Return a word of a language with what is known of it."""
         word, closed = text.casefold(), self.closed[language]
@@ -6448,7 +6448,7 @@ class Lexicon:
         return int(not (a in self.known and b in self.known) and (
             alike or a not in self.known and _one_slip(a, b)))
 
-    @functools.lru_cache(1 << 12)
+    @functools.lru_cache(1 << 8)
     def forms(self, word: Word) -> List[str]:
         """Return how a word is looked for, its own form first, then mates and members."""
         signs = [*sorted(self.senses.get(word.stem, ())), "kind " + word.stem]
@@ -6523,7 +6523,7 @@ def lexicon_of(memory: Memory) -> Lexicon:
                            for line in entry.text.splitlines() if WORD_LINE.match(line)))
 
 
-@functools.lru_cache(maxsize=1 << 14)
+@functools.lru_cache(maxsize=1 << 12)
 def _unmarked(text: str) -> str:
     """Return a casefolded text without accents; the vowel signs of other scripts are letters."""
     return text if text.isascii() else "".join(
