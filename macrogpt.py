@@ -5981,10 +5981,10 @@ FADE = 16.0             # exchanges after which what was said counts half
 # Weights of the judge and the score from which a statement is quoted; the one from which it is
 # said is the owner's recall_score. Fitted by tests/fit_recall.py, which says on what.
 JUDGE = {
-    "quote": 0.057, "bias": -3.23, "tale": -2.73, "asked at length": 1.27,
-    "told at length": -0.07, "mass": 1.76, "whole": 3.32, "thing lost": -0.61, "name lost": -1.26,
-    "new": -1.64, "kind": 0.22, "empty": -1.20, "empty whole": -2.12, "half whole": -1.60,
-    "yours": -0.65, "owner": 0.40, "other's": -0.42, "rival": -0.65}
+    "quote": 0.046, "bias": -3.41, "tale": -2.71, "asked at length": 1.09, "mass": 0.29,
+    "rare": 1.41, "two": 1.11, "whole": 3.18, "thing lost": -0.54, "name lost": -1.18,
+    "new": -1.81, "kind": 0.22, "empty": -1.12, "empty whole": -2.10, "half whole": -1.56,
+    "yours": -0.55, "owner": 0.35, "other's": -0.32, "rival": -0.67}
 
 # What is known of words, one format for all. A line begins with = where its words name the same
 # thing, with ~ where they are near, with ! where forms follow their base; or with names of a kind
@@ -7328,8 +7328,9 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
         "bias": True,
         "tale": unit.entry.source not in TOLD and not line.speaker and _leaning(unit.entry.text),
         "asked at length": log(1.0 + len(q.words)),  # a short question has no word to spare
-        "told at length": sum(j >= before for j in line.telling),
         "mass": sum(asked.weights[i] for i in terms if near[i]),
+        "rare": max((asked.weights[i] for i in terms if near[i] > 2), default=0.0),
+        "two": len(used) > 1,
         "whole": whole, "thing lost": bool(vital) and not held,
         "name lost": any(i and q.caps[i] or q.words[i].word[:1] in _NUMBERED for i in lost),
         "new": min(3, new) / 3.0, "kind": bool(asked.kind),
