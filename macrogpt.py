@@ -4924,9 +4924,8 @@ PARTS = """
 """
 
 # What the checksum of a row is of; a layer's is looked at where it is asked which are lost.
-SUMMED_UP = {"messages": "CAST(text AS BLOB), role, said_at",
-             "entries": "CAST(text || words AS BLOB)",
-             "progress": "at, step, tokens, loss, held_out_bpc", "life": "at, event, detail"}
+SUMMED_UP = {"messages": "text role said_at", "entries": "text words",
+             "progress": "at step tokens loss held_out_bpc", "life": "at event detail"}
 
 # The stages of a message: stored; its facts are entries; a line of the session's summary; out of
 # the prompt for good. It only goes forward, and its words are copied nowhere: what is forgotten is
@@ -5036,21 +5035,32 @@ class Memory:
         self.has_fts = self._prepare_full_text()
 
     def _prepare_full_text(self) -> bool:
-        """Build the full-text index where it is not whole; return False where SQLite has no FTS5.
+        """Create the full-text index where it is missing; False where SQLite has no FTS5.
 
-        There its triggers go all the same, lest they fail; where they are missing, it is not whole.
+        There the triggers go, lest they fail; where they are missing, the index is built anew.
         """
-        with contextlib.suppress(StoreError):
-            self._rows("SELECT 1 FROM entries_fts LIMIT 1")
-            if self._rows("SELECT 1 FROM sqlite_master WHERE name = 'entries_added'"):
-                return True
         try:
-            self.build_index()
+            if not self._index_answers():
+                self.build_index()
             return True
         except StoreError as error:
-            if self.writable and "fts5" not in str(error):
+            if not self.writable:  # a report mends nothing, and searches as without an index
+                return False
+            if "fts5" not in str(error):
                 raise
-            return False  # a report mends nothing, and searches as without an index
+            for statement in list(_statements(NO_FULL_TEXT))[:3]:
+                self._rows(statement)
+            return False
+
+    def _index_answers(self) -> bool:
+        """Return whether the full-text index and its triggers are there and can be opened."""
+        try:
+            self._rows("SELECT 1 FROM entries_fts LIMIT 1")
+        except StoreError as error:
+            if "fts5" in str(error):  # there is no such module
+                raise
+            return False
+        return bool(self._rows("SELECT 1 FROM sqlite_master WHERE name = 'entries_added'"))
 
     def build_index(self) -> None:
         """Build the full-text index anew: all that is in it stands in the entries."""
@@ -5098,9 +5108,9 @@ class Memory:
             outermost, self._depth = self._depth == 0, self._depth + 1
             try:
                 if outermost:
-                    self._revive()
                     if self._db.in_transaction:
                         self._db.execute("ROLLBACK")
+                    self._revive()
                     self._db.execute("BEGIN IMMEDIATE")
                 yield
                 if outermost:
@@ -5139,10 +5149,10 @@ class Memory:
 
     def _add(self, table: str, if_there: str = "", **row: Any) -> int:
         """Add a row, with the checksum of what never changes in it; return its id."""
-        values = ", ".join(f"? AS {name}" for name in row)
-        return self._write(f"INSERT INTO {table}({', '.join(row)}, checksum) "
-                           f"SELECT *, crc32({SUMMED_UP[table]}) FROM (SELECT {values}) "
-                           f"WHERE true {if_there}", *row.values())
+        # not by SQLite, which drops what a signal raises within a function that it calls
+        row["checksum"] = _crc32(*(row[name] for name in SUMMED_UP[table].split()))
+        return self._write(f"INSERT INTO {table}({', '.join(row)}) VALUES "
+                           f"({', '.join('?' * len(row))}) {if_there}", *row.values())
 
     # sessions and messages
 
@@ -5574,7 +5584,9 @@ class Memory:
 
     def remove_layers(self, names: Iterable[str]) -> None:
         """Remove layers that are no longer needed."""
-        self._write(f"DELETE FROM layers WHERE name IN ({LISTED})", json.dumps([*names]))
+        with self.transaction():  # one by one: a damaged name may hold what JSON cannot
+            for name in names:
+                self._rows("DELETE FROM layers WHERE name = ?", name)
 
     def setting(self, name: str, default: Any = None) -> Any:
         """Return a stored value, or the default."""
@@ -5643,7 +5655,9 @@ class Memory:
 
     def _unfit(self, table: str) -> str:
         """Return, in SQL, whether a row is damaged: by its checksum or by the types of columns."""
-        unfit = [f"checksum IS NOT crc32({SUMMED_UP[table]})"] if table in SUMMED_UP else []
+        summed = [f"CAST({name} AS BLOB)" if name in ("text", "words") else name  # as it is
+                  for name in SUMMED_UP.get(table, "").split()]
+        unfit = [f"checksum IS NOT crc32({', '.join(summed)})"] if summed else []
         for _, name, kind, needed, _, key in self._rows(f"PRAGMA table_info({table})"):
             kinds = f"'{kind.lower()}'" if needed or key else f"'{kind.lower()}', 'null'"
             unfit += [f"typeof({name}) NOT IN ({kinds})"] * bool(kind)
@@ -10124,7 +10138,8 @@ class TrainerChild:
 
     def _learners(self) -> List[Learner]:
         """Return the living generation, and the one that grows up beside it, if they are there."""
-        return [*filter(None, (self.learner, self.birth and self.birth.learner))]
+        birth = self.birth  # which the other thread may end meanwhile
+        return [*filter(None, (self.learner, birth and birth.learner))]
 
     def _raised(self, config: Dict[str, Any], growth: Dict[str, Any],
                 layers: Dict[str, Sequence[Any]]) -> Learner:
@@ -10422,10 +10437,11 @@ class Watcher:
                 return
             self.yield_to_reply()
             self._add(added[at:at + BATCH_ENTRIES], held, share, read)
-        if len(added) > BATCH_ENTRIES:
-            memory.merge_index(self.yield_to_reply)
         if 0 < len(gone) < BATCH_ENTRIES:  # what the owner has taken out by hand
             forget_traces(memory, lost)
+        if len(added) > BATCH_ENTRIES:
+            with contextlib.suppress(StoreError):  # it makes a search fast, and nothing else
+                memory.merge_index(self.yield_to_reply)
 
     def _add(self, documents: Sequence[Document], held: Set[int], share: Set[int],
              read: Dict[str, int]) -> None:
@@ -10549,7 +10565,7 @@ class Trainer:
 
     def _settle(self, order: Any) -> None:
         """Note that nothing is left to do; an order given since then stands."""
-        if self.order is order:
+        if order is not None and self.order is order:
             self.order = None
         if self.phase is not Phase.FAILED:
             self._enter(Phase.ASLEEP)
@@ -12776,7 +12792,7 @@ class App:
         self._organism: Optional[Organism] = None
         self._memory: Optional[Memory] = None
         self.kept = ""  # where a damaged store is, in whose place another stands
-        self._began = (0.0, 1.0)  # when a stretch of learning began, and at which share of it
+        self._began = (0.0, 1.0, 1.0)  # when a stretch began, at which share, and its last share
         self.on_list: Callable[[], None] = lambda: None  # called before completions are shown
 
     def memory(self) -> Memory:
@@ -12857,19 +12873,20 @@ class App:
 
     def notices(self) -> None:
         """Show what the background wanted to tell."""
-        notices = self.organism().notices
-        while notices:
-            self.terminal.note(notices.popleft())
+        organism = self._organism  # there is none where a damaged store could not be renewed
+        while organism is not None and organism.notices:
+            self.terminal.note(organism.notices.popleft())
 
     def show_progress(self, above: bool = False) -> None:
         """Show what is learned, how far, held-out bits per character, pace and time left."""
-        p = self.organism().trainer.progress
+        p = self._organism.trainer.progress if self._organism else {}
         if not p:
             return
-        now, share = time.monotonic(), p["share"]
-        if share < self._began[1]:  # a new stretch of work
-            self._began = (now, share)
-        gained, took = share - self._began[1], now - self._began[0]
+        now, share, (began, first, last) = time.monotonic(), p["share"], self._began
+        if share < last:  # a new stretch of work
+            began, first = now, share
+        self._began = (began, first, share)
+        gained, took = share - first, now - began
         left = f"  {duration(took / gained * (1 - share))} left" if gained else ""
         bits = "" if p["bpc"] is None else f"  {p['bpc']:.3f} bits/char"
         self.terminal.status(
@@ -12940,7 +12957,7 @@ class LearningLine:
     """The line above the prompt that says how far learning has come, true also while one types."""
 
     def __init__(self, app: App) -> None:
-        self.app, self.trainer = app, app.organism().trainer
+        self.app, self.organism = app, app.organism()
         # of the terminal in which it stands; 0 at a prompt without it, None where no prompt is
         self._width: Optional[int] = None
         if "readline" not in sys.modules or not hasattr(signal, "SIGTSTP"):
@@ -12952,10 +12969,11 @@ class LearningLine:
 
     def place(self) -> None:
         """Show notices, and the line if something is being learned, before a prompt comes below."""
+        self.organism = self.app._organism or self.organism  # it is another in a renewed store
         self.app.notices()
         self._width = 0
-        if self.trainer.phase in LEARNING:
-            if self.trainer.progress:
+        if self.organism.trainer.phase in LEARNING:
+            if self.organism.trainer.progress:
                 self.app.show_progress()
             else:
                 self.app.terminal.status("getting ready to learn")
@@ -12970,11 +12988,13 @@ class LearningLine:
 
     def _follow(self) -> None:
         """Keep the line true; begin one when learning does; in the end it is what came of it."""
-        terminal, notices = self.app.terminal, self.app.organism().notices
+        terminal = self.app.terminal
         while True:
-            with self.trainer.changed:
-                self.trainer.changed.wait(1.0)
-            learns, typed = self.trainer.phase in LEARNING, typed_line()
+            changed = self.organism.trainer.changed
+            with changed:
+                changed.wait(1.0)
+            trainer, notices, typed = self.organism.trainer, self.organism.notices, typed_line()
+            learns = trainer.phase in LEARNING
             width = self._width
             if width is None or not is_typing():
                 continue
@@ -13044,7 +13064,8 @@ def _chat_piped(app: App) -> int:
             code = max(code, int(isinstance(error, StoreError)))
             app.terminal.tell_error(error)
             app.terminal.say("")
-    learns_no_more = app.options.wait_trained and app.organism().trainer.phase is Phase.FAILED
+    learns_no_more = app.options.wait_trained and app._organism is not None and (
+        app._organism.trainer.phase is Phase.FAILED)
     return max(code, int(learns_no_more))
 
 
@@ -14232,7 +14253,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     options = option_parser().parse_intermixed_args(argv)
     if options.help:
         return options
-    options.command = options.command or "chat"
+    options.command = "chat" if options.command is None else options.command
     if options.command not in COMMANDS:
         raise UsageError(f"there is no command {options.command!r}; "
                          f"{_nearest_hint(options.command, list(COMMANDS))}")
