@@ -287,8 +287,18 @@ class Transactions(MemoryCase):
         with self.assertRaises(m.StoreError):
             memory.set_setting("lost", 1)
         self.assertEqual(failing, [])
+        os.unlink(self.db)  # and the file is gone, too
         memory.set_setting("kept", 2)
         self.assertEqual(self.aside(("SELECT name FROM settings",)), [("kept",)])
+
+    def test_what_a_signal_raises_while_a_row_is_added_is_raised(self):
+        memory = self.open()
+        session = memory.session_id("s")
+        with mock.patch.object(m, "_crc32", side_effect=KeyboardInterrupt):
+            with self.assertRaises(KeyboardInterrupt):
+                memory.add_message(session, "owner", "hello")
+        memory.add_message(session, "owner", "hello again")
+        self.assertEqual(memory.newest_messages(session, 9), [("owner", "hello again")])
 
     def test_threads_that_write_at_once_lose_nothing(self):
         memory = self.open()
