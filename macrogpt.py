@@ -7330,22 +7330,21 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
     lost = [i for i in terms if not near[i]]
     vital = [i for i in terms if i in asked.vital]
     owned = [1 if i in renamed else _owner_fit(asked, line, i, at[i]) for i in vital if near[i]]
-    verdict = _verdict(lex, asked, line, near, at, lost, min(owned, default=0), filled,
-                       before)
+    verdict = _verdict(lex, asked, line, near, at, lost, min(owned, default=0), filled, before)
     if verdict:  # what stands in a missing word's place answers as well
         terms, lost = [i for i in terms if near[i]], []
-    held, whole = bool(vital) and not set(vital) & set(lost), bool(used) and not lost
+    whole = bool(used) and not lost
     own = any(near[i] and at[i] >= before for i in near)
     typed = bool(asked.slot or asked.kind or bare) and not asked.polar
     new = sum(j not in used and "idle" not in line.words[j].classes for j in line.telling)
     found = {
         "bias": True,
         "tale": unit.entry.source not in TOLD and not line.speaker and _leaning(unit.entry.text),
-        "asked at length": log(1.0 + len(q.words)),  # a short question has no word to spare
+        # of a short question every word must be there; a long one tells much that need not be
+        "asked at length": log(1.0 + len(q.words)),
         "mass": sum(asked.weights[i] for i in terms if near[i]),
         "rare": max((asked.weights[i] for i in terms if near[i] > 2), default=0.0),
-        "two": len(used) > 1,
-        "whole": whole, "thing lost": bool(vital) and not held,
+        "two": len(used) > 1, "whole": whole, "thing lost": not set(vital).isdisjoint(lost),
         "name lost": any(i and q.caps[i] or q.words[i].word[:1] in _NUMBERED for i in lost),
         "new": min(3, new) / 3.0, "kind": bool(asked.kind),
         "empty": typed and not filled, "empty whole": typed and not filled and whole,
