@@ -5928,6 +5928,7 @@ def _like_form(form: str) -> str:
 
 
 STORE_TROUBLES: Tuple[Tuple[str, type, str], ...] = (  # signs of it, and what to do
+    ("json_", StoreError, "its SQLite was built without JSON: use another Python"),
     ("not a database", StoreDamaged, "it is some other file: choose another --db"),
     ("malformed", StoreDamaged, "it is damaged: restore it from a copy, or choose another --db"),
     (r"no such (table|column)|vtable constructor|sql logic error"
