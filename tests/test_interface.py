@@ -66,6 +66,7 @@ class CommandLine(Folder):
                 (2, ("stats", "--set", "top_kk=3"), "top_kk", "top_k"),
                 (2, ("--set", "n_embd=many"), "n_embd", "int"),
                 (2, ("--set", "samplers=top_k,nonsense", "chat"), "nonsense"),
+                (2, ("",), "no command ''"),  # of an empty variable of a script
                 (2, ("--nonsense",), "--nonsense"),
                 (2, ("stats", "--tokens", "3"), "--tokens"),
                 (2, ("train", "--steps", "0"), "--steps"),
