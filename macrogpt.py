@@ -7408,11 +7408,11 @@ def _verdict(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: D
     only was, will be, may be or almost was so.
     """
     q, met = asked.line, [i for i in near if i not in missing]
-    denied = _denies(line, before, max((at[i] for i in met), default=0)) != ("not" in q.has)
     if not asked.polar or owned < 0 or not met:
         return ""
     if not missing and _is_over(lex, q, line, {at[i] for i in met}):
         return "No. "
+    denied = _denies(line, before, max(at[i] for i in met)) != ("not" in q.has)
     if (line.has_phrase(lex, "unreal") - q.has_phrase(lex, "unreal")
             or _role_clash(asked, line, near, at) or _only_was(lex, q, line)
             or "subject" in q.has and "subject" not in line.has
@@ -7445,11 +7445,17 @@ def _denies(line: Line, before: int, last: int) -> bool:
 
 
 def _is_over(lex: Lexicon, asked: Line, line: Line, met: Container[int]) -> bool:
-    """Return whether what is asked for as it is now was given up, sold or stopped."""
+    """Return whether what is asked for as it is now was given up, sold or stopped.
+
+    Of me it tells where it says I, or nobody: sold the boat; not where my brother sold his.
+    """
     words = [word.word for word in line.words]
-    return lex.past(asked.language).isdisjoint(word.word for word in asked.words) and any(
-        lex.phrase_at(words, at, "ended", line.language) for at in range(len(words))
-        if at not in met)
+    ends = [at for at in range(len(words)) if at not in met
+            and lex.phrase_at(words, at, "ended", line.language)]
+    mine = "subject" not in asked.has or "subject" in line.has or not any(
+        at not in met for at in line.telling if at < min(ends, default=0))
+    return bool(ends) and mine and lex.past(asked.language).isdisjoint(
+        word.word for word in asked.words)
 
 
 def _only_was(lex: Lexicon, asked: Line, line: Line) -> bool:

@@ -165,6 +165,8 @@ class Replies(unittest.TestCase):
                  "Do I still have the trumpet?", "No"),
                 (["I have a trumpet and a cello.", "Sold the trumpet to a pupil."],
                  "Do I still have the cello?", "Yes"),
+                ("My brother sold his boat.", "Do I have a boat?",
+                 'I am not sure, but you told me: "My brother sold his boat'),
                 (["My uncle rides a motorbike.", "My uncle has quit riding the motorbike."],
                  "Does my uncle still ride the motorbike?", "No")):
             with self.subTest(asked):
