@@ -7444,18 +7444,21 @@ def _denies(line: Line, before: int, last: int) -> bool:
     return any("not" in word.classes for word in line.words[first:end])
 
 
-def _is_over(lex: Lexicon, asked: Line, line: Line, met: Container[int]) -> bool:
+def _is_over(lex: Lexicon, asked: Line, line: Line, met: AbstractSet[int]) -> bool:
     """Return whether what is asked for as it is now was given up, sold or stopped.
 
-    Of me it tells where it says I, or nobody: sold the boat; not where my brother sold his.
+    Of me it tells where it says I, or nobody: sold the boat; not where my brother sold his. To whom
+    something was given is not over.
     """
     words = [word.word for word in line.words]
-    ends = [at for at in range(len(words)) if at not in met
-            and lex.phrase_at(words, at, "ended", line.language)]
-    mine = "subject" not in asked.has or "subject" in line.has or not any(
-        at not in met for at in line.telling if at < min(ends, default=0))
-    return bool(ends) and mine and lex.past(asked.language).isdisjoint(
-        word.word for word in asked.words)
+    end = next((at for at in range(len(words)) if at not in met
+                and lex.phrase_at(words, at, "ended", line.language)), -1)
+    if end < 0 or not lex.past(asked.language).isdisjoint(word.word for word in asked.words):
+        return False
+    others = [at for at in line.telling if at < end and at not in met]
+    given = [at for at in met if at > end and (
+        line.caps[at] or line.words[at].stem in lex.kinds["person"])]
+    return not given and ("subject" not in asked.has or "subject" in line.has or not others)
 
 
 def _only_was(lex: Lexicon, asked: Line, line: Line) -> bool:

@@ -167,6 +167,8 @@ class Replies(unittest.TestCase):
                  "Do I still have the cello?", "Yes"),
                 ("My brother sold his boat.", "Do I have a boat?",
                  'I am not sure, but you told me: "My brother sold his boat'),
+                ("I gave my aunt a vase.", "Do I have a vase?", "No"),
+                ("I gave my aunt a vase.", "Do I have an aunt?", "Yes"),
                 (["My uncle rides a motorbike.", "My uncle has quit riding the motorbike."],
                  "Does my uncle still ride the motorbike?", "No")):
             with self.subTest(asked):
