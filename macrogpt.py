@@ -6171,17 +6171,17 @@ own me.en: my our mine ours, mein meine meinen meinem meiner meines unser unsere
  sein seine ihr ihre, su sus, son sa ses, det.en: the this that these those any no each every, der
  die das den dem des einem einer eines, el la los las del al, le la les des l du, prep.en: above
  across along around behind below beside between inside near next opposite outside, hinter neben
- zwischen, bajo debajo detrás junto, derrière, not.en: not no never nobody nothing none without
- cannot nor, nicht kein keine keinen nie nichts, no nunca nada nadie, pas jamais rien ne n, aux.en:
- am is are was were do does did can will have has had may must, bin bist ist sind war waren habe
- hast hat haben kann kannst wird muss darf, es está son están soy estoy eres tengo tiene hay ha he
- puede, est es sont suis ai as a ont peut, question.en: who whom whose where when why how, wer wem
- wen wessen wo wann warum wieso wie wohin woher wogegen womit, quién quiénes dónde cuándo cómo
- cuánto cuánta cuántos cuántas, qui que quoi où quand comment combien pourquoi, pronoun.en: there
- it he she they this, es er sie das, pronoun.fr: il elle ce, leans.en: he she it they him them his
- her its their then but and so, idle.en: able ask be big think come dear find folk get go good got
- guy happen have high keep little long look lovely make man mean need new nice originally own part
- person put take try use usual usually way whole, machen gehen kommen, hacer, faire
+ zwischen, bajo debajo detrás junto, derrière, not.en: not no never nobody nothing none neither nor
+ without cannot, nicht kein keine keinen nie nichts, no nunca nada nadie, pas jamais rien ne n,
+ aux.en: am is are was were do does did can will have has had may must, bin bist ist sind war waren
+ habe hast hat haben kann kannst wird muss darf, es está son están soy estoy eres tengo tiene hay
+ ha he puede, est es sont suis ai as a ont peut, question.en: who whom whose where when why how,
+ wer wem wen wessen wo wann warum wieso wie wohin woher wogegen womit, quién quiénes dónde cuándo
+ cómo cuánto cuánta cuántos cuántas, qui que quoi où quand comment combien pourquoi, pronoun.en:
+ there it he she they this, es er sie das, pronoun.fr: il elle ce, leans.en: he she it they him
+ them his her its their then but and so, idle.en: able ask be big think come dear find folk get go
+ good got guy happen have high keep little long look lovely make man mean need new nice originally
+ own part person put take try use usual usually way whole, machen gehen kommen, hacer, faire
 asks.name.en: name names named called nickname, name heißt heiße heißen, llama llamo llaman nombre,
  appelle appelles nom, asks.job.en: job profession occupation breed brand for_a_living for_work
  as_what do_$, als_was von_beruf beruf, en_qué_trabaja en_qué_trabajo de_qué_trabaja profesión,
