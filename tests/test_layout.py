@@ -72,6 +72,9 @@ def global_names(table):
 def references(node, source):
     """Return the names of the module that a statement refers to, annotations included."""
     names = set(global_names(symtable.symtable(source, PATH, "exec")))
+    if not isinstance(node, (*FUNCTIONS, ast.ClassDef)):  # from 3.12 on the module knows these, too
+        names -= {name.id for part in ast.walk(node) if isinstance(part, ast.comprehension)
+                  for name in ast.walk(part.target) if isinstance(name, ast.Name)}
     return names | annotation_names(ast.walk(node))
 
 
