@@ -4945,6 +4945,7 @@ FULL_TEXT = """
     CREATE TRIGGER IF NOT EXISTS entries_changed AFTER UPDATE OF words ON entries BEGIN
         INSERT INTO entries_fts(entries_fts, rowid, words) VALUES ('delete', old.id, old.words);
         INSERT INTO entries_fts(rowid, words) VALUES (new.id, new.words); END;
+    INSERT INTO entries_fts(entries_fts, rank) VALUES ('automerge', 2);
 """
 NO_FULL_TEXT = """
     DROP TRIGGER IF EXISTS entries_added;
