@@ -5074,9 +5074,10 @@ class Memory:
             self._rows("INSERT INTO entries_fts(entries_fts) VALUES ('rebuild')")
 
     def merge_index(self, between: Callable[[], Any] = lambda: None) -> None:
-        """Bring the parts of the full-text index together, some pages at a time.
+        """Make one part of the full-text index's many, some pages at a time.
 
         A word is looked for in each part: in twenty, a search takes six times as long as in one.
+        The one part holds no word of what was removed.
         """
         pages, changed = -MERGED_PAGES, 2
         while self.has_fts and changed > 1:  # a merge that finds nothing to do changes one row
@@ -5278,11 +5279,6 @@ class Memory:
                   words=index_words(source, document, recall, about), session_id=session_id,
                   told_at=self.clock() if told_at is None else told_at, closed=document.closed,
                   recall=recall, held_out=held_out, training=training, about=about, days=days)
-
-    def purge_index(self) -> None:
-        """Merge the full-text index, so that it holds no word of what was removed."""
-        if self.has_fts:
-            self._write("INSERT INTO entries_fts(entries_fts) VALUES ('optimize')")
 
     def stand_alone(self, entry: Entry) -> None:
         """Let an entry lean on nothing any more."""
@@ -8499,7 +8495,7 @@ def _mended(lex: Lexicon, before: str, text: str, last: bool) -> Optional[str]:
     text = next((rest[rest.find(part):] for part in sentences_of(rest)
                  if "not" in lex.line(part).has), rest or lex.opened(text)[0])
     new, old = lex.line(text), lex.line(before)
-    says_i = any("subject" in word.classes and "det" not in new.words[i - 1].classes
+    says_i = any("subject" in word.classes and not (i and "det" in new.words[i - 1].classes)
                  for i, word in enumerate(new.words))  # an i is a letter
     if not before or asks(text, lex) or says_i or "own" in new.has or not (
             rest or "not" in new.has):
@@ -8852,7 +8848,7 @@ def forget_traces(memory: Memory, texts: Iterable[str]) -> Set[str]:
             for entry in memory.entries_by_id(memory.ids_holding([[word]], MOST_HELD)):
                 memory.forget_entry(entry.id)  # a question, perhaps
         if memory.about_count() < MOST_TO_SCAN:  # of a million it would take long within a reply
-            memory.purge_index()
+            memory.merge_index()  # the index lets go of the words
     return gone
 
 
@@ -13621,6 +13617,8 @@ def found_in_pipe(text: str, config: Config) -> Optional[Reply]:
         kind = os.fstat(sys.stdin.fileno()).st_mode
         if stat.S_ISREG(kind) or stat.S_ISFIFO(kind) and select.select([sys.stdin], [], [], 0.3)[0]:
             given = sys.stdin.buffer.read(MOST_PIPED)
+    if not given:
+        return None
     lines = clean_pieces(given.decode("utf-8", "replace").splitlines()[:config.max_corpus_lines],
                          config.max_line_chars)
     found = answered_by(lines, "corpus", text, random.Random(0), config.recall_score)
