@@ -204,7 +204,7 @@ class Config:
     corpus_path: str = _setting("nonames.txt", "the owner's text file; only ever read")
     db_path: str = _setting("memory.sqlite3", "the one file that holds the organism")
     max_corpus_lines: int = _setting(1_000_000, "newest lines kept of the corpus", 1, 10_000_000)
-    max_line_chars: int = _setting(240, "characters kept of one line", 16, 100_000)
+    max_line_chars: int = _setting(500, "characters kept of one line", 16, 100_000)
     held_out_share: float = _setting(0.1, "share of documents never trained on", 0.0, 0.5)
     train_chars: int = _setting(4_000_000, "characters of the corpus that are trained on; recall "
                                            "knows all of it", 1000)
@@ -5292,6 +5292,12 @@ class Memory:
         self._write(f"DELETE FROM entries WHERE source = ? AND key IN ({LISTED})",
                     source, json.dumps([*keys]))
 
+    def withdraw(self, source: str, key: int) -> None:
+        """Remove a document from what is learned; layers that have read it may keep it."""
+        with self.transaction():
+            self.remove_entries(source, [key])
+            self._rows("DELETE FROM unlearning WHERE key = ?", key)
+
     def entries_taken(self) -> int:
         """Return how many entries were ever removed; while it stays, ids only rise."""
         return int(self.setting("entries_taken", 0))
@@ -5324,11 +5330,11 @@ class Memory:
         """Return what the owner told, oldest first, filtered by an SQL condition on e."""
         return self.entries(f"e.source IN ('chat', 'taught') AND e.recall AND {where}", *values)
 
-    def last_told(self, session_id: Optional[int], count: int = 1) -> List[Entry]:
-        """Return what was told last in a session, oldest first."""
-        return self.told("e.id IN (SELECT id FROM entries WHERE session_id = ? AND recall AND "
-                         "source IN ('chat', 'taught') ORDER BY told_at DESC, id DESC LIMIT ?)",
-                         session_id, count)
+    def last_told(self, count: int, session_id: Optional[int] = None) -> List[Entry]:
+        """Return what was told last, in a session or in all of them, oldest first."""
+        return self.told("""e.id IN (SELECT id FROM entries WHERE ?2 IN (session_id, 0) AND recall
+                         AND source IN ('chat', 'taught') ORDER BY told_at DESC, id DESC
+                         LIMIT ?1)""", count, session_id or 0)
 
     # which layer read what: 0 is the base, k the k-th delta
 
@@ -6136,10 +6142,10 @@ colour color farbe couleur: red orange yellow green blue purple violet pink brow
  zehn elf zwölf uno dos tres cuatro cinco seis siete ocho nueve diez doce deux trois quatre cinq
  sept huit neuf dix onze douze, since: since until till til seit bis desde hasta depuis, reason:
  because since so for to weil denn um porque para parce pour, aged: age edad old turn alt ans años,
- work: job employ profession teach drive study, opposite: like/hate open/close left/right hot/cold
- first/last next/last old/new before/after arrive/leave start/end begin/end begin/finish
- morning/evening north/south east/west big/small up/down full/empty buy/sell married/single
- home/away front/back
+ work: job employ profession teach drive study, opposite: like/hate love/hate dislike/like
+ open/close left/right hot/cold first/last next/last old/new before/after arrive/leave start/end
+ begin/end begin/finish morning/evening north/south east/west big/small up/down full/empty buy/sell
+ married/single home/away front/back
 own me.en: my our mine ours, mein meine meinen meinem meiner meines unser unsere unserem, mi mis
  nuestro nuestra, mon ma mes notre nos, subject me.en: i we, ich wir, yo nosotros, je j nous, which
  question.en: what which, welche welcher welches welchen welchem was, qué cuál cuáles, quel quelle
@@ -6179,15 +6185,16 @@ own me.en: my our mine ours, mein meine meinen meinem meiner meines unser unsere
  them his her its their then but and so, idle.en: able ask be big think come dear find folk get go
  good got guy happen have high keep little long look lovely make man mean need new nice originally
  own part person put take try use usual usually way whole, machen gehen kommen, hacer, faire
-asks.name.en: name names named called nickname, name heißt heiße heißen, llama llamo llaman nombre,
- appelle appelles nom, asks.job.en: job profession occupation breed brand for_a_living for_work
- as_what do_$, als_was von_beruf beruf, en_qué_trabaja en_qué_trabajo de_qué_trabaja profesión,
- quel_métier métier profession, asks.reason.en: why how_come, warum wieso, por_qué, pourquoi,
- asks.age.en: how_old age, wie_alt, qué_edad cuántos_años edad, quel_âge, asks.span.en: how_long
- since_when until_when till_when til_when how_many_years how_many_months how_many_weeks
- how_many_days how_many_hours how_many_minutes since_which, wie_lange seit_wann bis_wann,
- cuánto_tiempo desde_cuándo, combien_de_temps depuis_quand, asks.time.en: how_often when what_time
- which_time what_day which_day what_date which_date what_month which_month what_hour which_weekday
+calls_me.en: i_am call_me, ich_bin nenn_mich, soy llámame, je_suis appelle-moi, asks.name.en: name
+ names named called nickname, name heißt heiße heißen, llama llamo llaman nombre, appelle appelles
+ nom, asks.job.en: job profession occupation breed brand for_a_living for_work as_what do_$,
+ als_was von_beruf beruf, en_qué_trabaja en_qué_trabajo de_qué_trabaja profesión, quel_métier
+ métier profession, asks.reason.en: why how_come, warum wieso, por_qué, pourquoi, asks.age.en:
+ how_old age, wie_alt, qué_edad cuántos_años edad, quel_âge, asks.span.en: how_long since_when
+ until_when till_when til_when how_many_years how_many_months how_many_weeks how_many_days
+ how_many_hours how_many_minutes since_which, wie_lange seit_wann bis_wann, cuánto_tiempo
+ desde_cuándo, combien_de_temps depuis_quand, asks.time.en: how_often when what_time which_time
+ what_day which_day what_date which_date what_month which_month what_hour which_weekday
  what_day_of_the_week which_day_of_the_week birthday date_of time_of, wann wie_oft wie_viel_uhr
  welchem_tag welchen_tag geburtstag, cuándo qué_hora qué_día qué_fecha cumpleaños, quand
  quelle_heure quel_jour quelle_date anniversaire, asks.year.en: what_year which_year, welchem_jahr,
@@ -6199,21 +6206,25 @@ asks.name.en: name names named called nickname, name heißt heiße heißen, llam
  what_country which_country which_street which_room which_shop which_village what_place which_place
  which_building, wo wohin woher welcher_stadt adresse, dónde qué_ciudad dirección, où quelle_ville
  adresse, asks.person.en: who whom whose, wer wem wen wessen, quién quiénes, qui
-unreal.en: used_to stopped quit almost nearly doubt if unless would wanted wants want hope hopes
+unreal.en: going_to meant_to supposed_to tried_to forgot except apart_from other_than only not_sure
+ unsure think thinks thought guess suppose supposedly apparently believe seems said_that says_that
+ heard_that used_to stopped quit almost nearly doubt if unless would wanted wants want hope hopes
  plan will shall might may maybe perhaps wish never former, früher fast wenn würde möchte werde
  vielleicht bezweifle, solía casi si quería quizás, presque si voulais, changed.en: now new
  no_longer anymore instead renamed changed moved switched replaced these_days, jetzt nun neu neue,
- ahora nuevo, maintenant nouveau, opening.en: um uh kindly lets let's by_the_way actually listen
- sorry excuse_me quick_question no nope yeah wait you_know_what guess_what fyi correction i_mean
+ ahora nuevo, maintenant nouveau, opening.en: don't_forget_that dont_forget_that do_not_forget_that
+ don't_forget dont_forget remember_that um uh kindly lets let's by_the_way actually listen sorry
+ excuse_me quick_question no nope yeah wait you_know_what guess_what fyi correction i_mean
  good_morning good_evening thanks say for_your_information anyway, hallo hi also ja nein übrigens
- sag, hola oye por_favor no, bonjour salut oui non dis, frame.en: told recall said show mention
- mentioned mind note, weißt weiß sagen sag erinnere erinnerst, sabes dime recuerdas recuérdame,
- sais dis rappelle, lost.fr: oublié, tells.en: that, tells.fr: que, whether.en: if whether, ob, si,
- si, wanted.en: name birthday age address number code password pin colour color size date time
- price, name nummer passwort adresse, nombre número contraseña, nom numéro, advice.en: might, soll
- sollte, debo, dois, forget.en: forget, vergiss, olvida, oublie, said.de: Du hast mir gesagt, Me
- dijiste, Tu m'as dit, unknown.de: Das weiß ich noch nicht, Eso no lo sé todavía, Je ne le sais pas
- encore, kept.de: Ich merke es mir, Lo guardo, Je le retiens
+ sag, hola oye por_favor, bonjour salut oui non est_ce_que dis, frame.en: told recall said show
+ mention mentioned mind note, weißt weiß sagen sag erinnere erinnerst, sabes dime recuerdas
+ recuérdame, sais dis rappelle, lost.fr: oublié, tells.en: that, tells.fr: que, whether.en: if
+ whether, ob, si, si, wanted.en: name birthday age address number code password pin colour color
+ size date time price, name nummer passwort adresse, nombre número contraseña, nom numéro,
+ advice.en: might, soll sollte, debo, dois, forget.en: forget, vergiss, olvida, oublie, yes.en:
+ Yes, Ja, Sí, Oui, no.en: No, Nein, No, Non, said.de: Du hast mir gesagt, Me dijiste, Tu m'as dit,
+ unknown.de: Das weiß ich noch nicht, Eso no lo sé todavía, Je ne le sais pas encore, kept.de: Ich
+ merke es mir, Lo guardo, Je le retiens
 day.en: today/0 tonight/0 this_morning/0 this_afternoon/0 this_evening/0 tomorrow/1 yesterday/-1
  last_night/-1 the_day_after_tomorrow/2 the_day_before_yesterday/-2, heute/0 morgen/1 gestern/-1
  übermorgen/2 vorgestern/-2, hoy/0 mañana/1 ayer/-1 anteayer/-2, aujourd'hui/0 demain/1 hier/-1,
@@ -6244,34 +6255,36 @@ day.en: today/0 tonight/0 this_morning/0 this_afternoon/0 this_evening/0 tomorro
  haben/hatten, soy/era es/era son/eran está/estaba tengo/tenía tiene/tenía, suis/étais est/était
  sont/étaient ai/avais a/avait
 refers.en: he she it they him them his her its their, er ihn ihm sein seine seinem seinen, él ella,
- il elle ils elles, stands.en: one ones, former.en: before old former formerly previous previously
- originally at_first used_to in_the_past before_that, früher vorher alte alten altes, antes antiguo
- antigua, avant ancien ancienne, ended.en: any_more anymore no_longer gave given sold away quit
- cancelled lost threw got_rid stopped broke died, nicht_mehr kein_mehr verkauft gekündigt, ya_no
- vendí vendimos, ne_plus vendu, corrects.en: no nope actually sorry wait correction i_mean i_meant
- rather oops wrong mistyped misspelt out_of_date put_it_off mistake i_am_mistaken i'm_mistaken
- i_was_wrong my_mistake, nein doch ich_meine, no perdón quiero_decir, non pardon je_veux_dire,
- goes_on.en: and what_about how_about, und was_ist_mit, y, et, says.en: say said saying tell told
- telling mention mentioned, sagte gesagt erzählt, dije dicho contado, dit raconté, lately.en: just
- last, gerade zuletzt, última último, dernier dernière, about.en: know_about tell_me_about know_of
+ il elle ils elles, stands.en: one ones, differs.en: other, andere anderen anderer anderes, otro
+ otra, autre, former.en: before old former formerly previous previously originally at_first used_to
+ in_the_past before_that, früher vorher alte alten altes, antes antiguo antigua, avant ancien
+ ancienne, ended.en: any_more anymore no_longer gave given sold away quit cancelled lost threw
+ got_rid stopped broke died, nicht_mehr kein_mehr verkauft gekündigt, ya_no vendí vendimos, ne_plus
+ vendu, corrects.en: no nope actually sorry wait correction i_mean i_meant rather oops wrong
+ mistyped misspelt out_of_date put_it_off mistake i_am_mistaken i'm_mistaken i_was_wrong
+ my_mistake, nein doch ich_meine, no perdón quiero_decir, non pardon je_veux_dire, goes_on.en: and
+ what_about how_about, und was_ist_mit, y, et, says.en: say said saying tell told telling mention
+ mentioned, sagte gesagt erzählt, dije dicho contado, dit raconté, lately.en: just last, gerade
+ zuletzt, última último, dernier dernière, about.en: know_about tell_me_about know_of
  tell_me_all_about remember_about say_about tell_me_everything_about
  tell_me_everything_you_know_about tell_me_all_you_know_about tell_me_what_you_know_about
- know_everything_about, über, sobre, sur, todo.en: to_do have_to_do left_to_do, list.en: list
+ know_everything_about, über, sobre, sur, todo.en: todo to_do have_to_do left_to_do, list.en: list
  lists, liste, lista, liste, puts.en: put add write note include, setz setze schreib, pon añade
- apunta, mets ajoute, strikes.en: cross strike take remove delete tick drop scratch, streich
- streiche, quita tacha, enlève raye, done.en: done bought packed finished paid sent booked got
- ordered, erledigt gekauft, hecho comprado, fait acheté, more.en: heavier older bigger larger
- taller longer higher wider deeper faster dearer more later, schwerer älter größer länger teurer,
- less.en: lighter younger smaller shorter lower narrower cheaper slower less fewer earlier,
- leichter jünger kleiner kürzer billiger, sums.en: together altogether total, zusammen insgesamt,
- juntos juntas total, ensemble total, corrects.en: scrap, reckons.en: calculate compute sum makes
- equal equals much reckon result, request.en: write help make recommend suggest explain translate
- sing play draw find set remind call send look compose invent advise tell give say teach show read
- describe entertain cheer choose pick correct, wants.en: need want like love, given.en: story poem
- joke riddle recipe name idea tip tips advice help excuse game limerick twister speech verse song
- letter, duty.en: have_to has_to need_to got_to must, muss, tengo_que debo, dois, birth.en: born
- birthday, geboren, nacido nací nació, né née, added.en: more another extra, weitere, otro otra
- más, encore autre
+ apunta, mets ajoute, clears.en: clear empty wipe, leere, vacía, vide, strikes.en: cross strike
+ take remove delete tick drop scratch, streich streiche, quita tacha, enlève raye, done.en: done
+ bought packed finished paid sent booked got ordered, erledigt gekauft, hecho comprado, fait
+ acheté, more.en: heavier older bigger larger taller longer higher wider deeper faster dearer more
+ later, schwerer älter größer länger teurer, less.en: lighter younger smaller shorter lower
+ narrower cheaper slower less fewer earlier, leichter jünger kleiner kürzer billiger, sums.en:
+ together altogether total, zusammen insgesamt, juntos juntas total, ensemble total, corrects.en:
+ scrap, reckons.en: calculate compute sum makes equal equals much reckon result, request.en: write
+ help make recommend suggest explain translate sing play draw find set send look compose invent
+ advise tell give say teach show read describe entertain cheer choose pick correct, wants.en: need
+ want like love, given.en: story poem joke riddle recipe name idea tip tips advice help excuse game
+ limerick twister speech verse song letter, duty.en: have_to has_to need_to got_to must
+ remind_me_to let_me_forget_to forget_to, muss, tengo_que debo, dois, birth.en: born birthday,
+ geboren, nacido nací nació, né née, added.en: more another extra, weitere, otro otra más, encore
+ autre
 ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, reckon.en: plus/+
  and_add/+ added_to/+ minus/- less/- take_away/- times/* multiplied_by/* divided_by// over//
  percent_of/%, plus/+ minus/- mal/* geteilt_durch// prozent_von/%, más/+ menos/- por/* entre//
@@ -6375,11 +6388,8 @@ class Lexicon:
                         for (kind, language), pairs in self.pairs.items() if kind == "ending"}
         for number, (name, words) in enumerate(groups):
             self._take(f"{name}{number}", name, words)
-        self.spoken: Dict[str, List[str]] = defaultdict(list)  # a function word's languages
-        for language in self.endings:
-            closed, short = self.closed[language], self.pairs["short", language]
-            for word in {w for w in closed if "function" in closed[w]}.union(short):
-                self.spoken[word].append(language)
+        self.months = {month for kind, language in [*self.pairs] if kind == "month"
+                       for month in self.pairs[kind, language]}
         self.dates = functools.lru_cache(None)(functools.partial(_date_forms, self))
         self.dated = functools.lru_cache(1 << 10)(
             lambda text: bool(days_in(self, text, datetime.date(2000, 1, 1))))
@@ -6388,6 +6398,7 @@ class Lexicon:
         self.joints = re.compile(rf",(?: (?:{joints}))? | (?:{joints}) ", re.I)
         self.loose = self.stems(("time", "place", "unit", "number", "work", "since", "reason"))
         self.known = {*self.senses, *self.kinds}.union(*self.kinds.values())
+        self.spoken = self._languages()
         for pair in self.pairs["opposite", ""].items():
             for one, other in (pair, pair[::-1]):
                 self.rivals[self.stem(one, "en")].append({self.stem(other, "en")})
@@ -6396,6 +6407,16 @@ class Lexicon:
                 self.rivals[stem].append(self.kinds[name])
         self.opened = functools.lru_cache(1 << 9)(functools.partial(opened, self))
         self.line = functools.lru_cache(1 << 8)(functools.partial(Line, self))
+
+    def _languages(self) -> Dict[str, List[str]]:
+        """Return the languages that words speak for, twice where one is a function word alone."""
+        spoken: Dict[str, List[str]] = defaultdict(list)
+        for language in self.endings:
+            closed, short = self.closed[language], self.pairs["short", language]
+            for word in {w for w in closed if not closed[w] <= _PAIRED}.union(short):
+                sure = word in short or "function" in closed[word] and word not in self.known
+                spoken[word].extend([language] * (1 + sure))
+        return spoken
 
     def _take(self, sign: str, name: str, words: Sequence[str]) -> None:
         kinds, dot, language = name.rpartition(".")
@@ -6495,9 +6516,11 @@ class Lexicon:
         return frozenset(self.pairs["past", language].values())
 
     def language_of(self, words: Sequence[str]) -> str:
-        """Return the language that has most of the words as function words, or as short for them.
-        """
-        counts = Counter(itertools.chain.from_iterable(self.spoken.get(w, ()) for w in words))
+        """Return the language that has most of the words in its closed classes: l'ami, it's."""
+        heads = [w.partition("'")[0] + "'" for w in words if "'" in w]
+        counts = Counter(itertools.chain.from_iterable(
+            self.spoken.get(w, ()) for w in (*words, *heads)))
+        counts[next(iter(self.endings))] += 1 + (len(words) < 2)  # a hat is English, if alone
         return max(self.endings, key=counts.__getitem__)
 
 
@@ -6557,6 +6580,7 @@ def _one_slip(a: str, b: str) -> bool:
 _LETTER = (rf"(?:[^\W{UNSPACED}]|[\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670"
            r"\u06d6-\u06ed\u0900-\u0963\u0966-\u0dff\u200c\u200d])")
 _WORD = re.compile(rf"[{UNSPACED}]|{_LETTER}+(?:['’]{_LETTER}+)*['’]?")
+_WORD_OR_STOP = re.compile(rf"{_WORD.pattern}|[,;:.!?…–—](?=\s)")
 _MARKER = re.compile(r"^[HA]:\s*")
 _PERSONAL = frozenset(("me", "own", "subject", "you"))
 
@@ -6572,15 +6596,21 @@ class Line:
     """A sentence taken apart: its words, whose they are, and which are names."""
 
     def __init__(self, lex: Lexicon, text: str, speaker: str = "") -> None:
-        found = _WORD.findall(text.replace("’", "'").replace("-in-law", "inlaw"))
+        found = _WORD_OR_STOP.findall(text.replace("’", "'").replace("-in-law", "inlaw"))
         self.text, self.speaker = text, speaker
         self.language = lex.language_of([word.casefold() for word in found])
-        parts = [part for piece in found for part in self.parts_of(lex, piece)]
-        self.words = [lex.word(part, self.language) for part in parts]
-        if speaker:  # whose "I" is not the owner's
-            named = [lex.word(part, "") for part in _WORD.findall(speaker)]
-            self.words = named + [word._replace(classes=word.classes - _PERSONAL)
-                                  for word in self.words]
+        self.words: List[Word] = []
+        self.stops = {0}  # words before which the text stops, as at a comma
+        if speaker:
+            self.words = [lex.word(part, "") for part in _WORD.findall(speaker)]
+        for piece in found:
+            if not _WORD.match(piece):
+                self.stops.add(len(self.words))
+                continue
+            words = [lex.word(part, self.language) for part in self.parts_of(lex, piece)]
+            if speaker:  # whose "I" is not the owner's
+                words = [word._replace(classes=word.classes - _PERSONAL) for word in words]
+            self.words += words
         self.telling = [i for i in range(len(self.words)) if self._tells(i)]
         self.owners = [self._owner(i) for i in range(len(self.words))]
         self.caps = [word.text[:1].isupper() and "function" not in word.classes and (  # names
@@ -6603,8 +6633,8 @@ class Line:
         if tail == "t":
             return [head[:-1], "not"]
         if tail in ("", "s"):
-            asks = lex.closed[self.language].get(head.casefold(), ())
-            return [head, "is" if "function" in asks else "'s"]
+            known = lex.closed[self.language].get(head.casefold(), _NONE)
+            return [head, "is" if known & {"function", "wanted"} else "'s"]  # the code's 4711
         return [head + tail]
 
     def _owner(self, at: int) -> str:
@@ -6691,7 +6721,8 @@ def days_in(lex: Lexicon, text: str, today: datetime.date) -> List[When]:
     for name, form in lex.dates(language):
         for match in form.finditer(text):
             with contextlib.suppress(ValueError, OverflowError):  # there is no 31 June
-                days = _days(lex, language, name, match, today, passed)
+                ahead = text[:match.start()].endswith(" to ")  # it was moved to Wednesday
+                days = _days(lex, language, name, match, today, passed and not ahead)
                 beside = re.match(rf" (?:{_WORD.pattern})", text[match.end():])
                 floor = name == "nth" and beside and (  # the fourth floor is no day
                     "function" not in lex.word(beside[0].strip(), language).classes)
@@ -6793,8 +6824,8 @@ def as_of(lex: Lexicon, text: str, told: datetime.date, today: datetime.date) ->
         name = named_days(lex, language, when.first, when.last, today)
         if not until.keys().isdisjoint(before.casefold().split()[-1:]):
             name = name.partition(" ")[2] or name  # until the week of 4 May
-        elif before.casefold().endswith("on ") and name.startswith("on "):
-            name = name[3:]
+        elif before.casefold().endswith(("on ", "of ")):  # as of this month
+            name = name.partition(" ")[2] or name
         text = before + (name if before else name[:1].upper() + name[1:]) + text[when.end:]
     if over:  # what was to come has been
         past = lex.pairs["past", language]
@@ -6855,6 +6886,8 @@ def _after_frame(classes: Sequence[AbstractSet[str]], at: int, frame: int) -> Tu
         return 0, ""  # should I tell him; I know where it is
     if classes[rest] & {"question", "whether"}:
         return rest, "ask"
+    if "not" in before and not lost:
+        return 0, ""  # I never said I was rich
     wanted = not lost or any("wanted" in c for c in classes[rest:])
     if "indefinite" in classes[rest] or not classes[rest] or not wanted:
         return 0, ""  # tell me a joke; I forgot my umbrella
@@ -6921,9 +6954,12 @@ def analyzed(lex: Lexicon, text: str) -> Asked:
     which = next((i for i, word in enumerate(line.words) if "which" in word.classes), len(words))
     beside = itertools.takewhile(  # what does the holiday cost: it asks for no kind of holiday
         lambda w: lex.odd.get(w.word, w.word) != "do", line.words[which + 1:which + 4])
-    ahead = [w.stem for w in beside if "function" not in w.classes]
+    ahead = [w.stem for w, after in zip(beside, [*words[which + 2:], ""])
+             if "function" not in w.classes and after != "'s"]  # nor my wife's name
     kind = ahead[0] if ahead and ahead[0] in lex.kinds and ahead[0] not in lex.loose else ""
-    polar = bool(line.words) and "aux" in line.words[0].classes and "question" not in line.has
+    polar = bool(line.words) and "question" not in line.has and (
+        "aux" in line.words[0].classes
+        or is_question(text) and not slot and not line.has.isdisjoint({"subject", "me"}))
     content = ([i for i in line.telling if (polar or "idle" not in line.words[i].classes)
                 and not (i in at and len(at) > 1)] or line.telling)[:MAX_QUERY_TERMS]
     vital = {i for i in content if i not in at and (  # it names a thing or a person
@@ -6947,7 +6983,7 @@ class Unit(NamedTuple):
 
 
 ABBREVIATED = re.compile(r"(?:\b(?:mr|mrs|ms|dr|st|prof|ing|rev|jr|sr|no|vs|approx|e\.g|i\.e|a\.m|"
-                         r"p\.m)|(?<!['’])\b\w)\.$", re.I)
+                         r"p\.m)|(?<!['’])\b[^\W\d])\.$", re.I)
 _BREAKS = re.compile(r"(?<=[.!?…;])[\"')\]]*\s+|(?<=[。！？।॥؟۔။។።])")
 _STOPS = re.compile(r"[,;:–—]\s+|\s[-–—]+\s")
 _LOG_LINE = re.compile(r"([\[(]?\d[\w./:, -]{4,30}?[\])]?(?: -)? )?"
@@ -6957,10 +6993,12 @@ _LOG_KEYS = (("date", "time", "timestamp", "at"), ("name", "from", "sender", "au
 
 
 def sentences_of(text: str) -> List[str]:
-    """Return the sentences of one line; an abbreviation's full stop ends none."""
+    """Return the sentences of one line; the full stop of an abbreviation, or of 9. Mai, ends none.
+    """
     pieces: List[str] = []
     for piece in _BREAKS.split(text.strip()):
-        if pieces and ABBREVIATED.search(pieces[-1]):
+        if pieces and (ABBREVIATED.search(pieces[-1]) or re.search(r"\b\d\d?\.$", pieces[-1]) and (
+                re.split(r"\W", piece)[0].casefold() in lexicon().months)):
             pieces[-1] += " " + piece
         elif piece:
             pieces.append(piece)
@@ -7022,6 +7060,11 @@ def statements_of(text: str, lex: Optional[Lexicon] = None) -> List[str]:
             for part in _clauses(lex, sentence) if len(part.strip(" .…!-—\"'")) > 1]
 
 
+def _verbal(lex: Lexicon, word: Word) -> bool:
+    """Return whether a word has the form of an English verb, as some nouns have: hates, sang."""
+    return word.word in lex.odd or word.word[3:].endswith(("ed", "ing", "s"))
+
+
 def _clauses(lex: Lexicon, sentence: str) -> List[str]:
     """Return the clauses of a sentence that have a subject and a verb of their own."""
     start, found = 0, []
@@ -7029,9 +7072,10 @@ def _clauses(lex: Lexicon, sentence: str) -> List[str]:
         one, other = lex.line(sentence[start:cut.start()]), lex.line(sentence[cut.end():])
         named = any(other.caps[:1]) or any(
             word.classes & {"own", "refers"} for word in other.words[:1])
-        verb = next((word for i, word in enumerate(other.words) if i and not other.caps[i]
-                     and not other.owners[i] and (i in other.telling or "aux" in word.classes)),
-                    None)  # Farah, Ines and Kwabena have none
+        end = min((at for at in other.stops if at), default=len(other.words))
+        verb = any(i and not other.caps[i] and ("aux" in word.classes or i in other.telling and (
+            not other.owners[i] or i > 1 and _verbal(lex, word)))
+                   for i, word in enumerate(other.words[:end]))  # Farah, Ines and Kwabena have none
         whole = "aux" in one.has or any(not one.caps[i] and not one.owners[i] for i in one.telling)
         if named and whole and len(one.telling) > 1 and len(other.telling) > 1 and verb:
             found.append(sentence[start:cut.start()])
@@ -7121,13 +7165,18 @@ def _beside(lex: Lexicon, units: Iterable[Unit]) -> Iterator[Unit]:
         before = _stopped(unit.text)
 
 
+def _only_beside(lex: Lexicon, unit: Unit) -> bool:
+    """Return whether a statement needs nothing of what stands before it."""
+    return bool(unit.about) and not leans(lex, lex.line(unit.text))
+
+
 # who is who
 
 
 def _names_beside(lex: Lexicon, line: Line, at: int) -> List[Word]:
     """Return the names that a sentence gives to what it names at a place: my cousin is Ines."""
     glue, words = {"aux", "det", "asks.name", "other"}, line.words
-    glue = glue if line.owners[at] else glue | {"prep"}  # married to Ines
+    glue |= {"refers"} if line.owners[at] else {"prep"}  # the boat: she is Nora; married to Ines
     after = at + 1
     while after < len(words) and not line.caps[after] and (
             words[after].classes & glue or words[after].stem in lex.kinds["person"]):
@@ -7174,7 +7223,8 @@ def _filled(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: Di
     filled = 2 if there else _filling(lex, asked, line, used, before)
     if asked.slot != "name" or not asked.vital:
         return filled
-    things = [i for i in asked.vital if not asked.line.caps[i]] or asked.vital
+    things = [i for i in asked.vital if not asked.line.caps[i] and not (
+        "asks.name" in asked.line.words[i].classes)] or asked.vital
     return min(filled, 2 * any(  # it is to be the name of what is asked about
         _names_beside(lex, line, at[i]) or _is_named(line, at[i], before)
         for i in things if near[i] > 1))
@@ -7270,8 +7320,9 @@ def _where(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
     if line.words[j].word in nth and j + 1 in line.telling:
         j += 1  # under the fourth pot; on the fourth of May is a day
     ahead = line.words[j]
+    label = j + 1 < len(line.words) and (line.caps[j + 1] or _is_number(lex, line.words[j + 1]))
     led = word.word not in ("to", "of", "about", "by", "for", "during") or line.caps[j] or (
-        word.word in ("to", "by") and "det" in line.words[j - 1].classes)
+        word.word in ("to", "by") and ("det" in line.words[j - 1].classes or label))  # to bay 4
     timely = ahead.stem in lex.kinds["time"] or ahead.word in nth
     return 2 * (j > at and j not in used and led and not timely and not _is_number(lex, ahead))
 
@@ -7328,7 +7379,8 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
     lost = [i for i in terms if not near[i]]
     vital = [i for i in terms if i in asked.vital]
     owned = [1 if i in renamed else _owner_fit(asked, line, i, at[i]) for i in vital if near[i]]
-    verdict = _verdict(lex, asked, line, near, at, lost, min(owned, default=0), filled, before)
+    verdict = "" if _only_beside(lex, unit) else _verdict(
+        lex, asked, line, near, at, lost, min(owned, default=0), filled, before)
     if verdict:  # what stands in a missing word's place answers as well
         terms, lost = [i for i in terms if near[i]], []
     whole = bool(used) and not lost
@@ -7363,10 +7415,36 @@ def _matched(lex: Lexicon, asked: Asked, line: Line) -> Tuple[Dict[int, int], Di
     same = {line.words[j].stem for j in line.telling} & {words[i].stem for i in asked.terms}
     for i in asked.terms:
         grade, j = max(((lex.nearness(words[i], line.words[j]), -j) for j in line.telling
-                        if words[i].stem in same or line.words[j].stem not in same),
+                        if (words[i].stem in same or line.words[j].stem not in same)
+                        and not _names_another(asked, line, i, j)),
                        default=(0, 0))  # what another word is, this one is not as well
         near[i], at[i] = grade, -j
+        if not grade and _asks_my_name(asked, i) and _calls_me(lex, line) >= 0:
+            near[i], at[i] = 4, _calls_me(lex, line)
     return near, at
+
+
+def _asks_my_name(asked: Asked, i: int) -> bool:
+    """Return whether a word of a question is the name in "my name"."""
+    words = asked.line.words
+    return "asks.name" in words[i].classes and i > 0 and "own" in words[i - 1].classes
+
+
+def _names_another(asked: Asked, line: Line, i: int, j: int) -> bool:
+    """Return whether a word that names does so for another than is asked: my cat is called Tom."""
+    if _asks_my_name(asked, i):
+        return line.owners[j] != "my" and not any(
+            "subject" in word.classes for word in line.words[max(0, j - 3):j])
+    return "asks.name" in asked.line.words[i].classes and line.owners[j] == "my" and (
+        asked.line.words[i - 1].word == "'s")  # my name, for my wife's
+
+
+def _calls_me(lex: Lexicon, line: Line) -> int:
+    """Return where a statement begins to say who one is: I am Tom, call me Tom; -1 if nowhere."""
+    words = [word.word for word in line.words]
+    sizes = ((i, lex.phrase_at(words, i, "calls_me", line.language)) for i in range(len(words)))
+    return next((i for i, size in sizes if size and line.caps[i + size:i + size + 1] == [True]
+                 and line.words[i + size].stem not in lex.known), -1)
 
 
 def _only_names(lex: Lexicon, asked: Asked, line: Line, used: Container[int]) -> bool:
@@ -7399,20 +7477,22 @@ def _leaning(text: str) -> float:
 
 def _verdict(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: Dict[int, int],
              missing: Sequence[int], owned: int, filled: int, before: int) -> str:
-    """Return "Yes. " or "No. " where a statement says so to a question of yes or no, or "".
+    """Return "yes" or "no" where a statement says so to a question that asks for it, or "".
 
     It does not where it is of another, where who did it to whom is another way round, or where it
     only was, will be, may be or almost was so.
     """
     q, met = asked.line, [i for i in near if i not in missing]
-    if not asked.polar or owned < 0 or not met:
+    if not asked.polar or owned < 0 or not met or "you" in q.has and not q.has & {"me", "own"}:
         return ""
     if not missing and _is_over(lex, q, line, {at[i] for i in met}):
-        return "No. "
+        return "no"
     denied = _denies(line, before, max(at[i] for i in met)) != ("not" in q.has)
     if (line.has_phrase(lex, "unreal") - q.has_phrase(lex, "unreal")
             or _role_clash(asked, line, near, at) or _only_was(lex, q, line)
             or "subject" in q.has and "subject" not in line.has
+            or any(_nearer_rival(lex, line, *pair)
+                   for pair in itertools.permutations([at[i] for i in met], 2))
             or min(asked.vital, default=-1) in missing):  # of my mother, asked of my father
         return ""
     sure = all(near[i] > 3 or line.words[at[i]].stem in lex.kinds.get(q.words[i].stem, ())
@@ -7422,20 +7502,31 @@ def _verdict(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: D
     about = () if "subject" in line.has else line.telling[:1]
     taken = {*(at[i] for i in met), *about}  # my sister is no other child
     if sure and all(_has_rival(lex, q.words[i], line, taken, excludes) for i in missing):
-        return "Yes. " if denied == bool(missing) else "No. "
+        return "yes" if denied == bool(missing) else "no"
     single = any(sign[0] == "=" for i in near if near[i] > 2
                  for sign in lex.senses.get(q.words[i].stem, ()))  # one has one name, one home
     named = all(q.caps[i] for i in missing) and (filled == 2 if asked.slot else any(line.caps[1:]))
-    return "No. " if missing and single and named and not denied else ""
+    return "no" if missing and single and named and not denied else ""
+
+
+def _nearer_rival(lex: Lexicon, line: Line, one: int, other: int) -> bool:
+    """Return whether another word of its kind is nearer to what a word is taken with.
+
+    Of "a brother, Karl, and a sister, Eva", Eva is no brother. Tea and coffee are no rivals there.
+    """
+    words = line.words
+    return any(abs(at - other) <= abs(one - other) and lex.are_rivals(words[one], words[at])
+               and any(k in line.telling for k in range(min(at, one) + 1, max(at, one)))
+               for at in line.telling if at not in (one, other))
 
 
 def _denies(line: Line, before: int, last: int) -> bool:
     """Return whether a denial stands in the clause of a word: she is vegan and eats no eggs.
 
-    A clause begins at a word that joins, and where a denial follows a telling word: tea, not milk.
+    A clause begins at a stop, at a word that joins, and where a denial follows a telling word.
     """
-    begins = [at for at, word in enumerate(line.words) if at == before or "joins" in word.classes
-              or "not" in word.classes and at - 1 in line.telling]
+    begins = [at for at, word in enumerate(line.words) if at == before or at in line.stops
+              or "joins" in word.classes or "not" in word.classes and at - 1 in line.telling]
     first = max((at for at in begins if at <= last), default=0)
     end = min((at for at in begins if at > last), default=len(line.words))
     return any("not" in word.classes for word in line.words[first:end])
@@ -7520,6 +7611,10 @@ def gathered(lex: Lexicon, memory: Memory, asked: Asked) -> Tuple[Asked, List[En
         for entry in ids:
             mass[entry] += weights[i]
     names = _called(lex, memory, asked)
+    for i in (i for i in asked.terms if _asks_my_name(asked, i)):  # as which nobody may call it
+        begun = lex.phrases["calls_me", asked.line.language].values()
+        said = [" ".join(phrase) for phrases in begun for phrase in phrases]
+        mass.update(dict.fromkeys(memory.ids_holding([said, [TOLD_MARK]], MOST_HELD), weights[i]))
     for i, also in names.items():
         for entry in memory.ids_holding([[f"{stem}*" for stem in sorted(also)], [TOLD_MARK]],
                                         MOST_HELD):
@@ -7580,14 +7675,27 @@ def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) 
     top, several = found[0], _wants_all(asked)
     former = bool(asked.line.has_phrase(lex, "former"))
     met = [i for i in top.near if top.near[i] > 2]
-    needed = [i for i in met if not asked.line.words[i].classes & {"changed", "idle"}] or met
-    fits = [top, *(each for each in found[1:] if each.unit.entry.source in TOLD
-                   and each.filled >= top.filled and all(each.near[i] > 2 for i in needed)
-                   and (_mends(lex, each.unit) or each.own and each.score >= least and (
-                       not several or _subject(each.unit.line) == _subject(top.unit.line))))]
-    fits.sort(key=lambda each: (each.unit.entry.told_at, each.unit.entry.id), reverse=True)
+    needed = [i for i in met if i not in asked.asking
+              and not asked.line.words[i].classes & {"changed", "idle"}] or met
+
+    def takes_place(each: Judged) -> bool:
+        """Whether a statement is as much to the point as the best one."""
+        if asked.polar and _replaces(lex, each.unit.line, top.unit.line):
+            return True  # it says the same of another day
+        over = asked.slot in ("time", "place") and each.unit.line.has_phrase(lex, "ended")
+        if each.filled < top.filled and not over or any(each.near[i] < 3 for i in needed):
+            return False
+        mends = _mends(lex, each.unit) if each.unit.entry is not top.unit.entry else (
+            lex.line(each.unit.text).has_phrase(lex, "changed"))
+        return bool(mends) or each.own and each.score >= least and all(
+            each.near[i] >= top.near[i] for i in needed) and (
+                not several or _subject(each.unit.line) == _subject(top.unit.line))
+    fits = [top, *(each for each in found[1:]
+                   if each.unit.entry.source in TOLD and takes_place(each))]
+    fits.sort(key=lambda each: (each.unit.entry.told_at, each.unit.entry.id,
+                                each.unit.entry.text.find(each.unit.text)), reverse=True)
     best = fits[min(former, len(fits) - 1)]
-    if best.unit.entry is top.unit.entry and not former and not (
+    if best is top and not former and not (
             asked.polar and _mends(lex, top.unit)):  # what it ended says yes no more
         return found
     return [best._replace(score=max(top.score, best.score)),
@@ -7894,7 +8002,11 @@ def _asked_again(lex: Lexicon, before: str, said: str) -> str:
     if "prep" in lead.classes:
         same = re.search(rf"(?i)\b{re.escape(lead.word)}\b", before)
         return f"{before[:same.start() if same else None].rstrip(' ?')} {said}?"
-    first = _topic(lex, before, "", "")  # what was asked of is now asked of another
+    first, words = _topic(lex, before, "", ""), lex.line(said).words
+    if first and "stands" in words[-1].classes:  # the black one; the other one may be any
+        kept = [word.text for word in words[:-1] if "differs" not in word.classes]
+        said = " ".join([*kept, first.split()[-1]])
+    # what was asked of is now asked of another
     return before.replace(first, said, 1) if first else ""
 
 
@@ -8057,7 +8169,8 @@ def _listed(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked:
         here = any(words[i].stem in {lex.line(item).words[k].stem for k in lex.line(item).telling}
                    for item in items for i in asked.terms if i != at)
         return f"{'Yes' if here else 'No'}. On it: {_enumerated(items)}.", used
-    said = f"{len(items)}: " * (asked.slot == "number") + _enumerated(items)
+    counted = asked.slot == "number" or raw.has_phrase(lex, "asks.number")
+    said = f"{len(items)}: " * bool(counted) + _enumerated(items)
     return f"{said[:1].upper()}{said[1:]}.", used
 
 
@@ -8080,7 +8193,7 @@ def _list_items(lex: Lexicon, memory: Memory, name: AbstractSet[str], kind: str
     items: List[str] = []
     used: List[Unit] = []
     ours, last = False, None  # whether the list is spoken of; what was told before
-    for entry in memory.told("e.id > ?", memory.about_count() - MOST_TO_SCAN):
+    for entry in memory.last_told(MOST_TO_SCAN):
         for text in entry.text.splitlines():
             unit = Unit(entry, lex.line(lex.opened(text)[0]), text=text)
             act, words, ours = _list_act(lex, unit, name, kind, ours, used[-1:] == [last])
@@ -8103,15 +8216,23 @@ def _list_act(lex: Lexicon, unit: Unit, name: AbstractSet[str], kind: str, ours:
     """Return what a statement does to a list ("begins", "adds", "strikes" or ""), the words for its
     items, and whether the list is spoken of from then on; goes_on is whether it was just before."""
     line, (head, colon, rest) = unit.line, unit.text.partition(":")
-    duty = _duty(lex, unit.text) if kind == "todo" and "subject" in line.has else ""
+    told = lex.opened(unit.text)[1] == "tell"  # I must tell you that it leaks
+    duty = _duty(lex, unit.text) if kind == "todo" and not told else ""
     if duty:
         return "adds", duty, True
     listed = bool(line.has_phrase(lex, kind)) or bool(  # shopping: milk, eggs
         colon and "," in rest and name and name <= {word.stem for word in lex.line(head).words})
-    if listed:
-        ours = not name or name <= {word.stem for word in line.words}
+    if listed:  # another's name may stand before it: the guest list; or none: the list
+        named = any("list" in line.words[i + 1].classes for i in line.telling
+                    if i + 1 < len(line.words))
+        ours = name <= {word.stem for word in line.words} or ours and not named
+    emptied = line.has & {"strikes", "clears"} and not line.has & {"refers", "not"} and all(
+        line.words[i].stem in name or line.words[i].classes & {"strikes", "clears", "list", "idle"}
+        for i in line.telling)  # clear the shopping list
+    if emptied and ours and listed:
+        return "begins", "", ours
     if colon and ours and listed:
-        return "begins", rest, ours
+        return "adds" if kind == "todo" else "begins", rest, ours
     holds = [i for i, word in enumerate(line.words) if "holds" in word.classes]
     if holds and ours and listed and wishes(lex, unit.text):  # make a list with a tent and a rope
         return "begins", line.text[_spans(lex, line)[holds[0]][1]:], ours
@@ -8122,8 +8243,10 @@ def _list_act(lex: Lexicon, unit: Unit, name: AbstractSet[str], kind: str, ours:
         return "adds", _object(lex, line), ours
     over = kind == "todo" and (  # the kettle's descaled
         "aux" in line.has or any(word.word == "'s" for word in line.words))
-    strikes = ours and "strikes" in line.has or "done" in line.has or over
-    return "strikes" if strikes and "not" not in line.has else "", "", ours
+    clauses = [lex.line(part).has for part in _STOPS.split(line.text)]  # she can't, strike her off
+    strikes = any("not" not in has and (over or "done" in has or ours and "strikes" in has)
+                  for has in clauses)
+    return "strikes" if strikes else "", "", ours
 
 
 def _duty(lex: Lexicon, text: str) -> str:
@@ -8149,7 +8272,8 @@ def _about(lex: Lexicon, memory: Memory, asked: Asked) -> List[Unit]:
     terms = [i for i in asked.terms if not asked.line.words[i].classes & skip and (
         i not in asked.asking)]
     found = [each.unit for each in judged(lex, asked, entries)
-             if terms and all(each.near[i] > 3 for i in terms) and (
+             if terms and all(each.near[i] > 3 for i in terms)
+             and not _only_beside(lex, each.unit) and (
                  each.unit.entry.source in TOLD or each.unit.line.speaker
                  or not ("own" in asked.line.has or _leaning(each.unit.entry.text)))]
     return sorted(found, key=lambda unit: (unit.entry.told_at, unit.entry.id))
@@ -8161,8 +8285,8 @@ def _all_about(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked:
         return None
     line = asked.line
     if "me" in line.words[-1].classes:
-        told = [unit for unit in _what_holds(lex, memory.told("e.id > ?", memory.about_count()
-                - MOST_HELD)) if unit.line.has & {"me", "own", "subject"}]
+        told = [unit for unit in _what_holds(lex, memory.last_told(MOST_HELD))
+                if unit.line.has & {"me", "own", "subject"}]
         return "", told[::-1][:MOST_LISTED]
     units = _holding(lex, _about(lex, memory, asked))[::-1][:MOST_LISTED]
     if not units and not any(line.caps[1:]) and "own" not in line.has:
@@ -8330,15 +8454,19 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
     said, today = [], memory.today()
     found = newest_first(lex, asked, judged(lex, asked, entries), least)
     names = [asked.line.words[i].text for i in asked.vital if asked.line.caps[i]]
+    compares = any(word.classes & {"more", "less"} and i + 1 not in asked.line.telling
+                   for i, word in enumerate(asked.line.words))  # my older brother is one person
     for each in found:
         line, unit, answer = each.unit.line, each.unit, said_back(lex, each.unit, today)
+        said_so = lex.phrases[each.verdict, asked.line.language]  # Yes, Ja, …
+        lead = f'{" ".join(said_so)}. ' if each.verdict else ""
         unsure = asked.polar and not each.verdict or (  # is quoted at most
-            asked.slot in _STRICT and not each.filled or asked.line.has & {"more", "less"}
+            asked.slot in _STRICT and not each.filled or compares
             or line.speaker and ("subject" in asked.line.has or names and not any(
                 name in line.speaker for name in names)))
         said.append(Recall(
             min(each.score, least / 2.0) if unsure else each.score, unit.entry,
-            each.verdict + answer, unit.text, (), answer if line.speaker else f'"{unit.text}"'))
+            lead + answer, unit.text, (), answer if line.speaker else f'"{unit.text}"'))
     if found and found[0].score >= least:
         said[0] = _with_others(lex, asked, found, said, least, today)
     return sorted([*said[:1], *fits, *said[1:]], key=lambda fit: -round(fit.score, 2))
@@ -8409,21 +8537,23 @@ def recollection(memory: Memory, text: str, rng: random.Random, least: float,
                  rejected: Container[str] = (), turns: Sequence[Tuple[str, str]] = (),
                  like: Optional[Like] = None) -> Tuple[Optional[Reply], List[Recall]]:
     """Return what memory replies by itself to a text, or None; and all that fits it."""
-    known, meant = lexicon_of(memory), in_context(lexicon(), text, turns)
+    known, meant, again = lexicon_of(memory), in_context(lexicon(), text, turns), False
     if meant != text and not any("{" in entry.text for entry in memory.entries_of(
             _just_said(memory, folded_words(text)))):
-        text = meant  # but what time is it: "it" is no bus spoken of
+        again, text = "differs" in known.line(text).has, meant  # but not what time is it
     whole = _sum(known, memory, text) or looked_up(known, memory, text)
     if whole and rejection(text, whole.text) not in rejected:
         return whole, []
     fits = [fit for fit in recall(memory, text, rng, least, like, known)
             if not rejected or rejection(text, fit.answer) not in rejected]
     told = [fit for fit in fits if not is_exchange(fit.entry)]
+    if again:  # the other one: not what was just said, if there is more
+        told = [fit for fit in told if fit.answer not in turns[-1][1]] or told
     said = [fit for fit in fits if is_exchange(fit.entry)]
     best, alike = (fits[0].score if fits else 0.0 for fits in (told, said))
     factual = asks_for_a_fact(text)
     if told and best >= least and (  # a tale that was read is no answer to talk
-            factual or told[0].entry.source in TOLD and best >= alike):
+            factual or best >= alike and (told[0].entry.source in TOLD or not said)):
         return Reply(told[0].answer, "memory", told[0].entry, best,
                      (told[0].entry, *told[0].others)), fits
     likely = least + (1.0 - least) / 10.0
@@ -8505,7 +8635,9 @@ def _mended(lex: Lexicon, before: str, text: str, last: bool) -> Optional[str]:
         word.stem == w.stem for w in words[i + 1:i + 4])]
     known = {word.stem for word in old.words}  # Hattie isn't, of Hattie: nothing new takes a place
     fresh = [i for i in new.telling if words[i].stem not in known]
-    fresh = [i for i in fresh if not gone or i < denied[-1]] or fresh  # Eva, not Ida with an i
+    said = [i for i in fresh if gone and i > denied[-1] and "aux" in words[i - 1].classes
+            and "refers" in words[i - 2].classes]  # not Ida, it is Eva
+    fresh = said or [i for i in fresh if not gone or i < denied[-1]] or fresh  # Eva, not Ida
     if denied and not gone or not fresh or len(fresh) > 4 or not (gone or last):
         return None
     i = fresh[0]
@@ -8639,6 +8771,8 @@ def rejection(question: str, answer: str) -> str:
 # What is said when there is nothing to say. Most were rated by eye, from 0 to 3, behind some thirty
 # messages of their kind, and those that others were better than are gone.
 SILENCE = {
+    "wordless": ("I find no word in that. What is on your mind?",
+                 "I read letters only, and there are none. Tell me in words?"),
     "unknown": UNKNOWN_REPLIES, "kept": KEPT_REPLIES,
     "cannot": ("I am too small for that one, sorry. Shall we talk about it instead?",
                "I have too few words for that, sorry. Tell me more about it, and I read it well.",
@@ -8666,6 +8800,8 @@ def way_of(text: str) -> str:
     """Return in which of its ways silence answers a text, by what the text wants or tells."""
     lex, parts = lexicon(), sentences_of(text[:MAX_ASKED_CHARS])
     line, factual = lex.line(text[:MAX_ASKED_CHARS]), asks_for_a_fact(text)
+    if not line.words:
+        return "wordless"
     if any(wishes(lex, part) for part in parts) and (not factual or "given" in line.has):
         return "cannot"
     asked = [analyzed(lex, part) for part in parts if asks(part, lex)]
@@ -8726,7 +8862,7 @@ def _stands_alone(lex: Lexicon, line: Line) -> bool:
     if line.language != "en" or last.classes & {"aux", "prep", "det", "joins", "own"}:
         return False
     verb = next((i for i, word in enumerate(line.words) if i and ("aux" in word.classes or not (
-        line.caps[i]) and (word.word in lex.odd or word.word[3:].endswith(("ed", "ing", "s"))))), 0)
+        line.caps[i]) and _verbal(lex, word))), 0)
     return bool(first.classes & {"subject", "refers"} or verb and (
         first.classes & {"own", "det", "pronoun"} or line.caps[0] and all(line.caps[:verb])))
 
@@ -9195,8 +9331,8 @@ class Turn:
         self.summary = [m for m in prompt if m.stage == SUMMED]
         self.turns = [(m.role, m.text) for m in prompt if m.stage < SUMMED]
         self.rejected: List[str] = memory.setting("rejected", [])
-        late = (*self.turns, *memory.newest_messages(session, LATE_MESSAGES))
-        self.said = {words for role, words in late if role == "self"}
+        self.talk = memory.newest_messages(session, LATE_MESSAGES)
+        self.said = {words for role, words in (*self.turns, *self.talk) if role == "self"}
         self.fits: List[Recall] = []
         self.forgotten: Set[str] = set()  # words that went with what was to be forgotten
         self.reply, self.trace = Reply("", "nothing"), None  # type: Reply, Optional[Trace]
@@ -9212,7 +9348,7 @@ class Turn:
         if wish:
             return self._replied(Reply(self._forgotten(wish), "tool"))
         sure, self.fits = recollection(self.memory, text, self.rng, mind.config.recall_score,
-                                       self.rejected, self.turns,
+                                       self.rejected, self.talk,
                                        mind.sayings.like if mind.sayings else None)
         factual = asks_for_a_fact(text) or names_something(text)
         if sure and sure.source == "exchange" and not mind.config.mix and mind.trusted:
@@ -11130,7 +11266,7 @@ class Organism:
         lines = clean_pieces(text.splitlines(), self._settings.max_line_chars)
         if not lines:
             return
-        recent = memory.last_told(session, 5) if recall else []
+        recent = memory.last_told(5, session) if recall else []
         day = datetime.date.fromtimestamp(memory.clock() if told_at is None else told_at)
         about = told_about(lex, recent[-1], lines[0]) if recent else ""
         whole = mended(lex, recent, lines[0]) if recent and len(lines) == 1 else None
@@ -11147,7 +11283,8 @@ class Organism:
     def judge(self, good: bool) -> bool:
         """Approve or reject the last reply; an approved one becomes text to learn from.
 
-        One that was approved and then rejected is text no more, and is unlearned like any other.
+        One that was approved and then rejected is text no more, and is not said again; it is no
+        secret, and so no layer has to unlearn it.
         """
         said, answered = self.speaker.said_ids
         if not answered:
@@ -11164,7 +11301,7 @@ class Organism:
             if good:
                 self.memory.add_entry("approved", exchange)
             else:
-                self.memory.remove_entries("approved", [exchange.key])
+                self.memory.withdraw("approved", exchange.key)
         self.trainer.text_changed()
         return True
 
@@ -12129,6 +12266,7 @@ def _moment(text: str) -> Optional[float]:
 # ours, and what is asked must be JSON.
 
 MODEL_NAME, NO_SESSION = "macrogpt", 0
+UNNAMED = "api"  # where what requests of no session say is kept, if it is learned
 MOST_HEAD_BYTES, MOST_BODY_BYTES = 16_384, 1 << 18
 MOST_CONNECTIONS = 256   # each of which asks once
 CLIENT_SECONDS = 10.0    # for a head, for a body, for taking what is sent
@@ -12254,16 +12392,17 @@ def wanted_of(asked: Any, chat: bool, session: str = "") -> Wanted:
 
 
 class Visit(Turn):
-    """A turn of a request: with its settings and, outside a session, its own talk before it."""
+    """A turn of a request: with its settings, and its own talk before it where it has no session.
+    """
 
     def __init__(self, wanted: Wanted, rng: random.Random, memory: Memory, mind: Mind, text: str,
                  session: int, *_: Any) -> None:
         mind = mind._replace(config=wanted.tuned(mind.config))
         super().__init__(memory, mind, text, session, rng)
         self.keeps, self.given = session != NO_SESSION, []  # type: bool, List[str]
-        if not self.keeps:
+        if not (self.keeps and wanted.session):
             self.given = [words for role, words in wanted.turns if role != "self"]
-            self.turns = [turn for turn in wanted.turns if turn[0]]
+            self.turns = self.talk = [turn for turn in wanted.turns if turn[0]]
             self.said = {words for role, words in self.turns if role == "self"}
 
     def _answered(self) -> str:
@@ -12299,7 +12438,7 @@ class Answer:
 
     def __init__(self, organism: Organism, wanted: Wanted, learns: bool, number: int) -> None:
         self.organism, self.wanted, self.gone = organism, wanted, threading.Event()
-        self.learns, self.turn = learns and bool(wanted.session), None  # type: bool, Any
+        self.learns, self.turn = learns, None  # type: bool, Any
         self.rng = random.Random(wanted.given.get("seed", f"{organism.config.seed}:{number}"))
         self.text, self.finish, self.usage = "", "stop", {}  # type: str, str, Dict[str, int]
 
@@ -12333,7 +12472,7 @@ class Answer:
             self.turn = Visit(wanted, self.rng, *about)
             return self.turn
         if self.learns and wanted.chat:
-            session = organism.memory.session_id(wanted.session)
+            session = organism.memory.session_id(wanted.session or UNNAMED)
             yield from organism.reply(wanted.text, session, turn)
             return
         with organism.trainer.paused():
@@ -12910,11 +13049,12 @@ def stored_config(memory: Memory, assignments: Sequence[str],
     if shape and shape["n_ff"] == usual_ff_width(shape["n_embd"]):
         shape["n_ff"] = 0  # it goes on following n_embd
     config = Config()
-    for name, value in {**memory.settings("config."), **shape}.items():
+    kept = {name: v for name, v in memory.settings("config.").items() if v is not None}
+    for name, value in {**kept, **shape}.items():
         try:
             config = config.replace([f"{name}={value}"])
         except ConfigError as error:  # of another version, or damaged
-            tell(f"a kept setting is left out: {error}")
+            tell(f"a kept setting is left out: {error} (/set {name} default forgets it)")
     return config.replace(assignments)
 
 
@@ -13510,7 +13650,12 @@ def _repl_set(app: App, rest: str) -> List[str]:
     name, _, value = rest.replace("=", " ", 1).partition(" ")
     if not value.strip():
         return ["use /set FIELD VALUE, for example /set temperature 0.7"]
-    organism = app.organism()
+    organism, kept = app.organism(), f"config.{name}"
+    if value.strip() == "default" and organism.memory.setting(kept) is not None:
+        organism.memory.set_setting(kept, None)  # one that only another version knows goes, too
+        organism.config = app.config = stored_config(
+            organism.memory, app.options.assignments, app.terminal.note)
+        return [f"{name} is kept no more"]
     config = organism.config.replace([f"{name}={value.strip()}"])
     chain_of(config)
     if Shape.of(config) != Shape.of(organism.config):
@@ -13518,7 +13663,7 @@ def _repl_set(app: App, rest: str) -> List[str]:
     if name.endswith("_path"):
         return [f"{name} cannot change in a living organism; begin another with --db"]
     organism.config = app.config = config
-    organism.memory.set_setting(f"config.{name}", getattr(config, name))
+    organism.memory.set_setting(kept, getattr(config, name))
     return [f"{name} = {getattr(config, name)!r}, kept"]
 
 
