@@ -81,7 +81,7 @@ class Settings(Case):
 
     def test_what_sets_no_known_field_is_refused_with_the_form_or_the_nearest_names(self):
         for text, *signs in (
-                *((text, "FIELD=VALUE", repr(text)) for text in ("top_k", "", "top_k 5", "top_k:5")),
+                *((text, "FIELD=VALUE", repr(text)) for text in ("top_k", "", "top_k 5", "k:5")),
                 ("topk=1", "'topk'", "did you mean", "top_k"),
                 ("temprature=1", "'temprature'", "did you mean", "temperature"),
                 ("n_layers=1", "'n_layers'", "did you mean", "n_layer"),
