@@ -210,10 +210,10 @@ class AStoreOfVersion3(MemoryCase):
     """A life of the former program: a grown base, deltas, folds, sprouts, things to unlearn."""
 
     SAME = ("SELECT id, source, key, text, words, session_id, told_at, closed, recall, held_out "
-            "FROM entries ORDER BY id",
+            "FROM entries ORDER BY id", "SELECT at, event FROM life",
             "SELECT id, session_id, role, text, said_at, verdict, stage FROM messages",
             "SELECT * FROM sessions ORDER BY id", "SELECT * FROM probes ORDER BY key",
-            "SELECT at, step, tokens, loss, held_out_bpc FROM progress", "SELECT at, event FROM life",
+            "SELECT at, step, tokens, loss, held_out_bpc FROM progress",
             "SELECT * FROM settings WHERE name LIKE 'config.%' OR name IN ('shape', 'rejected')",
             "SELECT name, data FROM layers WHERE name IN ('base', 'tokenizer')")
     REBUILDING = (  # what a kill left of a base that was being rebuilt without a forgotten text
