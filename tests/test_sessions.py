@@ -138,23 +138,18 @@ class Talk(unittest.TestCase):
         answers = mock.patch.object(m.Turn, "answer", lambda turn: iter([self.answers(turn)]))
         answers.start()
         self.addCleanup(answers.stop)
-        self.being = self.organism()
+        self.being = m.Organism(m.Config(), self.memory, m.interpreted_engine(), "main")
         self.session = self.memory.session_id("main")
-
-    def organism(self, session="main"):
-        return m.Organism(m.Config(), self.memory, m.interpreted_engine(), session)
 
     def say(self, *texts):
         for text in texts:
             self.now += 60.0
             "".join(self.being.reply(text))
 
-    def summary(self):
-        return [message.text for message in self.memory.prompt_messages(self.being.session_id())
-                if message.stage == m.SUMMED]
-
-    def in_prompt(self):
-        return [message.text for message in self.memory.prompt_messages(self.session)]
+    def in_prompt(self, stage=m.HEARD):
+        """Return the texts of the prompt's messages that have come to a stage."""
+        return [message.text for message in self.memory.prompt_messages(self.session)
+                if message.stage >= stage]
 
     def crashed(self, text, session="main"):
         """Leave a message that a crash kept from being taken in."""
@@ -186,7 +181,7 @@ class Talk(unittest.TestCase):
             self.assertEqual(self.in_prompt()[-2:], ["x" * 3000, "Well, 3000."])
             self.being.compact()
             self.assertEqual(self.in_prompt()[-2:], ["x" * 3000, "Well, 3000."])
-            self.assertTrue(self.summary())
+            self.assertTrue(self.in_prompt(m.SUMMED))
         self.assertEqual([(e.text, e.told_at) for e in self.memory.entries()][:2], old)
         before = self.in_prompt()
         for _ in range(3):
@@ -209,19 +204,14 @@ class Talk(unittest.TestCase):
         self.crashed("The owl hid a ruby.")
 
         def state():
-            return self.in_prompt(), self.summary(), self.memory.heard_messages(), (
+            return self.in_prompt(), self.in_prompt(m.SUMMED), self.memory.heard_messages(), (
                 self.memory.counts())
         before = state()
         for name, good in (("add_entry", 0), *(("advance_messages", good) for good in range(3))):
-            work, calls = getattr(self.memory, name), iter(range(good))
-
-            def broken(*args, **options):
-                if next(calls, None) is None:
-                    raise m.StoreError("full")
-                return work(*args, **options)
-            with mock.patch.object(self.memory, name, broken):
-                with self.assertRaises(m.StoreError):
-                    self.being.compact()
+            steps = [mock.DEFAULT] * good + [m.StoreError("full")]
+            with mock.patch.object(self.memory, name, wraps=getattr(self.memory, name),
+                                   side_effect=steps), self.assertRaises(m.StoreError):
+                self.being.compact()
             self.assertEqual(state(), before)
         self.being.compact()
         self.assertEqual((self.memory.heard_messages(), self.memory.entry_count()), ([], 3))
@@ -230,7 +220,7 @@ class Talk(unittest.TestCase):
         met = []
         self.answers = lambda turn: met.append(turn.turns) or "Yes."
         for i in range(25):
-            summary = set(self.summary())
+            summary = set(self.in_prompt(m.SUMMED))
             self.say(f"The heron number {i} eats.")
             if i % 7 == 0:
                 self.being.compact()
@@ -245,7 +235,7 @@ class Talk(unittest.TestCase):
         fact = "The heron hid a ruby."
         self.say(fact, "hm", "The crane eats.", "The heron's ruby is red, isn't it?")
         self.being.compact()
-        self.assertIn(fact, self.summary())
+        self.assertIn(fact, self.in_prompt(m.SUMMED))
         self.crashed(fact)
         self.assertIn("forgotten", m.forget(self.memory, fact))
         for i in range(6):
