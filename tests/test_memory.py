@@ -658,14 +658,13 @@ class ReadersAndGenerations(MemoryCase):
             self.memory.mark_trained(layer)
             self.memory.mark_read([key_of(text)], layer)
 
-    def forget(self, *texts, source="chat"):
-        self.memory.remove_entries(source, map(key_of, texts))
+    def forget(self, *texts, owed):
+        """Forget what was said in a chat; assert which layers have how much to unlearn then."""
+        self.memory.remove_entries("chat", map(key_of, texts))
+        self.assertEqual(sorted(self.memory.to_unlearn()), owed)
 
     def readers(self):
         return {e.text.strip(): e.layer for e in self.memory.entries()}
-
-    def owed(self):
-        return sorted(self.memory.to_unlearn())
 
     def begin(self):
         """Begin the next generation, which grows up beside the one that speaks."""
@@ -688,21 +687,18 @@ class ReadersAndGenerations(MemoryCase):
         self.assertEqual(self.readers(), {"an agate": None, "an opal": None, "a pearl": None,
                                           "a ruby": 0, "a beryl": 4, "an amber": 5,
                                           "a quartz": None})
-        self.forget("an opal", "a quartz", "a beryl")  # held out, new, and still in the corpus
-        self.assertEqual(self.owed(), [])
-        self.forget("a ruby", "an amber", "an agate")
-        self.assertEqual(self.owed(), [(0, 7), (2, 9), (3, 9)])
+        # held out, new, and still in the corpus
+        self.forget("an opal", "a quartz", "a beryl", owed=[])
+        self.forget("a ruby", "an amber", "an agate", owed=[(0, 7), (2, 9), (3, 9)])
 
     def test_without_some_layers_what_they_read_waits_and_what_others_read_does_not(self):
         for layer, text in enumerate(("a ruby", "an amber", "a quartz", "an opal")):
             self.tell(text, layer)
         self.tell("a pearl", 1, 2)
-        self.forget("an opal", "a ruby")
+        self.forget("an opal", "a ruby", owed=[(0, 7), (3, 8)])
         self.memory.unlearn_from(2)
         self.assertEqual(self.readers(), {"an amber": 1, "a quartz": None, "a pearl": None})
-        self.assertEqual(self.owed(), [(0, 7)])
-        self.forget("a quartz", "a pearl")
-        self.assertEqual(self.owed(), [(0, 7), (1, 8)])
+        self.forget("a quartz", "a pearl", owed=[(0, 7), (1, 8)])
 
     def test_the_next_ones_layers_are_its_own_until_it_has_the_formers_place_and_readings(self):
         self.tell("a ruby", 0)
@@ -725,32 +721,31 @@ class ReadersAndGenerations(MemoryCase):
             self.tell("a pearl")
             self.assertEqual(self.memory.trained_texts("chat", [key_of("a pearl")]),
                              [("a pearl\n", m.NOBODY)])
-            self.forget("an amber", "a pearl")
-            self.assertEqual(self.owed(), [(1, 9)], "the present one has read amber")
+            self.forget("an amber", "a pearl", owed=[(1, 9)])  # the present one has read amber
             if adopted:
                 self.memory.unlearn_from(1)
-                self.assertEqual(self.owed(), [])
+                self.assertEqual(self.memory.to_unlearn(), [])
                 self.memory.adopt([])
-                self.assertEqual(self.owed(), [(0, 8), (0, 9)])
+                self.assertEqual(sorted(self.memory.to_unlearn()), [(0, 8), (0, 9)])
                 continue
             self.memory.drop_rebirth()
-            self.assertEqual((self.memory.layers(m.NEXT), self.owed()), ({}, [(1, 9)]))
-            self.assertIsNone(self.memory.setting("rebirth"))
+            self.assertEqual(self.memory.to_unlearn(), [(1, 9)])
+            self.assertEqual((self.memory.layers(m.NEXT), self.memory.setting("rebirth")), ({}, None))
             self.memory.unlearn_from(1)
 
     def test_what_was_gone_before_the_next_one_began_is_unlearned_unless_it_came_back(self):
         for again in (False, True):
             self.tell("a ruby", 0)
-            self.forget("a ruby")
+            self.forget("a ruby", owed=[(0, 7)])
             self.memory.want_unlearned(m.line_key("a quartz"), 0, 8)
             self.begin()
-            self.assertEqual(self.owed(), [(0, 7), (0, 8)])
+            self.assertEqual(sorted(self.memory.to_unlearn()), [(0, 7), (0, 8)])
             if again:  # and went again, while the next one grew up
                 self.tell("a ruby")
-                self.forget("a ruby")
+                self.forget("a ruby", owed=[(0, 7), (0, 8)])
                 self.memory.want_unlearned(m.line_key("a quartz"), m.NOBODY, 8)
             self.memory.adopt([])
-            self.assertEqual(self.owed(), [(0, 7), (0, 8)] * again)
+            self.assertEqual(sorted(self.memory.to_unlearn()), [(0, 7), (0, 8)] * again)
 
     def test_what_no_generation_trains_on_or_was_restored_in_time_none_has_to_unlearn(self):
         self.begin()
@@ -760,4 +755,4 @@ class ReadersAndGenerations(MemoryCase):
         self.memory.want_unlearned(m.line_key("a ruby"), m.NOBODY, 6)
         self.assertEqual(self.memory.take_back(m.line_key("a ruby")), m.NOBODY)
         self.memory.adopt([])
-        self.assertEqual(self.owed(), [])
+        self.assertEqual(self.memory.to_unlearn(), [])
