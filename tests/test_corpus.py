@@ -224,7 +224,7 @@ class Reading(CorpusCase):
         pieces = ["word ", "é", "e\u0301", "\n", "\r\n", "\n\n", "H: ", "A:", "\t", "\0", "😀"]
         raw = b"\n".join(["".join(rng.choices(pieces, k=40_000)).encode(),
                           bytes(rng.choices(b"a\xe9\x80\xc3 \n", k=4000)),
-                          *rng.choices((b"\n1\n", b"\n2\n", b"\n3\n4\n", b"\n5\n"), k=20)])
+                          *rng.choices((b"\n1\n", b"\n2\n", b"\n5\n"), k=20), b"\n3\n4\n"])
         lines = [m.clean_line(m.decode_line(line), 10 ** 6)
                  for line in raw.replace(b"\r\n", b"\n").split(b"\n")]
         documents = list(m.documents_of(lines))

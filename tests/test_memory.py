@@ -730,7 +730,8 @@ class ReadersAndGenerations(MemoryCase):
                 continue
             self.memory.drop_rebirth()
             self.assertEqual(self.memory.to_unlearn(), [(1, 9)])
-            self.assertEqual((self.memory.layers(m.NEXT), self.memory.setting("rebirth")), ({}, None))
+            self.assertEqual(self.memory.layers(m.NEXT), {})
+            self.assertIsNone(self.memory.setting("rebirth"))
             self.memory.unlearn_from(1)
 
     def test_what_was_gone_before_the_next_one_began_is_unlearned_unless_it_came_back(self):
