@@ -155,15 +155,22 @@ class Talk(unittest.TestCase):
         """Leave a message that a crash kept from being taken in."""
         self.memory.add_message(self.memory.session_id(session), "owner", text)
 
-    def test_a_session_that_outgrows_its_window_is_compacted_by_itself_and_every_word_stays(self):
-        told = [f"The number {i} boat is called {i * 7919 % 1000}." for i in range(120)]
-        room = self.being.mind().prompt_budget // m.SHARE * m.CHARS_A_TOKEN + 8
+    def test_compacted_by_itself_and_when_told_it_meets_no_turn_again_and_every_word_stays(self):
+        told, met = [f"The number {i} boat is called {i * 7919 % 1000}." for i in range(120)], []
+        self.answers = lambda turn: met.append(turn.turns) or "Yes."
+        budget = self.being.mind().prompt_budget
         for i, text in enumerate(told):
+            summary = {*self.in_prompt(m.SUMMED)}
             self.say(text)
+            turns = [words for _, words in met[-1] if words != "Yes."]
+            self.assertEqual(turns, told[i - len(turns):i])
+            self.assertEqual((bool(turns), {*turns} & summary), (i > 0, set()))
+            if i % 7 == 0:
+                self.being.compact()
             self.assertLessEqual(len(self.in_prompt()), 8)
             parts = m.summary_texts([x for x in self.memory.prompt_messages(self.session)
-                                     if x.stage == m.SUMMED], self.being.mind().prompt_budget)
-            self.assertLessEqual(len("".join(parts)), room)
+                                     if x.stage == m.SUMMED], budget)
+            self.assertLessEqual(len("".join(parts)), budget // m.SHARE * m.CHARS_A_TOKEN + 8)
             self.assertEqual(i > 0, bool(parts))
         said = self.memory.newest_messages(self.session, 1000)
         self.assertEqual([text for role, text in said if role == "owner"], told)
@@ -215,21 +222,6 @@ class Talk(unittest.TestCase):
             self.assertEqual(state(), before)
         self.being.compact()
         self.assertEqual((self.memory.heard_messages(), self.memory.entry_count()), ([], 3))
-
-    def test_old_turns_are_never_met_as_new_ones(self):
-        met = []
-        self.answers = lambda turn: met.append(turn.turns) or "Yes."
-        for i in range(25):
-            summary = set(self.in_prompt(m.SUMMED))
-            self.say(f"The heron number {i} eats.")
-            if i % 7 == 0:
-                self.being.compact()
-            turns = [text for _, text in met[-1] if text != "Yes."]
-            self.assertEqual(turns, sorted(set(turns), key=lambda t: int(t.split()[3])))
-            self.assertFalse(set(turns) & summary)
-            if i:
-                self.assertEqual(turns[-1], f"The heron number {i - 1} eats.")
-        self.assertEqual(self.memory.entry_count(), 25)
 
     def test_what_is_forgotten_is_gone_from_summaries_and_turns_and_never_comes_back(self):
         fact = "The heron hid a ruby."
