@@ -87,11 +87,9 @@ class LinesAndDocuments(unittest.TestCase):
         self.assertEqual([document.lines for document in documents], [
             ("H: hi", "A: hello", "H: more?", "A: no"), ("One.", "Two."), ("H: bye",),
             ("h: plain",), ("A: alone",)])
-        self.assertEqual([(document.closed, document.is_exchange) for document in documents],
-                         [(True, exchange) for exchange in (1, 0, 1, 0, 1)])
-        self.assertEqual(documents[0].turns(),
-                         [("H", "hi"), ("A", "hello"), ("H", "more?"), ("A", "no")])
-        self.assertEqual(documents[1].turns(), [])
+        self.assertEqual([d.is_exchange for d in documents if d.closed], [1, 0, 1, 0, 1])
+        self.assertEqual([d.turns() for d in documents[:2]], [
+            [("H", "hi"), ("A", "hello"), ("H", "more?"), ("A", "no")], []])
         for document in (documents[1], m.Document(("One.", "Two."), False)):
             self.assertEqual((document.text, document.key), ("One.\nTwo.\n", 5513507204856353206))
         self.assertEqual(m.line_key("hello"), -6361636117772159875)
@@ -112,9 +110,8 @@ class LinesAndDocuments(unittest.TestCase):
         lines = made_up_lines(random.Random(3), 2000)
         documents = list(m.documents_of(lines))
         self.assertEqual(lines_in(documents), lines)
-        self.assertLessEqual(max(len(document.lines) for document in documents), m.WHOLE_LINES)
-        self.assertEqual([document.closed for document in documents],
-                         [False] * (len(documents) - 1) + [True])
+        self.assertLessEqual(max(len(d.lines) for d in documents), m.WHOLE_LINES)
+        self.assertEqual([d.closed for d in documents], [False] * (len(documents) - 1) + [True])
         self.assertEqual(len(list(m.documents_of(lines[:m.WHOLE_LINES]))), 1)
         lines = [f"{speaker}: line {number}" for number in range(400) for speaker in "HA"]
         documents = list(m.documents_of(lines))
@@ -122,8 +119,7 @@ class LinesAndDocuments(unittest.TestCase):
         self.assertEqual({document.turns()[0][0] for document in documents}, {"H"})
         self.assertEqual(lines_in(documents), lines)
         answers = m.documents_of(f"A: {number}" for number in range(1000))
-        self.assertLessEqual(max(len(document.lines) for document in answers),
-                             m.LONGEST_EXCHANGE_LINES)
+        self.assertLessEqual(max(len(d.lines) for d in answers), m.LONGEST_EXCHANGE_LINES)
 
     def test_held_out_is_about_the_share_blind_to_case_and_spacing_and_the_same_for_ever(self):
         lines = made_up_lines(random.Random(5), 5000)
