@@ -81,9 +81,8 @@ class Seed(unittest.TestCase):
     def test_it_has_35000_lines_and_more_two_thirds_of_it_exchanges_and_one_of_several_rounds(self):
         self.assertIn(self.corpus.total_lines, range(35_000, 60_000))
         self.assertIn(len(self.raw), range(1_200_000, 3_000_000))
-        longer = [len(d.lines) for d in self.spoken if d.is_exchange and len(d.lines) > 3]
-        self.assertGreaterEqual(3 * sum(longer), len(self.placed))
         spoken = [len(d.lines) for d in self.spoken if d.is_exchange]
+        self.assertGreaterEqual(3 * sum(size for size in spoken if size > 3), len(self.placed))
         self.assertGreaterEqual(3 * len(spoken), 2 * len(self.spoken))
         self.assertGreaterEqual(3 * sum(spoken), 2 * len(self.placed))
 
