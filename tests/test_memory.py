@@ -592,7 +592,7 @@ class Layers(MemoryCase):
 
     def test_every_text_row_column_setting_and_the_index_are_examined_and_the_index_is_mended(self):
         for sign, damage in (
-                ("1 of the messages", "UPDATE messages SET text = 'Your cat is Rex.'"),
+                ("1 of the messages", "UPDATE messages SET role = 'self'"),
                 ("1 of the entries", "UPDATE entries SET checksum = 7"),
                 ("missing or damaged: progress", "DROP TABLE progress"),
                 ("'growth' is damaged", "INSERT INTO settings VALUES ('growth', '{broken')"),
