@@ -7,13 +7,11 @@ from unittest import mock
 import macrogpt as m
 from support import Folder, entries_with, passage
 
-BUDGET = 300
 
-
-def spoken(*pairs, verdict=0, stage=m.KEPT):
+def spoken(*pairs, verdict=0):
     """Return messages, owner and self in turn; None leaves one out."""
     texts = [text for pair in pairs for text in pair]
-    return [m.Message(i, 1, ("owner", "self")[i % 2], text, float(i), verdict, stage)
+    return [m.Message(i, 1, ("owner", "self")[i % 2], text, float(i), verdict, m.KEPT)
             for i, text in enumerate(texts) if text is not None]
 
 
@@ -24,7 +22,7 @@ def entry(text, number=1):
 class Prompts(unittest.TestCase):
     """With byte tokens, so that a token is a character."""
 
-    def shown(self, summary=(), entries=(), turns=(), text="now?", budget=BUDGET):
+    def shown(self, summary=(), entries=(), turns=(), text="now?", budget=300):
         tokenizer = m.EvolvingTokenizer()
         ids = m.whole_prompt_ids(tokenizer, summary, entries, turns, text, budget)
         self.assertLessEqual(len(ids), budget)

@@ -286,8 +286,7 @@ def grown(seed):
     """Return the bytes of a small store with deltas, talks and generations behind it."""
     case = Case("grown", 0, seed, collections.Counter())
     case.go("--wait-trained", said=[case.sentence() for _ in range(8)])
-    with open(case.db, "rb") as file:
-        raw = file.read()
+    raw = case.content(case.db)
     case.doCleanups()
     return raw
 
