@@ -47,7 +47,7 @@ class CorpusCase(Folder):
         self.assertEqual(one, other)
 
 
-class Lines(unittest.TestCase):
+class LinesAndDocuments(unittest.TestCase):
     def test_a_clean_line_has_no_controls_is_nfc_bounded_and_clean_again(self):
         rng = random.Random(1)
         self.assertEqual(m.clean_line(" \ufeffe\u0301\0b\tc\x1b[0m  d\r\n", 99), "éb c[0m  d")
@@ -75,15 +75,11 @@ class Lines(unittest.TestCase):
         self.assertEqual(m.split_long_line("x" * 1_000_000, 240), ["x" * 240] * m.MAX_LINE_PIECES)
 
     def test_what_is_told_anywhere_becomes_the_same_clean_lines(self):
-        text = "Cafe\u0301 \x07Lina\r\n\n" + "no end " * 9 + "\nthe last"
-        self.assertEqual(m.clean_pieces(text.splitlines(), 40), [
-            "Caf\u00e9 Lina", "no end no end no end no end no end no", "end no end no end no end",
-            "the last"])
-        self.assertEqual(m.clean_pieces(text.splitlines()[-1:], 40), ["the last"])
-        self.assertEqual(m.clean_pieces([" ", "\x00"], 40), [])
+        for text, lines in (("Cafe\u0301 \x07Lina\r\n\nthe last", ["Caf\u00e9 Lina", "the last"]),
+                            ("no end " * 9, [("no end " * n).strip() for n in (5, 4)]),
+                            (" \n\0", [])):
+            self.assertEqual(m.clean_pieces(text.splitlines(), 36), lines)
 
-
-class Documents(unittest.TestCase):
     def test_documents_end_at_blank_lines_and_changes_of_kind_and_have_the_known_keys(self):
         lines = ["", "H: hi", "A:hello", "H: more?", "A:   no", "", "", "One.", "Two.", "H: bye",
                  "h: plain", "A: alone"]
@@ -91,11 +87,9 @@ class Documents(unittest.TestCase):
         self.assertEqual([document.lines for document in documents], [
             ("H: hi", "A: hello", "H: more?", "A: no"), ("One.", "Two."), ("H: bye",),
             ("h: plain",), ("A: alone",)])
-        self.assertEqual([(document.closed, document.is_exchange) for document in documents],
-                         [(True, exchange) for exchange in (1, 0, 1, 0, 1)])
-        self.assertEqual(documents[0].turns(),
-                         [("H", "hi"), ("A", "hello"), ("H", "more?"), ("A", "no")])
-        self.assertEqual(documents[1].turns(), [])
+        self.assertEqual([d.is_exchange for d in documents if d.closed], [1, 0, 1, 0, 1])
+        self.assertEqual([d.turns() for d in documents[:2]], [
+            [("H", "hi"), ("A", "hello"), ("H", "more?"), ("A", "no")], []])
         for document in (documents[1], m.Document(("One.", "Two."), False)):
             self.assertEqual((document.text, document.key), ("One.\nTwo.\n", 5513507204856353206))
         self.assertEqual(m.line_key("hello"), -6361636117772159875)
@@ -116,9 +110,8 @@ class Documents(unittest.TestCase):
         lines = made_up_lines(random.Random(3), 2000)
         documents = list(m.documents_of(lines))
         self.assertEqual(lines_in(documents), lines)
-        self.assertLessEqual(max(len(document.lines) for document in documents), m.WHOLE_LINES)
-        self.assertEqual([document.closed for document in documents],
-                         [False] * (len(documents) - 1) + [True])
+        self.assertLessEqual(max(len(d.lines) for d in documents), m.WHOLE_LINES)
+        self.assertEqual([d.closed for d in documents], [False] * (len(documents) - 1) + [True])
         self.assertEqual(len(list(m.documents_of(lines[:m.WHOLE_LINES]))), 1)
         lines = [f"{speaker}: line {number}" for number in range(400) for speaker in "HA"]
         documents = list(m.documents_of(lines))
@@ -126,8 +119,7 @@ class Documents(unittest.TestCase):
         self.assertEqual({document.turns()[0][0] for document in documents}, {"H"})
         self.assertEqual(lines_in(documents), lines)
         answers = m.documents_of(f"A: {number}" for number in range(1000))
-        self.assertLessEqual(max(len(document.lines) for document in answers),
-                             m.LONGEST_EXCHANGE_LINES)
+        self.assertLessEqual(max(len(d.lines) for d in answers), m.LONGEST_EXCHANGE_LINES)
 
     def test_held_out_is_about_the_share_blind_to_case_and_spacing_and_the_same_for_ever(self):
         lines = made_up_lines(random.Random(5), 5000)
@@ -151,7 +143,7 @@ class Documents(unittest.TestCase):
         edited = m.Document((documents[0].lines[0].upper(), "and more"), True)
         self.assertEqual(edited.first_key, documents[0].first_key)
 
-    def test_the_share_is_the_newest_half_and_then_the_smallest_keys(self):
+    def test_the_share_is_the_newest_half_and_then_the_smallest_keys_or_all_that_fits(self):
         rng = random.Random(8)
         lines = iter(made_up_lines(rng, 1000))
         documents = [m.Document(tuple(itertools.islice(lines, rng.randrange(1, 6))), True)
@@ -163,18 +155,15 @@ class Documents(unittest.TestCase):
             totals = itertools.accumulate(map(sizes.get, keys))
             return [key for key, total in zip(keys, totals) if total <= room]
 
-        for max_chars in (0, 30, 500, 3000, sum(sizes.values()) - 1):
+        self.assertEqual(m.training_share([], 0), set())
+        for max_chars in (0, 30, 500, 3000, sum(sizes.values()) - 1, sum(sizes.values())):
             kept = {newest_first[0]}  # whatever its size
             kept.update(fitting(newest_first[1:], max_chars // 2 - sizes[newest_first[0]]))
             kept.update(fitting(sorted(sizes.keys() - kept), max_chars - sum(map(sizes.get, kept))))
             self.assertEqual(m.training_share(documents, max_chars), kept)
 
-    def test_what_fits_is_trained_on_whole_and_an_edit_hardly_moves_the_share(self):
+    def test_an_edit_hardly_moves_the_share(self):
         *documents, inserted = map(single, made_up_lines(random.Random(10), 3001))
-        chars = sum(len(document.text) for document in documents)
-        for room, kept in ((chars, 3000), (chars - 1, 2999)):
-            self.assertEqual(len(m.training_share(documents, room)), kept)
-        self.assertEqual(m.training_share([], 0), set())
         before = m.training_share(documents, 10_000)
         for place in (0, 1500, 2900, 3000):
             after = m.training_share(documents[:place] + [inserted] + documents[place:], 10_000)
@@ -226,18 +215,27 @@ class Reading(CorpusCase):
         self.assertEqual((lines[0], lines[-1], len(lines)),
                          ("first", "last", m.MAX_LINE_PIECES + 2))
 
-    def test_reading_by_the_block_equals_cleaning_line_by_line(self):
+    def test_reading_by_the_block_equals_that_by_the_line_and_keeps_the_newest_once(self):
         rng = random.Random(6)
         pieces = ["word ", "é", "e\u0301", "\n", "\r\n", "\n\n", "H: ", "A:", "\t", "\0", "😀"]
-        text = "".join(rng.choices(pieces, k=40_000))
-        raw = text.encode() + b"\n" + bytes(rng.choices(b"a\xe9\x80\xc3 \n", k=4000))
+        raw = b"\n".join(["".join(rng.choices(pieces, k=40_000)).encode(),
+                          bytes(rng.choices(b"a\xe9\x80\xc3 \n", k=4000)),
+                          *rng.choices((b"\n1\n", b"\n2\n", b"\n5\n"), k=20), b"\n3\n4\n"])
         lines = [m.clean_line(m.decode_line(line), 10 ** 6)
                  for line in raw.replace(b"\r\n", b"\n").split(b"\n")]
         documents = list(m.documents_of(lines))
         last_places = {document.key: place for place, document in enumerate(documents)}
-        corpus = self.read(raw, max_line_chars=10 ** 6)
-        self.assertEqual(corpus.documents,
-                         tuple(documents[place] for place in sorted(last_places.values())))
+        once = tuple(documents[place] for place in sorted(last_places.values()))
+        sizes = list(itertools.accumulate(len(document.lines) for document in reversed(once)))
+        total = sum(map(bool, lines))
+        for most in (1, 2, 3, 4, 6, 200, sizes[-1] - 1, sizes[-1]):
+            corpus, count = self.read(raw, max_lines=most, max_line_chars=10 ** 6), 1
+            while count < len(once) and sizes[count] <= most:
+                count += 1
+            self.assertEqual(corpus.documents, once[-count:])
+            self.assertEqual((corpus.total_lines, corpus.kept_all), (total, most == sizes[-1]))
+            self.assertEqual(f"kept the newest {sizes[count - 1]} of {total} lines"
+                             in corpus.notices, most < sizes[-1])
 
     def test_random_bytes_never_fail_and_always_read_the_same(self):
         rng = random.Random(7)
@@ -308,40 +306,7 @@ class Reading(CorpusCase):
         os.replace(copy, self.file)
         self.assertNotEqual(m.file_stamp(self.file), stamp)
 
-
-class Keeping(CorpusCase):
-    def write_documents(self, documents, max_lines=100):
-        """Write the documents with a blank line after each and read them."""
-        return self.read("\n".join("\n".join(lines) + "\n" for lines in documents).encode(),
-                         max_lines=max_lines)
-
-    def test_of_too_many_lines_the_newest_whole_documents_are_kept_and_it_is_told(self):
-        rng = random.Random(8)
-        for max_lines in (1, 7, 40, 200):
-            sizes = [rng.randrange(1, 6) for _ in range(400)]
-            lines = iter(made_up_lines(rng, sum(sizes)))
-            documents = [tuple(next(lines) for _ in range(size)) for size in sizes]
-            corpus = self.write_documents(documents, max_lines)
-            first = 399
-            while sum(sizes[first - 1:]) <= max_lines:
-                first -= 1
-            self.assertEqual([document.lines for document in corpus.documents], documents[first:])
-            self.assertEqual((corpus.kept_all, corpus.total_lines), (False, sum(sizes)))
-            self.assertEqual(corpus.notices, (
-                f"kept the newest {sum(sizes[first:])} of {sum(sizes)} lines",))
-
-    def test_each_text_is_kept_once_at_its_last_place_and_counts_once(self):
-        hundred = made_up_lines(random.Random(9), 100)
-        for lines, max_lines, kept in ((hundred, 100, hundred), (hundred * 7, 100, hundred),
-                                       (["1", "2", "1", "3"], 100, ["2", "1", "3"]),
-                                       (["1", "2", "3", "1"], 2, ["3", "1"])):
-            corpus = self.write_documents([[line] for line in lines], max_lines)
-            self.assertEqual((lines_in(corpus.documents), corpus.total_lines, corpus.kept_all),
-                             (kept, len(lines), max_lines == 100))
-
     def test_changes_are_the_documents_that_differ(self):
-        old = self.write_documents([["one", "two"], ["three"], ["four"]])
-        new = self.write_documents([["four"], ["one", "five"], ["three"]])
+        old, new = map(self.read, (b"one\ntwo\n\nthree\n\nfour", b"four\n\none\nfive\n\nthree"))
         added, removed = m.changes({document.key for document in old.documents}, new)
-        self.assertEqual([document.lines for document in added], [("one", "five")])
-        self.assertEqual(removed, {old.documents[0].key})
+        self.assertEqual((lines_in(added), removed), (["one", "five"], {old.documents[0].key}))

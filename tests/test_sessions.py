@@ -7,13 +7,11 @@ from unittest import mock
 import macrogpt as m
 from support import Folder, entries_with, passage
 
-BUDGET = 300
 
-
-def spoken(*pairs, verdict=0, stage=m.KEPT):
+def spoken(*pairs, verdict=0):
     """Return messages, owner and self in turn; None leaves one out."""
     texts = [text for pair in pairs for text in pair]
-    return [m.Message(i, 1, ("owner", "self")[i % 2], text, float(i), verdict, stage)
+    return [m.Message(i, 1, ("owner", "self")[i % 2], text, float(i), verdict, m.KEPT)
             for i, text in enumerate(texts) if text is not None]
 
 
@@ -24,7 +22,7 @@ def entry(text, number=1):
 class Prompts(unittest.TestCase):
     """With byte tokens, so that a token is a character."""
 
-    def shown(self, summary=(), entries=(), turns=(), text="now?", budget=BUDGET):
+    def shown(self, summary=(), entries=(), turns=(), text="now?", budget=300):
         tokenizer = m.EvolvingTokenizer()
         ids = m.whole_prompt_ids(tokenizer, summary, entries, turns, text, budget)
         self.assertLessEqual(len(ids), budget)
@@ -138,37 +136,39 @@ class Talk(unittest.TestCase):
         answers = mock.patch.object(m.Turn, "answer", lambda turn: iter([self.answers(turn)]))
         answers.start()
         self.addCleanup(answers.stop)
-        self.being = self.organism()
+        self.being = m.Organism(m.Config(), self.memory, m.interpreted_engine(), "main")
         self.session = self.memory.session_id("main")
-
-    def organism(self, session="main"):
-        return m.Organism(m.Config(), self.memory, m.interpreted_engine(), session)
 
     def say(self, *texts):
         for text in texts:
             self.now += 60.0
             "".join(self.being.reply(text))
 
-    def summary(self):
-        return [message.text for message in self.memory.prompt_messages(self.being.session_id())
-                if message.stage == m.SUMMED]
-
-    def in_prompt(self):
-        return [message.text for message in self.memory.prompt_messages(self.session)]
+    def in_prompt(self, stage=m.HEARD):
+        """Return the texts of the prompt's messages that have come to a stage."""
+        return [message.text for message in self.memory.prompt_messages(self.session)
+                if message.stage >= stage]
 
     def crashed(self, text, session="main"):
         """Leave a message that a crash kept from being taken in."""
         self.memory.add_message(self.memory.session_id(session), "owner", text)
 
-    def test_a_session_that_outgrows_its_window_is_compacted_by_itself_and_every_word_stays(self):
-        told = [f"The number {i} boat is called {i * 7919 % 1000}." for i in range(120)]
-        room = self.being.mind().prompt_budget // m.SHARE * m.CHARS_A_TOKEN + 8
+    def test_compacted_by_itself_and_when_told_it_meets_no_turn_again_and_every_word_stays(self):
+        told, met = [f"The number {i} boat is called {i * 7919 % 1000}." for i in range(120)], []
+        self.answers = lambda turn: met.append(turn.turns) or "Yes."
+        budget = self.being.mind().prompt_budget
         for i, text in enumerate(told):
+            summary = {*self.in_prompt(m.SUMMED)}
             self.say(text)
+            turns = [words for _, words in met[-1] if words != "Yes."]
+            self.assertEqual(turns, told[i - len(turns):i])
+            self.assertEqual((bool(turns), {*turns} & summary), (i > 0, set()))
+            if i % 7 == 0:
+                self.being.compact()
             self.assertLessEqual(len(self.in_prompt()), 8)
             parts = m.summary_texts([x for x in self.memory.prompt_messages(self.session)
-                                     if x.stage == m.SUMMED], self.being.mind().prompt_budget)
-            self.assertLessEqual(len("".join(parts)), room)
+                                     if x.stage == m.SUMMED], budget)
+            self.assertLessEqual(len("".join(parts)), budget // m.SHARE * m.CHARS_A_TOKEN + 8)
             self.assertEqual(i > 0, bool(parts))
         said = self.memory.newest_messages(self.session, 1000)
         self.assertEqual([text for role, text in said if role == "owner"], told)
@@ -186,86 +186,46 @@ class Talk(unittest.TestCase):
             self.assertEqual(self.in_prompt()[-2:], ["x" * 3000, "Well, 3000."])
             self.being.compact()
             self.assertEqual(self.in_prompt()[-2:], ["x" * 3000, "Well, 3000."])
-            self.assertTrue(self.summary())
+            self.assertTrue(self.in_prompt(m.SUMMED))
         self.assertEqual([(e.text, e.told_at) for e in self.memory.entries()][:2], old)
         before = self.in_prompt()
         for _ in range(3):
             self.assertEqual((self.being.compact()[0], self.in_prompt()), (0, before))
 
-    def test_what_a_crash_left_is_known_at_the_next_word_or_compaction_in_every_session(self):
-        for again, text in ((lambda: self.say("hm", "well"), "The heron eats 4 frogs."),
-                            (self.being.compact, "The crane has a ruby.")):
-            self.crashed(text)
-            again()
-            self.assertTrue(self.memory.entries("e.text = ?", text + "\n"))
-        self.crashed("The owl hid an emerald.", "old")
-        self.say("hm")
-        self.assertEqual(len(entries_with(self.memory, ["emerald"])), 1)
+    def test_what_a_crash_left_in_any_session_is_known_later_dated_when_it_was_said(self):
+        self.crashed("The ferry leaves at seven.", "old")
+        self.crashed("The ferry leaves at eight.")
+        self.memory.add_entry("chat", passage("The ferry leaves at eight."), told_at=1400.0)
+        self.now += 500.0
+        self.say("The ferry leaves at nine.")
+        self.crashed("The ferry leaves at ten.")
+        self.being.compact()
+        self.assertEqual(
+            {e.text.split()[-1]: e.told_at for e in self.memory.entries()},
+            {"seven.": 1000.0, "eight.": 1400.0, "nine.": 1560.0, "ten.": 1560.0})
 
     def test_a_compaction_broken_off_anywhere_leaves_the_session_as_it_was_never_half(self):
         self.say("The heron eats.", "The crane sleeps.")
         self.crashed("The owl hid a ruby.")
 
         def state():
-            return self.in_prompt(), self.summary(), self.memory.heard_messages(), (
+            return self.in_prompt(), self.in_prompt(m.SUMMED), self.memory.heard_messages(), (
                 self.memory.counts())
         before = state()
         for name, good in (("add_entry", 0), *(("advance_messages", good) for good in range(3))):
-            work, calls = getattr(self.memory, name), iter(range(good))
-
-            def broken(*args, **options):
-                if next(calls, None) is None:
-                    raise m.StoreError("full")
-                return work(*args, **options)
-            with mock.patch.object(self.memory, name, broken):
-                with self.assertRaises(m.StoreError):
-                    self.being.compact()
+            steps = [mock.DEFAULT] * good + [m.StoreError("full")]
+            with mock.patch.object(self.memory, name, wraps=getattr(self.memory, name),
+                                   side_effect=steps), self.assertRaises(m.StoreError):
+                self.being.compact()
             self.assertEqual(state(), before)
         self.being.compact()
         self.assertEqual((self.memory.heard_messages(), self.memory.entry_count()), ([], 3))
-
-    def test_what_a_crash_left_is_dated_when_it_was_said_and_makes_nothing_older(self):
-        self.crashed("The ferry leaves at seven.")
-        self.crashed("The ferry leaves at eight.")
-        self.memory.add_entry("chat", passage("The ferry leaves at eight."), told_at=1400.0)
-        self.now += 500.0
-        self.say("The ferry leaves at nine.")
-        self.assertEqual({e.text.split()[-1]: e.told_at for e in self.memory.entries()},
-                         {"seven.": 1000.0, "eight.": 1400.0, "nine.": 1560.0})
-
-    def test_old_turns_are_never_met_as_new_ones(self):
-        met = []
-        self.answers = lambda turn: met.append(turn.turns) or "Yes."
-        for i in range(25):
-            summary = set(self.summary())
-            self.say(f"The heron number {i} eats.")
-            if i % 7 == 0:
-                self.being.compact()
-            turns = [text for _, text in met[-1] if text != "Yes."]
-            self.assertEqual(turns, sorted(set(turns), key=lambda t: int(t.split()[3])))
-            self.assertFalse(set(turns) & summary)
-            if i:
-                self.assertEqual(turns[-1], f"The heron number {i - 1} eats.")
-        self.assertEqual(self.memory.entry_count(), 25)
-
-    def test_a_new_session_starts_clean_and_still_knows_everything(self):
-        self.say("The heron hid a ruby.", "hm", "well", "so")
-        before = self.memory.counts()
-        self.being.session = "talk 1"
-        session = self.memory.session_id("talk 1")
-        self.assertEqual((self.summary(), self.memory.prompt_messages(session)), ([], []))
-        self.assertTrue(m.search(self.memory, "ruby"))
-        self.assertEqual(self.memory.counts(), {**before, "sessions": 2})
-        self.say("Otters swim.")
-        self.being.session = "main"
-        self.assertIn("The heron hid a ruby.", self.in_prompt())
-        self.assertNotIn("Otters swim.", self.in_prompt())
 
     def test_what_is_forgotten_is_gone_from_summaries_and_turns_and_never_comes_back(self):
         fact = "The heron hid a ruby."
         self.say(fact, "hm", "The crane eats.", "The heron's ruby is red, isn't it?")
         self.being.compact()
-        self.assertIn(fact, self.summary())
+        self.assertIn(fact, self.in_prompt(m.SUMMED))
         self.crashed(fact)
         self.assertIn("forgotten", m.forget(self.memory, fact))
         for i in range(6):
@@ -304,8 +264,11 @@ class Chats(Folder):
             self.assertIn("empty", said[0])
             self.assertIn("H: The ferryman's", said[3])
             self.assertIn("no turns", said[4])
-        [again, _] = chat("/compact", "/new")
+        [again, _, clean, _] = chat("/compact", "/new", "/compact", "Otters swim.")
         self.assertEqual(again.partition(";")[2], said[4].partition(";")[2])
+        self.assertIn("empty", clean)
+        self.assertIn("Otters", "".join(chat("hm", "/compact", session="talk 1")))
+        self.assertNotIn("Otters", "".join(chat("hm", "/compact")))
         self.assertIn("Zephyrine", chat(asked, session="talk 1")[0])
         self.assertIn("forgotten", chat(f"/forget {fact}", session="talk 1")[0])
         for session in ("main", "talk 1"):

@@ -5,8 +5,15 @@ import unittest
 
 import torture
 
-CASES = (("kills", 5), ("fuzz", 1, 20), ("damage", 0), ("damage", 1), ("faults", 22),
-         ("faults", 39), ("chats", 2, 5))
+CLAIMS = {
+    "killed at any instant it loses no acknowledged word and nothing that it learned":
+        [("kills", 5)],
+    "whatever call fails no word is lost and there is a reply a line or one complaint":
+        [("faults", 22), ("faults", 39)],
+    "a damaged store is talked with or refused in one line": [("damage", 0), ("damage", 1)],
+    "several chats on one store answer every line": [("chats", 2, 5)],
+    "odd lines, words and files have a reply each and no control comes back": [("fuzz", 1, 20)],
+}
 
 
 def came_of(case):
@@ -14,32 +21,17 @@ def came_of(case):
     part, number, *sizes = case
     counts = collections.Counter()
     torture.attempt(part, number, 1, counts, *sizes)
-    return counts
+    return {what: number for (_, what), number in counts.items()}
 
 
 class Torture(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
+    def test_it_bears_kills_faults_damage_crowds_and_odd_words(self):
         torture.grown(1)  # the store that several begin with
         with concurrent.futures.ThreadPoolExecutor(3) as pool:  # they wait more than they work
-            cls.counts = sum(pool.map(came_of, CASES), collections.Counter())
-
-    def bears(self, part):
-        self.assertEqual([what for where, what in self.counts
-                          if where == part and what in torture.FAILURES], [])
-        self.assertEqual(self.counts[part, "cases"], sum(case[0] == part for case in CASES))
-
-    def test_killed_at_any_instant_it_loses_no_acknowledged_word_and_nothing_that_it_learned(self):
-        self.bears("kills")
-
-    def test_whatever_call_fails_no_word_is_lost_and_there_is_a_reply_a_line_or_one_complaint(self):
-        self.bears("faults")
-
-    def test_a_damaged_store_is_talked_with_or_refused_in_one_line(self):
-        self.bears("damage")
-
-    def test_several_chats_on_one_store_answer_every_line(self):
-        self.bears("chats")
-
-    def test_odd_lines_words_and_files_have_a_reply_each_and_no_control_comes_back(self):
-        self.bears("fuzz")
+            done = {claim: [pool.submit(came_of, case) for case in cases]
+                    for claim, cases in CLAIMS.items()}
+        for claim, cases in done.items():
+            for counts in (case.result() for case in cases):
+                with self.subTest(claim):
+                    self.assertEqual({*counts} & {*torture.FAILURES}, set())
+                    self.assertEqual(counts["cases"], 1)

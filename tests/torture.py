@@ -144,8 +144,7 @@ class Case(support.Folder):
         for _ in range(3):
             self.sitting(f"--set=warmup_steps={self.rng.choice((6, 200, 3000))}")
             self.judge()
-            growth = self.rows("SELECT value FROM settings WHERE name = 'growth'") or ["{}"]
-            now = [json.loads(growth[0]).get(name, 0) for name in ("generation", "step")]
+            now = [self.setting("growth").get(name, 0) for name in ("generation", "step")]
             if now < then:
                 self.bad("begun anew", f"generation, step {then}, then {now}")
             then = now
@@ -287,8 +286,7 @@ def grown(seed):
     """Return the bytes of a small store with deltas, talks and generations behind it."""
     case = Case("grown", 0, seed, collections.Counter())
     case.go("--wait-trained", said=[case.sentence() for _ in range(8)])
-    with open(case.db, "rb") as file:
-        raw = file.read()
+    raw = case.content(case.db)
     case.doCleanups()
     return raw
 
