@@ -9,8 +9,8 @@ import macrogpt as m
 from support import Case, engine_in_use
 from test_engine import naive_attention
 
-SHAPE = m.Shape(n_layer=2, n_embd=8, n_head=2, n_ff=12, block_size=8, rope_base=10_000.0,
-                norm_eps=1e-5)
+SHAPE = m.Shape(n_layer=2, n_embd=8, n_head=2, n_ff=12, block_size=8, rope_base=100.0,
+                norm_eps=1e-3)
 VOCAB = 20
 PLAIN = (m.interpreted_engine, m.reference_engine)
 ENGINES = [(make, code) for make in PLAIN for code in "fd"] + [(lambda _: engine_in_use(), "f")]
@@ -33,6 +33,15 @@ def stir(model, seed=2, spread=0.3):
         adapter.b.load(model.engine.buffer_of([rng.gauss(0, spread) for _ in adapter.b.data]))
 
 
+def layered(engine, seeds, spread=0.1):
+    """A lively model with a delta that has an effect for each seed."""
+    model = lively(engine)
+    for seed in seeds:
+        model.append_delta(2, random.Random(seed))
+        stir(model, seed, spread)
+    return model
+
+
 def some_ids(n, seed=3):
     rng = random.Random(seed)
     return [rng.randrange(VOCAB) for _ in range(n)]
@@ -51,14 +60,14 @@ def naive_llama(model, ids, window=None):
         return [math.fsum(a * b for a, b in zip(row, vector)) for row in rows(name)]
 
     def norm(vector):
-        size = math.sqrt(math.fsum(n * n for n in vector) / len(vector) + 1e-5)
+        size = math.sqrt(math.fsum(n * n for n in vector) / len(vector) + shape.norm_eps)
         return [n / size for n in vector]
 
     def turn(head, position):
         turned = []
         for pair in range(width // 2):
-            angle = position / 10_000.0 ** (2 * pair / width)
-            z = complex(head[2 * pair], head[2 * pair + 1]) * cmath.exp(1j * angle)
+            angle = position / shape.rope_base ** (2 * pair / width)
+            z = complex(*head[2 * pair:2 * pair + 2]) * cmath.exp(1j * angle)
             turned += [z.real, z.imag]
         return turned
 
@@ -160,32 +169,22 @@ class TheCacheSaysWhatTheModelSays(Case):
             found = model.feed(cache, ids[9:12])  # several beside what is cached
             self.assert_near(found, expected[11], 2e-5, code)
 
-    def test_past_the_block_the_cache_does_not_grow(self):
-        model = lively(m.interpreted_engine())
-        cache, sizes = model.new_cache(), set()
-        model.feed(cache, some_ids(8))
-        for token in some_ids(19):
+    def test_past_the_block_it_does_not_grow_and_of_more_only_the_newest_are_read(self):
+        model, ids = lively(m.interpreted_engine()), some_ids(20)
+        cache = model.new_cache()
+        self.assertEqual(model.feed(cache, ids), model.feed(model.new_cache(), ids[-8:]))
+        for token in ids:
             model.feed(cache, [token])
-            sizes.add(str([([len(rows) for rows, _ in layer.keys], list(map(len, layer.columns)))
-                           for layer in cache.blocks]))
-        self.assertEqual(sizes, {str([([8] * 2, [8] * 8)] * 2)})
-        self.assertEqual(cache.position, 27)
-
-    def test_of_more_than_a_block_only_the_newest_are_read(self):
-        ids = some_ids(20)
-        model = lively(m.interpreted_engine())
-        newest = model.feed(model.new_cache(), ids[-8:])
-        self.assertEqual(model.feed(model.new_cache(), ids), newest)
-        used = model.new_cache()
-        model.feed(used, [1, 2])
-        model.feed(used, ids)
-        self.assertEqual(used.position, 10)
+            for layer in cache.blocks:
+                self.assertEqual({len(rows) for rows, _ in layer.keys}, {8})
+                self.assertEqual(list(map(len, layer.columns)), [8] * 8)
+        model.feed(cache, ids)
+        self.assertEqual(cache.position, 8 + 20 + 8)
 
     def test_feeding_builds_no_graph_and_leaves_the_engine_recording(self):
         model = lively(m.interpreted_engine())
         with mock.patch.object(m.Value, "of", self.fail):
             model.feed(model.new_cache(), [1, 2])
-        self.assertTrue(model.engine.recording)
         self.assertTrue(model.logits([1, 2]).sources)
 
 
@@ -230,14 +229,14 @@ class WindowsShareOneGraph(Case):
 class GradientsAreFiniteDifferences(Case):
     """Of the whole model, so of every operation, and of a table that is used at both its ends."""
 
-    def check(self, model, params, drop=0.0):
-        """Compare the steepest slope of each parameter, and some others, with differences."""
+    def check(self, model, drop=0.0):
+        """Compare the steepest slopes of what is trainable, and some others, with differences."""
         windows, rng, h = ([1, 2, 3, 2, 5], [4, 1, 1]), random.Random(7), 1e-5
 
         def loss():
             return model.loss(windows, drop, random.Random(8))
         m.backward(loss())
-        for param in params:
+        for param in model.trainable():
             places = {max(range(len(param.grad)), key=lambda i, g=param.grad: abs(g[i]))}
             places.update(rng.randrange(len(param.data)) for _ in range(2))
             for i in sorted(places):
@@ -254,60 +253,48 @@ class GradientsAreFiniteDifferences(Case):
 
     def test_of_the_base_with_and_without_dropout(self):
         for make, drop in itertools.product(PLAIN, (0.0, 0.3)):
-            model = lively(make("d"))
-            self.check(model, model.params.values(), drop)
+            self.check(lively(make("d")), drop)
 
     def test_of_a_delta_beside_a_frozen_base_and_a_frozen_delta(self):
-        model = lively(m.interpreted_engine("d"))
-        for seed in (5, 6):
-            model.append_delta(2, random.Random(seed))
-            stir(model, seed)
-        self.check(model, model.trainable())
+        model = layered(m.interpreted_engine("d"), (5, 6), 0.3)
+        self.check(model)
         for param in (*model.params.values(), *m.delta_matrices(model.deltas[0])):
             self.assertIsNone(param.grad, param.name)
 
 
 class TheModelGrowsByAppending(Case):
-    def setUp(self):
-        self.model, self.ids = lively(m.interpreted_engine()), some_ids(8)
-
-    def append(self, seed):
-        self.model.append_delta(2, random.Random(seed))
-        stir(self.model, seed, 0.1)
-
-    def test_decoding_with_deltas_says_what_they_say_together(self):
-        for make, code in ENGINES:
-            self.model = lively(make(code))
-            self.append(5)
-            self.append(6)
-            cache, whole = self.model.new_cache(), self.model.logits(self.ids)
-            for t, token in enumerate(self.ids):
-                self.assert_near(self.model.feed(cache, [token]), whole.row(t), 2e-5, (code, t))
-
-    def test_the_newest_delta_alone_learns_and_its_matrices_bear_its_number(self):
-        self.assertEqual(self.model.trainable(), list(self.model.params.values()))
+    def test_a_newborn_has_no_effect_and_the_newest_delta_alone_learns_and_bears_its_number(self):
+        model = lively(m.interpreted_engine())
+        base, said = model.trainable(), model.logits(some_ids(8)).data
+        self.assertEqual(base, list(model.params.values()))
         for seed in (5, 6):
-            self.append(seed)
-            self.assertEqual(self.model.trainable(), m.delta_matrices(self.model.deltas[-1]))
-        names = [p.name for p in m.delta_matrices(self.model.deltas[1])]
-        self.assertEqual(names[:4], ["delta2.embedding.a", "delta2.embedding.b",
-                                     "delta2.0.qkv.a", "delta2.0.qkv.b"])
-        every = [p.name for p in self.model.delta_params()]
-        self.assertEqual((every[18:], len(set(every))), (names, 36))
-        self.assertEqual(every[0], "delta1.embedding.a")
-        self.model.freeze()
-        self.assertEqual(self.model.trainable(), [])
-        self.assertFalse(self.model.loss([[1, 2, 3]]).needs_grad)
-        self.model.freeze(False)
-        self.assertEqual(self.model.trainable(), list(self.model.params.values()))
+            model.append_delta(2, random.Random(seed))
+            self.assertEqual(model.trainable(), m.delta_matrices(model.deltas[-1]))
+            self.assertEqual(model.logits(some_ids(8)).data, said)
+        names = [p.name for p in model.delta_params()]
+        self.assertEqual((names[0], len(names)), ("delta1.embedding.a", 36))
+        self.assertEqual(names[18:22], ["delta2.embedding.a", "delta2.embedding.b",
+                                        "delta2.0.qkv.a", "delta2.0.qkv.b"])
+        model.freeze()
+        self.assertEqual(model.trainable(), [])
+        self.assertFalse(model.loss([[1, 2, 3]]).needs_grad)
+        model.freeze(False)
+        self.assertEqual(model.trainable(), base)
 
 
 class EveryLayerSpeaksForItself(Case):
     def setUp(self):
-        self.model, self.ids = lively(engine_in_use()), some_ids(8)
-        for seed in (5, 6, 7):
-            self.model.append_delta(2, random.Random(seed))
-            stir(self.model, seed, 0.1)
+        self.model, self.ids = layered(engine_in_use(), (5, 6, 7)), some_ids(8)
+
+    def assert_decodes(self, model):
+        """Assert that a model that is fed one by one says what it says of all at once."""
+        cache, whole = model.new_cache(), model.logits(self.ids)
+        for t, token in enumerate(self.ids):
+            self.assert_near(model.feed(cache, [token]), whole.row(t), 2e-5, (model.layer, t))
+
+    def test_decoding_with_deltas_says_what_they_say_together(self):
+        for make, code in ENGINES:
+            self.assert_decodes(layered(make(code), (5, 6)))
 
     def said(self, number):
         return self.model.with_layer(number).logits(self.ids).data
@@ -323,12 +310,9 @@ class EveryLayerSpeaksForItself(Case):
             voice = self.model.with_layer(number)
             self.assertEqual((voice.layer, voice.deltas, voice.router), (number, [], None))
             self.assert_near(self.said(number), self.naive(number), 1e-4)
-            cache, whole = voice.new_cache(), voice.logits(self.ids)
-            for t, token in enumerate(self.ids):
-                self.assert_near(voice.feed(cache, [token]), whole.row(t), 2e-5, (number, t))
+            self.assert_decodes(voice)
         for number in (-1, 4):
-            with self.assertRaises(ValueError):
-                self.model.with_layer(number)
+            self.assertRaises(ValueError, self.model.with_layer, number)
         before = [self.said(k) for k in range(4)]
         self.model.append_delta(2, random.Random(8))
         stir(self.model, 8, 0.5)
