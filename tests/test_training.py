@@ -100,21 +100,8 @@ class PoolsDealTheirText(unittest.TestCase):
 
 
 class StepsLearn(unittest.TestCase):
-    CONFIG = m.Config(beta1=0.9, beta2=0.99)
-
-    def step(self, model, windows, rate=0.02, guard=None, drop=0.0):
-        return m.train_step(model, self.CONFIG, windows, rate, drop, random.Random(1), guard)
-
-    def test_the_same_seed_learns_the_same_while_what_is_frozen_stays(self):
-        models = [lively(m.interpreted_engine()) for _ in range(2)]
-        for model in models:
-            model.append_delta(2, random.Random(2))
-            before = weights(model)
-            losses = [self.step(model, [[1, 2, 3, 1, 2, 3]], drop=0.1).loss for _ in range(30)]
-            self.assertEqual(weights(model), before)
-            self.assertLess(losses[-1], losses[0] - 0.3)
-        a, b = ([p.data for p in model.delta_params()] for model in models)
-        self.assertEqual(a, b)
+    def step(self, model, windows, guard):
+        return m.train_step(model, m.Config(), windows, 0.02, 0.0, random.Random(1), guard)
 
     def test_the_report_holds_loss_and_norm_before_the_update_which_alone_is_inside_the_guard(self):
         model, windows, seen = lively(m.interpreted_engine()), [[1, 2, 3, 4], [5, 6]], []
@@ -127,7 +114,7 @@ class StepsLearn(unittest.TestCase):
             seen.append((weights(model) == start, model.params["0.qkv"].grad is not None))
             yield
             seen.append(weights(model) == start)
-        report = self.step(model, windows, guard=guard())  # the gradients left must not count
+        report = self.step(model, windows, guard())  # the gradients left must not count
         self.assertEqual(report, (expected.data, 4, norm, True))
         self.assertEqual(seen, [(True, True), False])
         self.assertEqual({p.grad for p in model.params.values()}, {None})
@@ -144,7 +131,7 @@ class StepsLearn(unittest.TestCase):
                 model.params["0.out"].data[3] = bad
             before = repr(weights(model))  # NaN is not equal to itself, its text is
             report = self.step(model, [[1, 2, 3, 4, 5], [5, 6, 7]],
-                               guard=spoiled(model, bad) if sound else None)
+                               spoiled(model, bad) if sound else None)
             self.assertEqual(math.isfinite(report.loss), sound)
             self.assertEqual(report[1:], (6, math.inf, False))
             self.assertEqual(repr(weights(model)), before)
@@ -175,7 +162,12 @@ class ScoresAndReplay(unittest.TestCase):
             for one, batch in itertools.product((model, routed), (1, 4, 99)):
                 with mock.patch.object(m, "ROUTE_FIRST", 3):  # the first window is read twice
                     found = sum(m.scored_nats(one, some_ids(n), stride, batch))
-                self.assertAlmostEqual(found, expected, delta=1e-4 * n, msg=(n, stride, batch))
+                    rows = [row for _, row in m.predicted_rows(one, some_ids(n), stride)]
+                nats = sum(math.log(sum(map(math.exp, row))) - row[token]
+                           for row, token in zip(rows, some_ids(n)[1:]))
+                self.assertEqual(len(rows), max(0, n - 1))
+                for one_way in (found, nats):
+                    self.assertAlmostEqual(one_way, expected, delta=1e-4 * n, msg=(n, stride))
 
     def test_bits_per_character_are_the_bits_of_all_ids_over_all_characters(self):
         uniform, bits = m.GPT(SHAPE, VOCAB, m.interpreted_engine(), None), math.log2(VOCAB) * 32
@@ -248,6 +240,7 @@ class RoutersChoose(unittest.TestCase):
         self.assertEqual(twin.choose(b"17 + 25 = 42"), 0)
 
     def test_what_was_kept_or_stored_comes_back(self):
+        self.router.margins[2] = m.SHY_MARGINS[0]
         past, before = self.router.copied(), self.router.scores(b"the gull")
         self.router.learn(1, ["the gull " * 50])
         self.assertNotEqual(self.router.scores(b"the gull"), before)
