@@ -186,13 +186,6 @@ class Births(Pupils, unittest.TestCase):
 class Generations(Pupils, unittest.TestCase):
     MERGING = ("min_merge_chars=500", "max_merges=12", "min_pair_count=2", "life_merges=20")
 
-    def next_of(self, old, *more):
-        """Return the newborn that a parent makes room for beside the old generation."""
-        growth = m.Growth(old.growth.generation + 1, step=old.growth.step,
-                          warmup_chars=old.growth.warmup_chars)
-        layers = {"tokenizer": m.Layer(None, old.tokenizer.pack())}
-        return self.learner(*self.MERGING, *more, growth=growth, layers=layers)
-
     def test_merges_only_append_over_generations_and_in_step_with_the_text(self):
         self.assertEqual(self.grown(*self.MERGING[1:]).tokenizer.version, 0)  # too small a text
         old = self.grown(*self.MERGING)
@@ -200,7 +193,8 @@ class Generations(Pupils, unittest.TestCase):
         # no more text, a little more, many times as much; and 20 merges in a whole life
         for kind, count, merges in (("sums", 0, 12), ("sums", 2, 14), ("shout", 200, 20),
                                     ("sums", 900, 20)):
-            new = self.next_of(old)
+            new = self.learner(*self.MERGING, growth=old.growth.heir(old.growth.generation + 1),
+                               layers={"tokenizer": m.Layer(None, old.tokenizer.pack())})
             more = rows(kind, count, first=1000 + len(old.texts))
             new.take_text((), [*map(list, old.texts.values()), *more])
             self.assertEqual(new.tokenizer.merges[:old.tokenizer.version], old.tokenizer.merges)
