@@ -361,8 +361,8 @@ class TheCompiledKernels(Case):
             engine.threads = threads
             with mock.patch.object(m, "PARALLEL_WORK", 0):
                 results.append(m.trial(engine))
+            self.assertEqual(results[-1], results[0])
             self.assertEqual("_pool" in vars(engine), threads > 1)
-        self.assertTrue(all(result == results[0] for result in results))
 
     def test_products_and_attention_of_every_shape_are_the_same_both_ways(self):
         sizes = [case for case in multiplied_sizes(random.Random(50), 30) if case[1]]  # inner
@@ -486,10 +486,9 @@ exec {real} "$@"\n""")
         for i in range(m.KEPT_LIBRARIES + 3):
             os.utime(self.write(os.path.join("macrogpt", f"kernels-{i}.so"), ""), (i, i))
         self.assertEqual(m.choose_engine("auto", True).name, "native")
-        names = sorted(name for name in os.listdir(self.cache) if name.endswith(".so"))
-        self.assertEqual(len(names), m.KEPT_LIBRARIES)
-        self.assertNotIn("kernels-3.so", names)
-        self.assertIn("kernels-4.so", names)
+        names = [name for name in os.listdir(self.cache) if name.endswith(".so")]
+        self.assertEqual((len(names), "kernels-3.so" in names, "kernels-4.so" in names),
+                         (m.KEPT_LIBRARIES, False, True))
 
     def test_what_is_not_as_it_was_compiled_is_never_used_and_made_anew(self):
         name = m._library_name(m.find_compiler())
@@ -514,8 +513,8 @@ exec {real} "$@"\n""")
                 self.assertIsNone(m.cache_folder())
         os.chmod(self.cache, 0o777)
         self.assertIsNone(m.cache_folder())
-        os.rmdir(self.cache)
-        os.mkdir(self.path("other"))
+        os.rename(self.cache, self.path("other"))
+        os.chmod(self.path("other"), 0o700)
         os.symlink(self.path("other"), self.cache)
         self.assertIsNone(m.cache_folder())
         os.unlink(self.cache)

@@ -185,20 +185,16 @@ class WindowsShareOneGraph(Case):
     def test_loss_and_gradient_of_a_batch_are_the_mean_of_its_windows_weighted_by_length(self):
         # one row alone meets the interpreted engine's matrices in fixed point
         for make, tolerance in ((m.interpreted_engine, 1e-7), (m.reference_engine, 1e-12)):
-            model = lively(make("d"))
-            loss = model.loss(self.WINDOWS)
+            joint, single = (lively(make("d")) for _ in range(2))
+            loss, total = joint.loss(self.WINDOWS), 0.0
             m.backward(loss)
-            joint = {name: p.grad for name, p in model.params.items()}
-            for param in model.params.values():
-                param.grad = None
-            weight, total = sum(len(w) - 1 for w in self.WINDOWS), 0.0
             for w in self.WINDOWS:
-                part = model.loss([w]) * ((len(w) - 1) / weight)
+                part = single.loss([w]) * ((len(w) - 1) / sum(len(w) - 1 for w in self.WINDOWS))
                 m.backward(part)
                 total += part.data
             self.assertAlmostEqual(loss.data, total, places=6)
-            for name, param in model.params.items():
-                self.assert_near(param.grad, joint[name], tolerance, name)
+            for name, param in single.params.items():
+                self.assert_near(param.grad, joint.params[name].grad, tolerance, name)
 
     def test_dropout_follows_its_rng_and_without_one_there_is_none(self):
         model = lively(m.interpreted_engine())
@@ -304,21 +300,18 @@ class EveryLayerSpeaksForItself(Case):
         self.assertEqual([self.said(k) for k in range(4)], before, "one more disturbs nobody")
 
     def test_without_a_router_all_speak_and_with_one_the_layer_that_it_names(self):
-        self.assertFalse(self.model.routed)
-        self.assertIs(self.model.speaker([4, 5]), self.model)
-        asked = []
-        self.model.router = lambda ids: asked.append(list(ids)) or 2
-        self.assertTrue(self.model.routed)
-        self.assertEqual(self.model.layer_after([1]), 2)
-        self.assertIs(self.model.speaker([4, 5]), self.model.with_layer(2))
-        self.assertEqual(asked, [[1], [4, 5]])
-        self.model.router, self.model.deltas = self.fail, []
-        self.assertEqual((self.model.layer_after([1]), self.model.routed), (0, False))
-        self.assertIs(self.model.speaker([1]), self.model)
+        model, router = self.model, mock.Mock(return_value=2)
+        self.assertEqual((model.routed, model.speaker([4, 5])), (False, model))
+        model.router = router
+        self.assertEqual((model.routed, model.layer_after([1])), (True, 2))
+        self.assertIs(model.speaker([4, 5]), model.with_layer(2))
+        model.deltas = []
+        self.assertEqual((model.routed, model.layer_after([1]), model.speaker([1])),
+                         (False, 0, model))
+        self.assertEqual(router.mock_calls, [mock.call([1]), mock.call([4, 5])])
 
     def test_a_speaker_is_kept_until_its_matrices_change_or_another_delta_has_its_number(self):
-        voice = self.model.with_layer(3)
-        self.assertIs(self.model.with_layer(3), voice)
+        self.assertIs(self.model.with_layer(3), self.model.with_layer(3))
         before = list(self.said(3))
         stir(self.model, 9, 0.3)
         self.assertNotEqual(list(self.said(3)), before)
@@ -332,15 +325,13 @@ class EveryLayerSpeaksForItself(Case):
     def test_of_speakers_only_the_newest_are_kept(self):
         with mock.patch.object(m, "KEPT_NUMBERS", 2 * self.model.n_base):
             voices = [self.model.with_layer(number) for number in range(4)]
-            self.assertIs(self.model.with_layer(3), voices[3])
-            self.assertIs(self.model.with_layer(2), voices[2])
-            self.assertIsNot(self.model.with_layer(1), voices[1])
-        self.assertIsNot(self.model.with_layer(3), voices[3])
+            for number, kept in ((3, True), (2, True), (1, False), (3, False)):
+                self.assertEqual(self.model.with_layer(number) is voices[number], kept, number)
         with mock.patch.object(m, "KEPT_NUMBERS", 0):
             self.assertIs(self.model.with_layer(1), self.model.with_layer(1))
 
     def test_only_the_newest_delta_learns_and_it_learns_beside_the_base_alone(self):
-        before, last = [list(self.said(k)) for k in range(3)], list(self.said(3))
+        *before, last = [list(self.said(k)) for k in range(4)]
         self.model.router = self.fail  # whoever learns is not chosen
         learner = self.model.learner()
         self.assert_near(learner.logits(self.ids).data, last, 1e-4)
