@@ -264,24 +264,36 @@ class Child(Pupils, unittest.TestCase):
         while child.job or child.birth:
             child._advance(child.job or child.birth)
 
-    def kinds(self, *kinds):
-        return [message for kind, message in self.sent if kind in kinds]
+    def messages(self, kind):
+        return [message for of, message in self.sent if of == kind]
 
-    def test_a_birth_is_saved_by_the_clock_and_a_burst_only_whole(self):
+    def upon(self, child, *messages):
+        """Let the child read these messages and then the end; return what it sends upon that."""
+        self.sent.clear()
+        child.source = io.BytesIO(b"".join(map(m.pack_frame, messages)))
+        with mock.patch.object(os, "_exit", side_effect=SystemExit), \
+                self.assertRaises(SystemExit):
+            child._read()
+        return self.sent
+
+    def test_a_birth_is_saved_by_the_clock_and_when_told_to_stop_and_a_burst_only_whole(self):
         child = self.child("warmup_steps=8")
-        for seconds, count in ((1.0, 1), (9.0, 2), (1.0, 2), (9.0, 3)):
+        for seconds, count in ((1.0, 1), (9.0, 2), (1.0, 2), (9.0, 3), (1.0, 3)):
             self.now += seconds
             child._advance(child.job)
-            self.assertEqual(len(self.kinds("snapshot")), count)
+            self.assertEqual(len(self.messages("snapshot")), count)
+        self.assertEqual(self.upon(child), [], "its parent is gone")
+        self.assertEqual(self.upon(child, {"do": "stop"})[-1][1]["growth"]["step"], 5)
         self.finish(child)
-        self.assertEqual(sorted(self.kinds("snapshot")[-1]["read"]), list(range(1, 10)))
+        self.assertEqual(sorted(self.messages("snapshot")[-1]["read"]), list(range(1, 10)))
         self.assertEqual(self.sent[-1][0], "done")
-        self.sent.clear()
         self.told(child, rows("sums", 1, first=50))
+        child._advance(child.job)
+        self.assertEqual(self.upon(child, {"do": "stop"}), [])
         while child.job:
             self.now += 9.0
             child._advance(child.job)
-        self.assertEqual([message["read"] for message in self.kinds("snapshot")], [[50]])
+        self.assertEqual([message["read"] for message in self.messages("snapshot")], [[50]])
 
     def test_a_burst_begins_anew_from_what_was_committed_when_other_text_comes(self):
         child = self.child(born=True)
@@ -293,7 +305,7 @@ class Child(Pupils, unittest.TestCase):
         self.assertFalse(self.has_effect(child.learner))
         child.on_learn(None, None)
         self.finish(child)
-        self.assertEqual(self.kinds("snapshot")[-1]["read"], [60])
+        self.assertEqual(self.messages("snapshot")[-1]["read"], [60])
 
     def test_what_is_new_is_learned_before_the_birth_of_the_next_goes_on(self):
         child, order = self.child(born=True), []
@@ -314,7 +326,7 @@ class Child(Pupils, unittest.TestCase):
         self.assertEqual(order, sorted(order, reverse=True))
         self.assertGreater(order.count("burst"), 1)
         self.assertEqual(child.learner.growth.step, step + order.count("birth"))
-        [adopted] = [message for message in self.kinds("snapshot") if message["adopted"]]
+        [adopted] = [message for message in self.messages("snapshot") if message["adopted"]]
         self.assertEqual(sorted(adopted["read"]), [*range(1, 10), 50])
         self.assertEqual(child.learner.config.n_embd, 16)
 
@@ -326,32 +338,13 @@ class Child(Pupils, unittest.TestCase):
             old = child.learner
             self.finish(child)
             self.assertEqual(child.learner is old, not unlearns)
-            self.assertEqual([x["probe"] for x in self.kinds("given_up")], ["0"] * (not unlearns))
+            told = [message["probe"] for message in self.messages("given_up")]
+            self.assertEqual(told, [] if unlearns else ["0"])
             self.assertEqual(child.learner.growth.best_probes, {"0": 0.01})
 
     def test_a_step_with_a_loss_that_is_not_finite_is_told(self):
         child = self.child()
         child.learner.model.params["scale"].load(child.engine.buffer_of([math.inf]))
         child._advance(child.job)
-        [told] = [message for message in self.kinds("log") if message["event"] == "step skipped"]
+        [told] = [message for message in self.messages("log") if message["event"] == "step skipped"]
         self.assertIn("was skipped", told["notice"])
-
-    def reading(self, child, *messages):
-        """Let the child read these messages and then the end; return what it sends upon that."""
-        self.sent.clear()
-        child.source = io.BytesIO(b"".join(map(m.pack_frame, messages)))
-        with mock.patch.object(os, "_exit", side_effect=SystemExit), \
-                self.assertRaises(SystemExit):
-            child._read()
-        return self.sent
-
-    def test_told_to_stop_it_sends_what_a_birth_has_learned_but_not_of_a_burst(self):
-        child = self.child()
-        child._advance(child.job)
-        self.assertEqual(self.reading(child), [])  # its parent is gone
-        [*_, (_, last)] = self.reading(child, {"do": "stop"})
-        self.assertEqual(last["growth"]["step"], 1)
-        self.finish(child)
-        self.told(child, rows("sums", 1, first=50))
-        child._advance(child.job)
-        self.assertEqual(self.reading(child, {"do": "stop"}), [])
