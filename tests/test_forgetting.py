@@ -52,8 +52,9 @@ class Bursts(Pupils, unittest.TestCase):
             self.work(learner, told, steps=24)
             self.assertEqual(len(learner.model.deltas), count, told[0][2])
 
-    def test_what_is_learned_is_called_for_and_old_text_is_read_as_before(self):
+    def test_what_is_learned_is_called_for_old_text_is_read_as_before_and_the_best_stays(self):
         learner = self.grown(told=SUMS)
+        learner.growth.best_probes = {"0": 0.5}
         before, job = learner.probe_losses(), self.job(learner, 20)
         fresh = learner.fresh_bpc()
         self.to_end(job)
@@ -61,6 +62,7 @@ class Bursts(Pupils, unittest.TestCase):
         self.assertEqual((job.harm(), len(job.close())), (None, 6))
         self.assertEqual(learner.router.choose(text_of("sums", 3, 50).encode()), 1)
         self.assertEqual(learner.probe_losses(), before)
+        self.assertEqual((learner.growth.probes, learner.growth.best_probes), (before, {"0": 0.5}))
 
     def test_what_reads_nothing_at_all_passes_no_gate(self):
         learner = self.grown(told=SUMS)
@@ -131,19 +133,11 @@ class Gates(Pupils, unittest.TestCase):
             told = self.job(learner).harm()  # the worst
         self.assertEqual(told, {"probe": "7", "before": 1.0, "now": 3.0, "then": "rolled back"})
 
-    def test_what_passes_is_remembered_as_the_best_only_where_it_is(self):
-        learner = self.grown(told=SUMS)
-        learner.growth.best_probes = {"0": 0.5}
-        self.work(learner)
-        self.assertEqual((learner.growth.best_probes, learner.growth.probes),
-                         ({"0": 0.5}, learner.probe_losses()))
-
     def test_a_curve_keeps_its_ends_and_stays_short(self):
         memory, steps = m.Memory(":memory:"), m.PROBE_POINTS * 2
         self.addCleanup(memory.close)
-        with memory.transaction():
-            for step in range(steps):
-                m.note_probes(memory, step, {"0": 3.0 - step / steps})
+        for step in range(steps):
+            m.note_probes(memory, step, {"0": 3.0 - step / steps})
         curve = memory.setting("probes")["0"]
         self.assertLessEqual(len(curve), m.PROBE_POINTS)
         self.assertEqual((curve[0][0], curve[-1][0]), (0, steps - 1))
