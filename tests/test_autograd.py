@@ -4,6 +4,7 @@ import math
 import random
 import unittest
 import weakref
+from array import array
 
 import macrogpt as m
 from support import Case
@@ -128,6 +129,11 @@ class OperationsKeepTheirPromises(Case):
                                             (m.MatrixParam, self.engine, "w", 3, 5)))):
             with self.assertRaises(ValueError, msg=given):
                 operation(*given)
+
+    def test_added_leaves_its_inputs_alone(self):
+        x, y = (m.VectorValue(self.engine, 1, 2, array("f", [1.0, 2.0])) for _ in range(2))
+        self.assertEqual(list(m.added(x, y).data), [2.0, 4.0])
+        self.assertEqual(x.data, array("f", [1.0, 2.0]))
 
     def test_cross_entropy_is_the_mean_over_the_rows_with_a_target(self):
         for engine in (self.engine, m.reference_engine()):
