@@ -1,14 +1,14 @@
 """Claims about values, operations, gradients, and the graph taken apart behind them."""
 import gc
+import itertools
 import math
 import random
 import unittest
 import weakref
-from array import array
 
 import macrogpt as m
 from support import Case
-from test_model import layered
+from test_model import PLAIN, layered
 
 S = m.ScalarValue
 
@@ -130,10 +130,41 @@ class OperationsKeepTheirPromises(Case):
             with self.assertRaises(ValueError, msg=given):
                 operation(*given)
 
-    def test_added_leaves_its_inputs_alone(self):
-        x, y = (m.VectorValue(self.engine, 1, 2, array("f", [1.0, 2.0])) for _ in range(2))
-        self.assertEqual(list(m.added(x, y).data), [2.0, 4.0])
-        self.assertEqual(x.data, array("f", [1.0, 2.0]))
+    def slopes(self, engine, times, build, *shapes):
+        """Return how inputs of such shapes learn from the sum of what is built of them."""
+        inputs = [m.MatrixParam.normal(engine, "x", *shape, 1.0, random.Random(shape[0]))
+                  for shape in shapes]
+        before = [x.data[:] for x in inputs]
+        out = build(*inputs)
+        for _ in range(times - 1):
+            out = m.added(out, build(*inputs))
+        self.assertEqual([x.data for x in inputs], before, "inputs are left alone")
+        ups = m.MatrixParam.normal(engine, "c", out.rows, out.dim, 1.0, random.Random(50)).data
+        m.backward(S(0.0).of((out, lambda g: out.add_grad(ups))))
+        return [slope for x in inputs for slope in x.grad]
+
+    def test_what_is_used_twice_learns_twice(self):
+        def turned(x):
+            return m.rope_turned(x, x.engine.buffer_of(m.rope_angles(2, 3, 2, 100.0)), 2, 4)
+        for make, (build, *shapes) in itertools.product(PLAIN, (
+                (lambda table: m.embed([2, 0, 2, 3], table), (4, 3)), (m.linear, (3, 5), (4, 5)),
+                (m.mixed, (3, 2), (2, 5)), (m.added, (3, 4), (3, 4)), (m.scaled, (3, 4), (1, 1)),
+                (m.rmsnorm, (3, 5)), (turned, (3, 7)), (m.swiglu, (3, 8)),
+                (lambda x: m.causal_attention(x, (0, 2, 3, 5), 2), (5, 12)),
+                (lambda x: m.dropout(x, 0.4, 1234), (4, 5)))):
+            once, twice = (self.slopes(make("d"), times, build, *shapes) for times in (1, 2))
+            self.assertGreater(max(map(abs, once)), 0.05)
+            self.assert_near(twice, [2.0 * slope for slope in once], 1e-6)
+
+    def test_linear_sees_every_change_of_the_numbers(self):
+        w = m.MatrixParam(self.engine, "w", 2, 3, self.engine.buffer_of(range(6)))
+        x = m.VectorValue(self.engine, 1, 3, self.engine.buffer_of([1.0] * 3))
+        self.assert_near(m.linear(x, w).data, [3.0, 12.0], 1e-5)
+        w.load(self.engine.buffer_of([1.0] * 6))
+        self.assert_near(m.linear(x, w).data, [3.0, 3.0], 1e-5)
+        w.data[0] = 11.0
+        w.changed()
+        self.assert_near(m.linear(x, w).data, [13.0, 3.0], 1e-5)
 
     def test_cross_entropy_is_the_mean_over_the_rows_with_a_target(self):
         for engine in (self.engine, m.reference_engine()):
