@@ -17,22 +17,21 @@ class NaiveAdamW:
     def __init__(self, weights, decays, config):
         self.w = [list(w) for w in weights]
         self.m, self.v = ([[0.0] * len(w) for w in weights] for _ in range(2))
-        self.decays, self.t = decays, 0
-        self.beta1, self.beta2, self.eps = config.beta1, config.beta2, config.eps_adam
-        self.weight_decay, self.clip = config.weight_decay, config.grad_clip
+        self.decays, self.config, self.t = decays, config, 0
 
     def step(self, grads, rate):
         self.t += 1
+        c, beta1, beta2 = self.config, self.config.beta1, self.config.beta2
         norm = math.sqrt(sum(g * g for grad in grads for g in grad))
-        shrink = self.clip / norm if norm > self.clip else 1.0
+        shrink = c.grad_clip / norm if norm > c.grad_clip else 1.0
         for p, grad in enumerate(grads):
             for i, g in enumerate(shrink * g for g in grad):
-                self.m[p][i] = self.beta1 * self.m[p][i] + (1 - self.beta1) * g
-                self.v[p][i] = self.beta2 * self.v[p][i] + (1 - self.beta2) * g * g
-                mean = self.m[p][i] / (1 - self.beta1 ** self.t)
-                square = self.v[p][i] / (1 - self.beta2 ** self.t)
-                decay = self.weight_decay * self.w[p][i] if self.decays[p] else 0.0
-                self.w[p][i] -= rate * (mean / (math.sqrt(square) + self.eps) + decay)
+                self.m[p][i] = beta1 * self.m[p][i] + (1 - beta1) * g
+                self.v[p][i] = beta2 * self.v[p][i] + (1 - beta2) * g * g
+                mean = self.m[p][i] / (1 - beta1 ** self.t)
+                square = self.v[p][i] / (1 - beta2 ** self.t)
+                decay = c.weight_decay * self.w[p][i] if self.decays[p] else 0.0
+                self.w[p][i] -= rate * (mean / (math.sqrt(square) + c.eps_adam) + decay)
         return norm
 
 
