@@ -21,14 +21,11 @@ class Bursts(Pupils, unittest.TestCase):
         learner, sealed = self.grown("delta_seal_chars=10"), []
         base = self.base(learner)
         for number in (1, 2, 3):
-            texts = rows("sums", 2, first=100 * number)
-            learner.take_text((), texts)
-            _, read = self.work(learner)
-            self.assertEqual(sorted(read), [text[1] for text in texts])
-            layers = learner.snapshot()[1]
-            self.assertEqual([(name, layers[name].sealed) for name in sorted(layers) if name[:5] == "delta"],
-                             [(f"delta{number - 1}", True)] * (number > 1)
-                             + [(f"delta{number}", False)])
+            _, read = self.work(learner, rows("sums", 2, first=100 * number))
+            self.assertEqual(sorted(read), [100 * number, 100 * number + 1])
+            stored = {name: layer.sealed for name, layer in learner.snapshot()[1].items()
+                      if name.startswith("delta")}
+            self.assertEqual(stored, {f"delta{k}": k < number for k in (number - 1, number) if k})
             self.assertEqual(self.base(learner), base)
             sealed.append(self.numbers(learner, number))
             self.assertEqual([self.numbers(learner, i + 1) for i in range(number)], sealed)
@@ -52,20 +49,20 @@ class Bursts(Pupils, unittest.TestCase):
     def test_text_of_another_kind_gets_a_delta_of_its_own_and_more_of_a_kind_does_not(self):
         learner = self.grown("delta_rate=0.03", "delta_seal_chars=6000", "gate_bound=9")
         for told, count in ((SUMS, 1), (MORE_SUMS, 1), (SHOUTS, 2)):
-            learner.take_text((), told)
-            self.work(learner, steps=24)
+            self.work(learner, told, steps=24)
             self.assertEqual(len(learner.model.deltas), count, told[0][2])
 
-    def test_what_is_learned_is_called_for_and_old_text_is_read_as_before(self):
+    def test_what_is_learned_is_called_for_old_text_is_read_as_before_and_the_best_stays(self):
         learner = self.grown(told=SUMS)
+        learner.growth.best_probes = {"0": 0.5}
         before, job = learner.probe_losses(), self.job(learner, 20)
         fresh = learner.fresh_bpc()
-        while not job.finished():
-            job.advance()
+        self.to_end(job)
         self.assertLess(learner.fresh_bpc(), fresh)
         self.assertEqual((job.harm(), len(job.close())), (None, 6))
         self.assertEqual(learner.router.choose(text_of("sums", 3, 50).encode()), 1)
         self.assertEqual(learner.probe_losses(), before)
+        self.assertEqual((learner.growth.probes, learner.growth.best_probes), (before, {"0": 0.5}))
 
     def test_what_reads_nothing_at_all_passes_no_gate(self):
         learner = self.grown(told=SUMS)
@@ -85,8 +82,8 @@ class Bursts(Pupils, unittest.TestCase):
         self.assertEqual(self.numbers(learner, 2), known)
         learner.take_text([text[1] for text in MORE_SUMS], SHOUTS)
         learner.begin_delta()  # which resembles nothing, and begins with no effect
-        self.assertFalse(any(any(p.data) for p in m.delta_matrices(learner.model.deltas[-1])
-                             if ".b" in p.name))
+        learner.model.deltas = learner.model.deltas[-1:]
+        self.assertFalse(self.has_effect(learner))
 
     def test_a_burst_rehearses_what_is_known_in_step_with_what_its_delta_knows(self):
         learner = self.grown("replay_share=0.5", told=SUMS)
@@ -99,26 +96,26 @@ class Bursts(Pupils, unittest.TestCase):
 
 
 class Gates(Pupils, unittest.TestCase):
-    def burst(self, *harms, learner=None):
-        """Let a learner work with a gate that finds these harms in turn, and then none."""
-        learner = learner or self.grown(told=SUMS)
-        with mock.patch.object(m.Gate, "worse", autospec=True, side_effect=itertools.chain(
-                harms, itertools.repeat({}))), \
+    def burst(self, learner, told, harms):
+        """Let a learner work with a gate that finds harm so many times, and then none."""
+        found = itertools.chain([HARM] * harms, itertools.repeat({}))
+        with mock.patch.object(m.Gate, "worse", side_effect=found), \
                 mock.patch.object(m.Gate, "now", {"0": 2.0}, create=True):
-            return (learner, *self.work(learner))
+            return self.work(learner, told)
 
     def test_a_burst_that_does_harm_leaves_no_trace_and_is_not_tried_for_ever(self):
-        learner, job, read = self.burst(HARM, HARM, HARM)
+        learner = self.grown()
+        job, read = self.burst(learner, SUMS, harms=3)
         self.assertEqual((job.given_up, len(read)), (True, 6))
-        self.assertFalse(any(any(p.data) for p in learner.model.delta_params() if ".b" in p.name))
+        self.assertFalse(self.has_effect(learner))
         self.assertFalse(learner.router.counts[-1])
         self.assertEqual((learner.growth.delta_chars, learner.unread()), (0, []))
 
     def test_harm_in_a_delta_that_knows_something_gives_what_is_new_a_layer_of_its_own(self):
-        learner, _, _ = self.burst()
+        learner = self.grown()
+        self.burst(learner, SUMS, harms=0)
         known = self.numbers(learner)
-        learner.take_text((), MORE_SUMS)
-        _, job, read = self.burst(HARM, learner=learner)
+        job, read = self.burst(learner, MORE_SUMS, harms=1)
         self.assertEqual((len(learner.model.deltas), self.numbers(learner)), (2, known))
         self.assertEqual((job.given_up, len(read)), (False, 6))
         self.assertNotEqual(self.numbers(learner, 2), known)
@@ -136,19 +133,11 @@ class Gates(Pupils, unittest.TestCase):
             told = self.job(learner).harm()  # the worst
         self.assertEqual(told, {"probe": "7", "before": 1.0, "now": 3.0, "then": "rolled back"})
 
-    def test_what_passes_is_remembered_as_the_best_only_where_it_is(self):
-        learner = self.grown(told=SUMS)
-        learner.growth.best_probes = {"0": 0.5}
-        self.work(learner)
-        self.assertEqual((learner.growth.best_probes, learner.growth.probes),
-                         ({"0": 0.5}, learner.probe_losses()))
-
     def test_a_curve_keeps_its_ends_and_stays_short(self):
         memory, steps = m.Memory(":memory:"), m.PROBE_POINTS * 2
         self.addCleanup(memory.close)
-        with memory.transaction():
-            for step in range(steps):
-                m.note_probes(memory, step, {"0": 3.0 - step / steps})
+        for step in range(steps):
+            m.note_probes(memory, step, {"0": 3.0 - step / steps})
         curve = memory.setting("probes")["0"]
         self.assertLessEqual(len(curve), m.PROBE_POINTS)
         self.assertEqual((curve[0][0], curve[-1][0]), (0, steps - 1))

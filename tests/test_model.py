@@ -9,8 +9,8 @@ import macrogpt as m
 from support import Case, engine_in_use
 from test_engine import naive_attention
 
-SHAPE = m.Shape(n_layer=2, n_embd=8, n_head=2, n_ff=12, block_size=8, rope_base=10_000.0,
-                norm_eps=1e-5)
+SHAPE = m.Shape(n_layer=2, n_embd=8, n_head=2, n_ff=12, block_size=8, rope_base=100.0,
+                norm_eps=1e-3)
 VOCAB = 20
 PLAIN = (m.interpreted_engine, m.reference_engine)
 ENGINES = [(make, code) for make in PLAIN for code in "fd"] + [(lambda _: engine_in_use(), "f")]
@@ -33,9 +33,23 @@ def stir(model, seed=2, spread=0.3):
         adapter.b.load(model.engine.buffer_of([rng.gauss(0, spread) for _ in adapter.b.data]))
 
 
+def layered(engine, seeds, spread=0.1):
+    """A lively model with a delta that has an effect for each seed."""
+    model = lively(engine)
+    for seed in seeds:
+        model.append_delta(2, random.Random(seed))
+        stir(model, seed, spread)
+    return model
+
+
 def some_ids(n, seed=3):
     rng = random.Random(seed)
     return [rng.randrange(VOCAB) for _ in range(n)]
+
+
+def nats_of(row, token):
+    """Nats that a token costs by its row of logits."""
+    return math.log(sum(map(math.exp, row))) - row[token]
 
 
 def naive_llama(model, ids, window=None):
@@ -51,14 +65,14 @@ def naive_llama(model, ids, window=None):
         return [math.fsum(a * b for a, b in zip(row, vector)) for row in rows(name)]
 
     def norm(vector):
-        size = math.sqrt(math.fsum(n * n for n in vector) / len(vector) + 1e-5)
+        size = math.sqrt(math.fsum(n * n for n in vector) / len(vector) + shape.norm_eps)
         return [n / size for n in vector]
 
     def turn(head, position):
         turned = []
         for pair in range(width // 2):
-            angle = position / 10_000.0 ** (2 * pair / width)
-            z = complex(head[2 * pair], head[2 * pair + 1]) * cmath.exp(1j * angle)
+            angle = position / shape.rope_base ** (2 * pair / width)
+            z = complex(*head[2 * pair:2 * pair + 2]) * cmath.exp(1j * angle)
             turned += [z.real, z.imag]
         return turned
 
@@ -97,29 +111,21 @@ class TheFormIsLlama(Case):
             found, expected = model.logits(ids[:-1]), naive_llama(model, ids[:-1])
             self.assertEqual((found.rows, found.dim), (8, VOCAB))
             self.assertGreater(max(map(abs, found.data)), 1.0)
-            close, nats = 1e-5 if code == "f" else 1e-10, []
+            close = 1e-5 if code == "f" else 1e-10
             for t, row in enumerate(expected):
                 self.assert_near(found.row(t), row, close, (model.engine.name, t))
-                nats.append(math.log(sum(map(math.exp, row))) - row[ids[t + 1]])
-            self.assertAlmostEqual(model.loss([ids]).data, sum(nats) / 8, delta=close)
+            nats = sum(map(nats_of, expected, ids[1:]))
+            self.assertAlmostEqual(model.loss([ids]).data, nats / 8, delta=close)
             self.assertEqual(model.logits([]).rows, 0)
 
-    def test_the_count_of_parameters_is_the_formula(self):
-        layers, dim, ff = SHAPE.n_layer, SHAPE.n_embd, SHAPE.n_ff
-        model = m.GPT(SHAPE, VOCAB, m.interpreted_engine(), random.Random(1))
-        base = VOCAB * dim + layers * (4 * dim * dim + 3 * dim * ff) + 1
-        self.assertEqual(model.n_base, base)
-        model.append_delta(3, random.Random(1))
-        per_layer = (dim + 3 * dim) + (dim + dim) + (dim + 2 * ff) + (ff + dim)
-        self.assertEqual(sum(len(p.data) for p in model.delta_params()),
-                         3 * (VOCAB + dim + layers * per_layer))
-        self.assertEqual(model.vocab_size, VOCAB)
-
     def test_a_newborn_model_knows_nothing_in_particular_and_decay_spares_two(self):
+        layers, dim, ff = SHAPE.n_layer, SHAPE.n_embd, SHAPE.n_ff
         model = m.GPT(SHAPE, VOCAB, m.interpreted_engine(), random.Random(1))
         self.assertAlmostEqual(model.loss([some_ids(9)]).data, math.log(VOCAB), delta=0.2)
         spared = [name for name, p in model.params.items() if not p.decays]
-        self.assertEqual(spared, ["embedding", "scale"])
+        self.assertEqual((spared, model.vocab_size), (["embedding", "scale"], VOCAB))
+        self.assertEqual(model.n_base,
+                         VOCAB * dim + layers * (4 * dim * dim + 3 * dim * ff) + 1)
 
     def test_the_seed_decides_the_weights_and_without_one_they_wait_to_be_loaded(self):
         a, b, c = (m.GPT(SHAPE, VOCAB, m.interpreted_engine(), random.Random(s)) for s in (5, 5, 6))
@@ -136,11 +142,10 @@ class TheFormIsLlama(Case):
 
     def test_what_does_not_fit_is_refused(self):
         model = lively(m.interpreted_engine())
-        for refused in (lambda: model.logits([VOCAB]), lambda: model.logits([0, -1]),
-                        lambda: model.logits([1, 2, 3], (0, 2)),
-                        lambda: model.loss([[1, 2], [1]]), lambda: model.loss([[1, 2], []]),
-                        lambda: model.feed(model.new_cache(), [])):
-            self.assertRaises(ValueError, refused)
+        for call, *given in ((model.logits, [VOCAB]), (model.logits, [0, -1]),
+                             (model.logits, [1, 2, 3], (0, 2)), (model.loss, [[1, 2], [1]]),
+                             (model.loss, [[1, 2], []]), (model.feed, model.new_cache(), [])):
+            self.assertRaises(ValueError, call, *given)
 
 
 class TheCacheSaysWhatTheModelSays(Case):
@@ -160,32 +165,22 @@ class TheCacheSaysWhatTheModelSays(Case):
             found = model.feed(cache, ids[9:12])  # several beside what is cached
             self.assert_near(found, expected[11], 2e-5, code)
 
-    def test_past_the_block_the_cache_does_not_grow(self):
-        model = lively(m.interpreted_engine())
-        cache, sizes = model.new_cache(), set()
-        model.feed(cache, some_ids(8))
-        for token in some_ids(19):
+    def test_past_the_block_it_does_not_grow_and_of_more_only_the_newest_are_read(self):
+        model, ids = lively(m.interpreted_engine()), some_ids(20)
+        cache = model.new_cache()
+        self.assertEqual(model.feed(cache, ids), model.feed(model.new_cache(), ids[-8:]))
+        for token in ids:
             model.feed(cache, [token])
-            sizes.add(str([([len(rows) for rows, _ in layer.keys], list(map(len, layer.columns)))
-                           for layer in cache.blocks]))
-        self.assertEqual(sizes, {str([([8] * 2, [8] * 8)] * 2)})
-        self.assertEqual(cache.position, 27)
-
-    def test_of_more_than_a_block_only_the_newest_are_read(self):
-        ids = some_ids(20)
-        model = lively(m.interpreted_engine())
-        newest = model.feed(model.new_cache(), ids[-8:])
-        self.assertEqual(model.feed(model.new_cache(), ids), newest)
-        used = model.new_cache()
-        model.feed(used, [1, 2])
-        model.feed(used, ids)
-        self.assertEqual(used.position, 10)
+            for layer in cache.blocks:
+                self.assertEqual({len(rows) for rows, _ in layer.keys}, {8})
+                self.assertEqual(list(map(len, layer.columns)), [8] * 8)
+        model.feed(cache, ids)
+        self.assertEqual(cache.position, 8 + 20 + 8)
 
     def test_feeding_builds_no_graph_and_leaves_the_engine_recording(self):
         model = lively(m.interpreted_engine())
         with mock.patch.object(m.Value, "of", self.fail):
             model.feed(model.new_cache(), [1, 2])
-        self.assertTrue(model.engine.recording)
         self.assertTrue(model.logits([1, 2]).sources)
 
 
@@ -195,26 +190,16 @@ class WindowsShareOneGraph(Case):
     def test_loss_and_gradient_of_a_batch_are_the_mean_of_its_windows_weighted_by_length(self):
         # one row alone meets the interpreted engine's matrices in fixed point
         for make, tolerance in ((m.interpreted_engine, 1e-7), (m.reference_engine, 1e-12)):
-            model = lively(make("d"))
-            loss = model.loss(self.WINDOWS)
+            joint, single = (lively(make("d")) for _ in range(2))
+            loss, total = joint.loss(self.WINDOWS), 0.0
             m.backward(loss)
-            joint = {name: p.grad for name, p in model.params.items()}
-            for param in model.params.values():
-                param.grad = None
-            weight, total = sum(len(w) - 1 for w in self.WINDOWS), 0.0
             for w in self.WINDOWS:
-                part = model.loss([w]) * ((len(w) - 1) / weight)
+                part = single.loss([w]) * ((len(w) - 1) / sum(len(w) - 1 for w in self.WINDOWS))
                 m.backward(part)
                 total += part.data
             self.assertAlmostEqual(loss.data, total, places=6)
-            for name, param in model.params.items():
-                self.assert_near(param.grad, joint[name], tolerance, name)
-
-    def test_where_a_segment_starts_does_not_matter(self):
-        for make, code in ENGINES:
-            model, ids, before = lively(make(code)), some_ids(6), some_ids(40, seed=9)
-            alone, late = model.logits(ids), model.logits(before + ids, (0, 7, 40, 46))
-            self.assert_near(late.data[40 * VOCAB:], alone.data, 1e-5)
+            for name, param in single.params.items():
+                self.assert_near(param.grad, joint.params[name].grad, tolerance, name)
 
     def test_dropout_follows_its_rng_and_without_one_there_is_none(self):
         model = lively(m.interpreted_engine())
@@ -230,14 +215,14 @@ class WindowsShareOneGraph(Case):
 class GradientsAreFiniteDifferences(Case):
     """Of the whole model, so of every operation, and of a table that is used at both its ends."""
 
-    def check(self, model, params, drop=0.0):
-        """Compare the steepest slope of each parameter, and some others, with differences."""
+    def check(self, model, drop=0.0):
+        """Compare the steepest slopes of what is trainable, and some others, with differences."""
         windows, rng, h = ([1, 2, 3, 2, 5], [4, 1, 1]), random.Random(7), 1e-5
 
         def loss():
             return model.loss(windows, drop, random.Random(8))
         m.backward(loss())
-        for param in params:
+        for param in model.trainable():
             places = {max(range(len(param.grad)), key=lambda i, g=param.grad: abs(g[i]))}
             places.update(rng.randrange(len(param.data)) for _ in range(2))
             for i in sorted(places):
@@ -254,60 +239,48 @@ class GradientsAreFiniteDifferences(Case):
 
     def test_of_the_base_with_and_without_dropout(self):
         for make, drop in itertools.product(PLAIN, (0.0, 0.3)):
-            model = lively(make("d"))
-            self.check(model, model.params.values(), drop)
+            self.check(lively(make("d")), drop)
 
     def test_of_a_delta_beside_a_frozen_base_and_a_frozen_delta(self):
-        model = lively(m.interpreted_engine("d"))
-        for seed in (5, 6):
-            model.append_delta(2, random.Random(seed))
-            stir(model, seed)
-        self.check(model, model.trainable())
+        model = layered(m.interpreted_engine("d"), (5, 6), 0.3)
+        self.check(model)
         for param in (*model.params.values(), *m.delta_matrices(model.deltas[0])):
             self.assertIsNone(param.grad, param.name)
 
 
 class TheModelGrowsByAppending(Case):
-    def setUp(self):
-        self.model, self.ids = lively(m.interpreted_engine()), some_ids(8)
-
-    def append(self, seed):
-        self.model.append_delta(2, random.Random(seed))
-        stir(self.model, seed, 0.1)
-
-    def test_decoding_with_deltas_says_what_they_say_together(self):
-        for make, code in ENGINES:
-            self.model = lively(make(code))
-            self.append(5)
-            self.append(6)
-            cache, whole = self.model.new_cache(), self.model.logits(self.ids)
-            for t, token in enumerate(self.ids):
-                self.assert_near(self.model.feed(cache, [token]), whole.row(t), 2e-5, (code, t))
-
-    def test_the_newest_delta_alone_learns_and_its_matrices_bear_its_number(self):
-        self.assertEqual(self.model.trainable(), list(self.model.params.values()))
+    def test_a_newborn_has_no_effect_and_the_newest_delta_alone_learns_and_bears_its_number(self):
+        model = lively(m.interpreted_engine())
+        base, said = model.trainable(), model.logits(some_ids(8)).data
+        self.assertEqual(base, list(model.params.values()))
         for seed in (5, 6):
-            self.append(seed)
-            self.assertEqual(self.model.trainable(), m.delta_matrices(self.model.deltas[-1]))
-        names = [p.name for p in m.delta_matrices(self.model.deltas[1])]
-        self.assertEqual(names[:4], ["delta2.embedding.a", "delta2.embedding.b",
-                                     "delta2.0.qkv.a", "delta2.0.qkv.b"])
-        every = [p.name for p in self.model.delta_params()]
-        self.assertEqual((every[18:], len(set(every))), (names, 36))
-        self.assertEqual(every[0], "delta1.embedding.a")
-        self.model.freeze()
-        self.assertEqual(self.model.trainable(), [])
-        self.assertFalse(self.model.loss([[1, 2, 3]]).needs_grad)
-        self.model.freeze(False)
-        self.assertEqual(self.model.trainable(), list(self.model.params.values()))
+            model.append_delta(2, random.Random(seed))
+            self.assertEqual(model.trainable(), m.delta_matrices(model.deltas[-1]))
+            self.assertEqual(model.logits(some_ids(8)).data, said)
+        names = [(p.name, p.rows, p.dim) for p in model.delta_params()]
+        self.assertEqual((names[0], len(names)), (("delta1.embedding.a", 2, 8), 36))
+        self.assertEqual(names[18:21], [("delta2.embedding.a", 2, 8), ("delta2.embedding.b", 20, 2),
+                                        ("delta2.0.qkv.a", 2, 8)])
+        model.freeze()
+        self.assertEqual(model.trainable(), [])
+        self.assertFalse(model.loss([[1, 2, 3]]).needs_grad)
+        model.freeze(False)
+        self.assertEqual(model.trainable(), base)
 
 
 class EveryLayerSpeaksForItself(Case):
     def setUp(self):
-        self.model, self.ids = lively(engine_in_use()), some_ids(8)
-        for seed in (5, 6, 7):
-            self.model.append_delta(2, random.Random(seed))
-            stir(self.model, seed, 0.1)
+        self.model, self.ids = layered(engine_in_use(), (5, 6, 7)), some_ids(8)
+
+    def assert_decodes(self, model):
+        """Assert that a model that is fed one by one says what it says of all at once."""
+        cache, whole = model.new_cache(), model.logits(self.ids)
+        for t, token in enumerate(self.ids):
+            self.assert_near(model.feed(cache, [token]), whole.row(t), 2e-5, (model.layer, t))
+
+    def test_decoding_with_deltas_says_what_they_say_together(self):
+        for make, code in ENGINES:
+            self.assert_decodes(layered(make(code), (5, 6)))
 
     def said(self, number):
         return self.model.with_layer(number).logits(self.ids).data
@@ -323,33 +296,27 @@ class EveryLayerSpeaksForItself(Case):
             voice = self.model.with_layer(number)
             self.assertEqual((voice.layer, voice.deltas, voice.router), (number, [], None))
             self.assert_near(self.said(number), self.naive(number), 1e-4)
-            cache, whole = voice.new_cache(), voice.logits(self.ids)
-            for t, token in enumerate(self.ids):
-                self.assert_near(voice.feed(cache, [token]), whole.row(t), 2e-5, (number, t))
+            self.assert_decodes(voice)
         for number in (-1, 4):
-            with self.assertRaises(ValueError):
-                self.model.with_layer(number)
+            self.assertRaises(ValueError, self.model.with_layer, number)
         before = [self.said(k) for k in range(4)]
         self.model.append_delta(2, random.Random(8))
         stir(self.model, 8, 0.5)
         self.assertEqual([self.said(k) for k in range(4)], before, "one more disturbs nobody")
 
     def test_without_a_router_all_speak_and_with_one_the_layer_that_it_names(self):
-        self.assertFalse(self.model.routed)
-        self.assertIs(self.model.speaker([4, 5]), self.model)
-        asked = []
-        self.model.router = lambda ids: asked.append(list(ids)) or 2
-        self.assertTrue(self.model.routed)
-        self.assertEqual(self.model.layer_after([1]), 2)
-        self.assertIs(self.model.speaker([4, 5]), self.model.with_layer(2))
-        self.assertEqual(asked, [[1], [4, 5]])
-        self.model.router, self.model.deltas = self.fail, []
-        self.assertEqual((self.model.layer_after([1]), self.model.routed), (0, False))
-        self.assertIs(self.model.speaker([1]), self.model)
+        model, router = self.model, mock.Mock(return_value=2)
+        self.assertEqual((model.routed, model.speaker([4, 5])), (False, model))
+        model.router = router
+        self.assertEqual((model.routed, model.layer_after([1])), (True, 2))
+        self.assertIs(model.speaker([4, 5]), model.with_layer(2))
+        model.deltas = []
+        self.assertEqual((model.routed, model.layer_after([1]), model.speaker([1])),
+                         (False, 0, model))
+        self.assertEqual(router.mock_calls, [mock.call([1]), mock.call([4, 5])])
 
     def test_a_speaker_is_kept_until_its_matrices_change_or_another_delta_has_its_number(self):
-        voice = self.model.with_layer(3)
-        self.assertIs(self.model.with_layer(3), voice)
+        self.assertIs(self.model.with_layer(3), self.model.with_layer(3))
         before = list(self.said(3))
         stir(self.model, 9, 0.3)
         self.assertNotEqual(list(self.said(3)), before)
@@ -363,19 +330,17 @@ class EveryLayerSpeaksForItself(Case):
     def test_of_speakers_only_the_newest_are_kept(self):
         with mock.patch.object(m, "KEPT_NUMBERS", 2 * self.model.n_base):
             voices = [self.model.with_layer(number) for number in range(4)]
-            self.assertIs(self.model.with_layer(3), voices[3])
-            self.assertIs(self.model.with_layer(2), voices[2])
-            self.assertIsNot(self.model.with_layer(1), voices[1])
-        self.assertIsNot(self.model.with_layer(3), voices[3])
+            for number, kept in ((3, True), (2, True), (1, False), (3, False)):
+                self.assertEqual(self.model.with_layer(number) is voices[number], kept, number)
         with mock.patch.object(m, "KEPT_NUMBERS", 0):
             self.assertIs(self.model.with_layer(1), self.model.with_layer(1))
 
     def test_only_the_newest_delta_learns_and_it_learns_beside_the_base_alone(self):
-        before, last = [list(self.said(k)) for k in range(3)], list(self.said(3))
+        *before, last = [list(self.said(k)) for k in range(4)]
         self.model.router = self.fail  # whoever learns is not chosen
         learner = self.model.learner()
         self.assert_near(learner.logits(self.ids).data, last, 1e-4)
         self.assertEqual(learner.trainable(), m.delta_matrices(self.model.deltas[-1]))
-        m.train_step(learner, m.Config(beta1=0.9, beta2=0.99), [self.ids], 0.05, 0.0, random.Random(1))
+        m.train_step(learner, m.Config(), [self.ids], 0.05, 0.0, random.Random(1))
         self.assertEqual([list(self.said(k)) for k in range(3)], before)
         self.assertNotEqual(list(self.said(3)), last)

@@ -6,7 +6,7 @@ from array import array
 from unittest import mock
 
 import macrogpt as m
-from support import compiled_engine
+from support import Case, compiled_engine
 
 LN2 = math.log(2.0)
 # exp(logit - max) = 8, 4, 2, 1, 1 over 8: the probabilities are 1/2, 1/4, 1/8, 1/16, 1/16.
@@ -18,10 +18,9 @@ def ids(c):
 
 
 def random_candidates(rng):
-    size = rng.randint(1, 40)
     grid = rng.random() < 0.5  # half the cases are full of equal logits
-    values = [float(rng.randint(-2, 2)) if grid else rng.gauss(0.0, 3.0) for _ in range(size)]
-    return m.candidates_of(values)
+    return m.candidates_of([float(rng.randint(-2, 2)) if grid else rng.gauss(0.0, 3.0)
+                            for _ in range(rng.randint(1, 40))])
 
 
 def naive_dry_penalties(history, multiplier, base, allowed_length):
@@ -37,14 +36,14 @@ def naive_dry_penalties(history, multiplier, base, allowed_length):
 
 
 class FiltersTest(unittest.TestCase):
-    def test_they_fall_by_logit_and_ties_rise_by_id(self):
-        got = m.candidates_of(array("f", [1.0, 3.0, 1.0, 3.0, 2.0]))
-        self.assertEqual(got, [(3.0, 1), (3.0, 3), (2.0, 4), (1.0, 0), (1.0, 2)])
-
-    def test_nan_and_minus_infinity_are_dropped_and_plus_infinity_is_certainty(self):
-        self.assertEqual(ids(m.candidates_of([math.nan, 1.0, -math.inf, 2.0, 3.0])), [4, 3, 1])
-        self.assertEqual(m.candidates_of([5.0, math.inf, math.nan, math.inf]), [(0.0, 1), (0.0, 3)])
-        for logits in ([], [math.nan, -math.inf]):
+    def test_they_fall_by_logit_without_nan_or_minus_infinity_and_infinity_is_certainty(self):
+        nan, inf = math.nan, math.inf
+        for logits, wanted in (
+                ([1.0, 3.0, 1.0, 3.0, 2.0], [(3.0, 1), (3.0, 3), (2.0, 4), (1.0, 0), (1.0, 2)]),
+                ([nan, 1.0, -inf, 2.0, 3.0], [(3.0, 4), (2.0, 3), (1.0, 1)]),
+                ([5.0, inf, nan, inf], [(0.0, 1), (0.0, 3)])):
+            self.assertEqual(m.candidates_of(array("f", logits)), wanted)
+        for logits in ([], [nan, -inf]):
             with self.assertRaisesRegex(ValueError, f"all {len(logits)} logits"):
                 m.candidates_of(logits)
 
@@ -110,8 +109,7 @@ class FiltersTest(unittest.TestCase):
             self.assertEqual(m.penalise_repetition(c, history, *settings), want)
 
     def test_it_charges_what_would_prolong_a_repetition_just_as_its_naive_twin_does(self):
-        rng = random.Random(11)
-        punished = 0
+        rng, punished = random.Random(11), 0
         for _ in range(300):
             width = rng.randint(1, 4)
             history = [rng.randrange(width) for _ in range(rng.randint(0, 40))]
@@ -135,48 +133,37 @@ class FiltersTest(unittest.TestCase):
         self.assertTrue(math.isfinite(got[1][0]))
 
 
-class ChainTest(unittest.TestCase):
-    def test_every_filter_is_pure_keeps_order_and_never_empties(self):
+class ChainTest(Case):
+    def test_the_chain_is_its_filters_each_of_which_is_pure_keeps_order_and_never_empties(self):
         rng = random.Random(5)
         pick = rng.choice
-        for _ in range(200):
-            c, history = random_candidates(rng), rng.choices(range(45), k=rng.randint(0, 30))
-            before = list(c)
-            for name, *given in (
-                    ("temper", pick([0.0, 0.3, 1.0, 4.0])), ("keep_top_k", rng.randint(-1, 50)),
-                    ("keep_top_p", pick([0.0, 0.5, 0.9, 1.0])),
-                    ("keep_min_p", pick([0.0, 0.05, 0.5, 1.0, 3.0])),
-                    ("keep_typical", pick([0.0, 0.2, 0.9, 1.0])),
-                    ("keep_top_n_sigma", pick([0.0, 0.01, 1.0])),
-                    ("exclude_top_choices", pick([0.0, 0.5, 1.0]), pick([0.0, 0.1, 0.6]), rng),
-                    ("penalise_repetition", history, pick([0.5, 1.0, 1.3]), rng.randint(-1, 30),
-                     pick([0.0, 0.7]), pick([0.0, 0.2])),
-                    ("penalise_dry", history, pick([0.0, 1.0]), 1.75, rng.randint(1, 3),
-                     rng.randint(-1, 30))):
-                got = getattr(m, name)(c, *given)
-                self.assertEqual(c, before, name)
-                self.assertTrue(got, name)
-                self.assertEqual(got, sorted(got, key=lambda p: (-p[0], p[1])), name)
-                self.assertLessEqual(set(ids(got)), set(ids(c)), name)
-                if name.startswith("penalise"):
-                    self.assertEqual(sorted(ids(got)), sorted(ids(c)), name)
-                elif name.startswith("keep"):
-                    self.assertLessEqual(set(got), set(c), name)
-
-    def test_the_chain_is_its_filters_in_the_usual_order_with_the_settings_of_the_config(self):
-        rng = random.Random(7)
-        s = m.Config(repeat_penalty=1.1, repeat_last_n=20, presence_penalty=0.2,
-                     frequency_penalty=0.1, dry_multiplier=0.7, dry_base=1.5, dry_last_n=25,
-                     dry_allowed_length=2, top_n_sigma=2.0, top_k=30, typical_p=0.95, top_p=0.9,
-                     min_p=0.06, xtc_probability=0.5, xtc_threshold=0.2, temperature=0.85)
-        for case in range(60):
-            c, history = random_candidates(rng), [rng.randrange(6) for _ in range(30)]
-            want = m.penalise_repetition(c, history, 1.1, 20, 0.2, 0.1)
-            want = m.penalise_dry(want, history, 0.7, 1.5, 2, 25)
-            want = m.keep_top_k(m.keep_top_n_sigma(want, 2.0), 30)
-            want = m.keep_min_p(m.keep_top_p(m.keep_typical(want, 0.95), 0.9), 0.06)
-            want = m.temper(m.exclude_top_choices(want, 0.5, 0.2, random.Random(case)), 0.85)
-            self.assertEqual(m.apply_samplers(c, history, s, random.Random(case)), want)
+        for case in range(400):
+            s = m.Config(
+                repeat_penalty=pick((0.5, 1.0, 1.3)), repeat_last_n=rng.randint(0, 30),
+                presence_penalty=pick((0.0, 0.7)), frequency_penalty=pick((0.0, 0.2)),
+                dry_multiplier=pick((0.0, 1.0)), dry_base=pick((1.5, 1.75)),
+                dry_allowed_length=rng.randint(1, 3), dry_last_n=rng.randint(-1, 30),
+                top_n_sigma=pick((0.0, 0.01, 1.0)), top_k=pick((0, 0, 7, 30)),
+                typical_p=pick((0.0, 0.9, 1.0)), top_p=pick((0.0, 0.5, 0.9, 1.0)),
+                min_p=pick((0.0, 0.05, 0.5, 1.0)), xtc_probability=pick((0.0, 0.5, 1.0)),
+                xtc_threshold=pick((0.0, 0.1, 0.4)), temperature=pick((0.0, 0.3, 1.0, 4.0)))
+            start, history = random_candidates(rng), rng.choices(range(9), k=rng.randint(0, 30))
+            c, die = start, random.Random(case)
+            for step, *given in (
+                    (m.penalise_repetition, history, s.repeat_penalty, s.repeat_last_n,
+                     s.presence_penalty, s.frequency_penalty),
+                    (m.penalise_dry, history, s.dry_multiplier, s.dry_base, s.dry_allowed_length,
+                     s.dry_last_n),
+                    (m.keep_top_n_sigma, s.top_n_sigma), (m.keep_top_k, s.top_k),
+                    (m.keep_typical, s.typical_p), (m.keep_top_p, s.top_p), (m.keep_min_p, s.min_p),
+                    (m.exclude_top_choices, s.xtc_probability, s.xtc_threshold, die),
+                    (m.temper, s.temperature)):
+                taken, before = c, c[:]
+                c = step(taken, *given)
+                self.assertEqual(taken, before, step)
+                self.assertTrue(c and set(ids(c)) <= set(ids(taken)), step)
+                self.assertEqual(c, sorted(c, key=lambda p: (-p[0], p[1])), step)
+            self.assertEqual(m.apply_samplers(start, history, s, random.Random(case)), c)
 
     def test_the_order_of_the_chain_is_the_owners(self):
         # Top-k 1 first keeps id 0 whatever it costs; penalties first put id 1 before it (4/2 < 3).
@@ -189,9 +176,8 @@ class ChainTest(unittest.TestCase):
 
     def test_an_unknown_sampler_is_a_config_error_of_one_line(self):
         for order in ("top_k,topp", "nonsense", "Temperature"):
-            with self.assertRaises(m.ConfigError) as caught:
-                m.chain_of(m.Config(samplers=order))
-            self.assertRegex(str(caught.exception), f"{order}.*penalties, dry, .*temperature$")
+            self.refused(m.ConfigError, lambda s=m.Config(samplers=order): m.chain_of(s),
+                         order, "penalties, dry, ", "temperature")
 
 
 class DrawTest(unittest.TestCase):
@@ -199,24 +185,21 @@ class DrawTest(unittest.TestCase):
         # Halves: slices [0, 1/2), [1/2, 3/4), [3/4, 7/8), [7/8, 15/16), [15/16, 1).
         for value, token in ((0.0, 4), (0.49, 4), (0.51, 0), (0.74, 0), (0.76, 2), (0.87, 2),
                              (0.88, 1), (0.93, 1), (0.94, 3), (1.0 - 2.0 ** -53, 3)):
-            rng = mock.Mock()
-            rng.random.side_effect = [value]
+            rng = mock.Mock(**{"random.return_value": value})
             self.assertEqual(m.draw(HALVES, rng), token)
+            rng.random.assert_called_once_with()
 
     def test_one_number_draws_a_token_and_the_same_seed_draws_the_same(self):
-        logits = [random.Random(8).gauss(0.0, 1.0) for _ in range(50)]
-
         def reply(seed, config):
             rng, twin, history = random.Random(seed), random.Random(seed), array("i", [1, 2])
             for _ in range(40):
-                history.append(m.draw_token(logits, history, config, rng))
+                history.append(m.draw_token([0.1 * i for i in range(50)], history, config, rng))
                 twin.random()
             self.assertEqual(rng.getstate(), twin.getstate())
             return history
-        hot, single = m.Config(temperature=2.0), m.Config(top_k=1)
-        self.assertEqual(reply(1, hot), reply(1, hot))
-        self.assertNotEqual(reply(1, hot), reply(2, hot))
-        self.assertEqual(reply(1, single), reply(2, single))
+        for config, differ in ((m.Config(temperature=2.0), True), (m.Config(top_k=1), False)):
+            self.assertEqual(reply(1, config), reply(1, config))
+            self.assertEqual(reply(1, config) != reply(2, config), differ)
 
     def test_penalties_see_prompt_and_reply(self):
         # Presence 10 sinks each id once seen: the prompt holds 0, so 1, 2, 3 follow, then 0 again.
