@@ -31,7 +31,7 @@ PATIENCE_SECONDS = 20.0  # for what is to happen soon: a machine may be busy
 # Where kernels are compiled to, once for all tests; the home of each test is its own.
 CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
 
-# What is started in the background of a script ignores Ctrl+C, and so would what we start from here.
+# What is started in the background of a script ignores Ctrl+C, and so would what is started here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -182,6 +182,12 @@ class Case(unittest.TestCase):
         for i, (a, b) in enumerate(zip(found, expected)):
             self.assertTrue(abs(a - b) <= tolerance, f"{hint}: number {i} is {a!r}, not {b!r}")
 
+    def patch(self, *what):
+        """Do what mock.patch.object does, until the end of the test."""
+        made = mock.patch.object(*what)
+        made.start()
+        self.addCleanup(made.stop)
+
     def until(self, condition):
         """Wait for a condition; fail when it does not come."""
         end = time.monotonic() + PATIENCE_SECONDS
@@ -193,13 +199,15 @@ class Case(unittest.TestCase):
 class Folder(Case):
     """A test case with a temporary folder that holds a small corpus, gone after each test."""
 
+    TEXT = CORPUS
+
     def setUp(self):
         super().setUp()
         place = tempfile.TemporaryDirectory(dir=IN_MEMORY)
         self.addCleanup(place.cleanup)
         self.folder = os.path.realpath(place.name)
         self.corpus, self.db = self.path("nonames.txt"), self.path("memory.sqlite3")
-        self.write("nonames.txt", CORPUS)
+        self.write("nonames.txt", self.TEXT)
 
     def path(self, *parts):
         """Return the path of something in the folder."""
@@ -273,9 +281,9 @@ class Folder(Case):
         for sign in signs:
             self.assertIn(sign, said)
 
-    def start_here(self, *args, **options):
+    def start_here(self, *args, cwd=None, **options):
         """Start the program, tiny, in the folder; it is killed after the test at the latest."""
-        process = start_macrogpt(*TINY, *args, cwd=self.folder, **options)
+        process = start_macrogpt(*TINY, *args, cwd=cwd or self.folder, **options)
 
         def end():
             if process.poll() is None:

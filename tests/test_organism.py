@@ -18,7 +18,7 @@ import time
 from unittest import mock
 
 import macrogpt as m
-from support import Folder, engine_in_use, run_inside, start_macrogpt
+from support import Folder, engine_in_use, run_inside
 
 TINY = ("n_layer=1", "n_embd=8", "n_head=1", "block_size=24", "warmup_steps=12", "eval_steps=4",
         "micro_steps=3", "batch_size=2", "delta_rank=2", "burst_passes=1", "mix_passes=1",
@@ -98,15 +98,21 @@ class ChildHere:
 class Reader(Folder):
     """A test-case mixin: a folder with a corpus, and tiny organisms that live in it."""
 
-    def setUp(self):
-        super().setUp()
-        self.write("nonames.txt", LINES)
+    TEXT = LINES
 
     def organism(self, *more):
         config = m.Config().replace([*TINY, f"corpus_path={self.corpus}", f"db_path={self.db}",
                                      *more])
         being = m.Organism(config, self.kept(config.db_path), engine_in_use())
         self.addCleanup(being.sleep)
+        return being
+
+    def begun(self):
+        """Return one in the midst of a long birth."""
+        being = self.organism(*LONG)
+        being.awake()
+        being.learn_now()
+        self.until(lambda: being.growth.step > 2)
         return being
 
 
@@ -121,11 +127,6 @@ class Home(Reader):
             self.children.append(ChildHere(self))
             return self.children[-1]
         self.patch(asyncio, "create_subprocess_exec", create)
-
-    def patch(self, *what):
-        made = mock.patch.object(*what)
-        made.start()
-        self.addCleanup(made.stop)
 
     def grown(self, *more):
         being = self.organism(*more)
@@ -289,17 +290,10 @@ class Life(Home):
 
 
 class Failing(Home):
-    def in_birth(self):
-        being = self.organism(*LONG)
-        being.awake()
-        being.learn_now()
-        self.until(lambda: being.growth.step > 2)
-        return being
-
     def test_an_unexpected_exception_of_trainer_or_watcher_ends_every_wait_and_it_speaks_on(self):
         for where, name in (("trainer", "_send_text"), ("watcher", "take_in")):
             self.db = self.path(f"{name}.db")
-            being = self.in_birth()
+            being = self.begun()
             with mock.patch.object(getattr(being, where), name,
                                    side_effect=RuntimeError("a wire is loose")):
                 self.append(QUARTZ)
@@ -323,7 +317,7 @@ class Failing(Home):
         self.assertEqual(self.events(being)[-1], "failed")
 
     def test_a_child_that_says_why_it_failed_is_quoted(self):
-        being = self.in_birth()
+        being = self.begun()
         self.children[-1].send("failed", error="MemoryError: no room")
         self.until(lambda: any("no room" in notice for notice in being.notices))
 
@@ -478,10 +472,8 @@ class Rebirth(Home):
         self.assertEqual(being.memory.to_unlearn(), [])
 
     def test_a_generation_that_reads_worse_is_given_up_told_and_not_tried_again_at_once(self):
-        being = self.organism(*self.EAGER[:2], "rebirth_bound=0", "gate_bound=9",
-                              "held_out_share=0.3")
-        being.awake()
-        self.learn(being)
+        being = self.grown(*self.EAGER[:2], "rebirth_bound=0", "gate_bound=9",
+                           "held_out_share=0.3")
         self.patch(m, "fit_to_live", lambda new, old: {"probe": "0", "before": 1.0, "now": 2.0})
         self.append(self.MANY)
         self.until(lambda: "rebirth given up" in self.events(being))
@@ -593,11 +585,10 @@ class Processes(Reader):
 
     def kill_when(self, condition, *settings):
         """Start to train in a process, and kill it once a condition holds."""
-        with start_macrogpt(*self.words(("train",), settings), cwd=self.folder) as process:
-            try:
-                self.until(condition)
-            finally:
-                process.kill()
+        process = self.start_here(*self.words(("train",), settings))
+        self.until(condition)
+        process.kill()
+        process.wait()
 
     def test_killed_in_its_birth_or_while_the_next_generation_grows_up_it_goes_on(self):
         self.kill_when(lambda: self.setting("growth").get("step", 0) > 2, *LONG)
@@ -616,9 +607,7 @@ class Processes(Reader):
         self.assertEqual(list(self.kept(writable=False).faults()), [])
 
     def test_a_real_child_that_is_killed_is_started_again_and_one_that_rests_goes_on(self):
-        being = self.organism(*LONG)
-        being.awake()
-        self.until(lambda: being.growth.step > 2)
+        being = self.begun()
         pieces = being.reply("What is the sea?")
         next(pieces)
         time.sleep(0.3)  # what was on its way arrives
@@ -661,20 +650,14 @@ class Processes(Reader):
         os.mkdir(folder)
         corpus = self.write(os.path.join(name, "nonames.txt"), text)
         for part in parts:
-            with start_macrogpt(*self.words(["--wait-trained"], settings), cwd=folder,
-                                stderr=subprocess.DEVNULL, text=True,
-                                env={"PYTHONHASHSEED": hash_seed}) as chat:
-                watch = threading.Timer(90.0, chat.kill)
-                watch.start()
-                for words in part:
-                    if words.startswith("edit "):
-                        text += "\n" + words[5:] + "\n"
-                        os.replace(self.write(os.path.join(name, "new.txt"), text), corpus)
-                        continue
-                    chat.stdin.write(words + "\n")
-                    chat.stdin.flush()
-                    self.assertTrue(chat.stdout.readline())
-                chat.stdin.close()
-                self.assertEqual(chat.wait(), 0)
-                watch.cancel()
+            chat = self.start_here(*self.words(["--wait-trained"], settings), cwd=folder,
+                                   stderr=subprocess.DEVNULL, env={"PYTHONHASHSEED": hash_seed})
+            for words in part:
+                if words.startswith("edit "):
+                    text += "\n" + words[5:] + "\n"
+                    os.replace(self.write(os.path.join(name, "new.txt"), text), corpus)
+                else:
+                    self.assertTrue(self.answer(chat, words.encode()))
+            chat.communicate(timeout=90.0)
+            self.assertEqual(chat.returncode, 0)
         return os.path.join(folder, "memory.sqlite3")
