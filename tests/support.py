@@ -119,13 +119,6 @@ def run_inside(*args, stdin=b"", env=None, cwd):
     return subprocess.CompletedProcess(words, code, *(s.buffer.getvalue() for s in streams[1:]))
 
 
-def start_macrogpt(*args, env=None, cwd=None, **options):
-    """Start the program and return the Popen, with pipes on all three streams unless told."""
-    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
-    return subprocess.Popen(command(args, cwd), env=environment(cwd, env), cwd=cwd,
-                            **{**pipes, **options})
-
-
 def compiled_engine():
     """Return the engine of compiled kernels; skip the test, or its class, where there is none."""
     try:
@@ -281,18 +274,16 @@ class Folder(Case):
         for sign in signs:
             self.assertIn(sign, said)
 
-    def start_here(self, *args, cwd=None, **options):
-        """Start the program, tiny, in the folder; it is killed after the test at the latest."""
-        process = start_macrogpt(*TINY, *args, cwd=cwd or self.folder, **options)
+    def start_here(self, *args, cwd=None, env=None, **options):
+        """Start the program, tiny, with pipes unless told; it is killed after the test."""
+        cwd = cwd or self.folder
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        process = subprocess.Popen(command([*TINY, *args], cwd), env=environment(cwd, env), cwd=cwd,
+                                   **{**pipes, **options})
 
         def end():
-            if process.poll() is None:
+            with contextlib.suppress(OSError), process:  # what was still in a closed pipe's buffer
                 process.kill()
-            process.wait()
-            for stream in (process.stdin, process.stdout, process.stderr):
-                if stream is not None:
-                    with contextlib.suppress(OSError):  # what was still in a closed pipe's buffer
-                        stream.close()
         self.addCleanup(end)
         return process
 

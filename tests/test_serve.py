@@ -485,8 +485,8 @@ class Browser:
             self.do("Browser.close")
             self.process.wait(PATIENCE_SECONDS)
         finally:
-            self.process.kill()
-            self.process.wait()
+            with self.process:
+                self.process.kill()
         self.to.close()
         os.close(self.back)
 
