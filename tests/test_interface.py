@@ -211,16 +211,19 @@ class Reports(Folder):
 
 
 class Piped(Folder):
-    def test_a_chat_goes_on_where_the_last_one_was_and_a_new_session_may_be_named(self):
+    def test_a_chat_goes_on_where_the_last_one_was_in_a_session_made_renamed_or_deleted(self):
         self.assertEqual(self.chat("Who are you?", "/new boats", "/new boats", "/session"), [
             "I am a small lantern in a big house.", "session boats",
             "there is a session 'boats' already; /session boats goes on with it", "session boats"])
         self.assertEqual(self.chat("/session", "/session ma"), ["session boats", "session main"])
-        self.chat("/session boats", "hello")
+        self.chat("/session boats", "My oar is red.")
         self.good("sessions", "rename", "boats", "ships")
         self.assertEqual(self.chat("/session"), ["session ships"])
+        self.assertEqual(self.run_here("sessions", "show", "boats").returncode, 2)
         self.good("sessions", "delete", "ships")
         self.assertEqual(self.chat("/session"), ["session main"])
+        self.assertEqual([each["name"] for each in self.report("sessions")["sessions"]], ["main"])
+        self.assertIn("My oar is red.", self.good("memory", "list"))
 
     def test_each_line_gives_exactly_one_line_in_order_whatever_it_is(self):
         said = self.chat("Who are you?", "", "What do you eat?", "   ", "zzz?",
@@ -341,18 +344,13 @@ class Piped(Folder):
             self.assertIn(b"left out: top_p=7.0", told)
             self.assertIn(b"cannot be written", told)
 
-    def test_two_slashes_say_one_and_a_talk_is_shown_saved_renamed_and_deleted(self):
+    def test_two_slashes_say_one_and_a_talk_is_shown_and_saved(self):
         done = self.run_here("--no-train", "--session", "one", stdin=b"//tmp is full\n/again\n"
                              b"/save talk.txt\n/save talk.txt\n")
         self.assertEqual(len(done.stdout.splitlines()), 4)
         self.assertIn(b"name a new file", done.stderr)
         self.assertIn("you: /tmp is full", m.read_text(self.path("talk.txt")))
         self.assertIn("you: /tmp is full", self.good("sessions", "show", "one"))
-        self.good("sessions", "rename", "one", "two")
-        self.assertEqual(self.run_here("sessions", "show", "one").returncode, 2)
-        self.good("sessions", "delete", "two")
-        self.assertEqual(self.report("sessions")["sessions"], [])
-        self.assertIn("/tmp is full", self.good("memory", "list"))
 
     def test_ask_answers_from_what_is_piped_into_it_and_keeps_nothing_of_that(self):
         lines = [b"Shopping is on Friday.\n", b"The gate code is 4711.\n"]
