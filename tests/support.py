@@ -43,11 +43,18 @@ def _unconnected(event, args):
 
 sys.addaudithook(_unconnected)
 
+
+
+def set_words(*assignments):
+    """Return the words that make settings."""
+    return [word for assignment in assignments for word in ("--set", assignment)]
+
+
 # The smallest organism worth a process: a warm-up of six steps takes a fraction of a second.
-TINY = tuple(word for setting in (
+TINY = set_words(
     "n_layer=1", "n_embd=16", "n_head=2", "block_size=24", "warmup_steps=6", "micro_steps=3",
     "eval_steps=3", "eval_chars=200", "batch_size=2", "delta_rank=2", "max_gen_tokens=8",
-    "tick_seconds=0.05") for word in ("--set", setting))
+    "tick_seconds=0.05")
 
 # Where temporary folders are: in memory where they can be, for half the time of a test is fsync.
 IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -192,7 +199,7 @@ class Case(unittest.TestCase):
 class Folder(Case):
     """A test case with a temporary folder that holds a small corpus, gone after each test."""
 
-    TEXT = CORPUS
+    TEXT, TINY = CORPUS, TINY
 
     def setUp(self):
         super().setUp()
@@ -244,7 +251,7 @@ class Folder(Case):
     def run_here(self, *args, apart=False, **options):
         """Run the program, tiny, in the folder: within this process, or apart in one of its own."""
         run = run_macrogpt if apart else run_inside
-        return run(*args, *TINY, cwd=self.folder, **options)
+        return run(*self.TINY, *args, cwd=self.folder, **options)
 
     def good(self, *args, **options):
         """Return the stdout of a tiny run that must end with 0."""
@@ -278,8 +285,8 @@ class Folder(Case):
         """Start the program, tiny, with pipes unless told; it is killed after the test."""
         cwd = cwd or self.folder
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        process = subprocess.Popen(command([*TINY, *args], cwd), env=environment(cwd, env), cwd=cwd,
-                                   **{**pipes, **options})
+        process = subprocess.Popen(command([*self.TINY, *args], cwd), cwd=cwd,
+                                   env=environment(cwd, env), **{**pipes, **options})
 
         def end():
             with contextlib.suppress(OSError), process:  # what was still in a closed pipe's buffer

@@ -504,34 +504,25 @@ class Returning(GraduationCase):
         self.assertEqual(m.Growth.of(memory.setting("growth")).generation, 1)
         self.good("--no-train", "ask", "Who are you?")
 
-    def test_what_reads_a_probe_worse_is_refused_and_changes_nothing(self):
-        memory = self.kept(writable=False)
-        before = memory.setting("growth"), memory.layer("base").data
-        with mock.patch.object(m, "fit_to_live", return_value={
-                "probe": "0", "before": 2.5, "now": 3.25}):
-            self.mistake(1, "import", self.path("hf"), signs=("probe 0", "3.250", "2.500"))
-        memory = self.kept(writable=False)
-        self.assertEqual((memory.setting("growth"), memory.layer("base").data), before)
-        self.assertIsNone(memory.setting("rebirth"))
+    def test_what_reads_a_probe_worse_or_not_at_all_or_comes_too_late_changes_nothing(self):
+        def state():
+            memory = self.kept(writable=False)
+            return (memory.layer("base").data, memory.setting("rebirth"),
+                    {**memory.setting("growth"), "step": 0})
+        new_generation, before = m.new_generation, state()
 
-    def test_what_reads_nothing_at_all_or_comes_too_late_is_refused(self):
-        organism = mock.Mock(growth=m.Growth(phase="grown"))
-        organism.memory.lost_layers.return_value = None, []
-        organism.memory.training_index.return_value = ()
-        organism.memory.entries_by_id.return_value = ()
-        learner = mock.Mock(texts={}, growth=m.Growth(probes={"0": math.nan}))
-        learner.probe_losses.return_value = {"0": 2.0}
-        organism.trainer.holding.return_value = mock.MagicMock()
-        make = mock.Mock(return_value=learner)
-        with mock.patch.multiple(m, Learner=make, new_generation=make):
-            self.refusal(lambda: m.import_weights(organism, self.path("hf")), "probe 0", "nan")
-        organism.trainer.take_over.assert_not_called()
-        memory = self.kept()
-        trainer = m.Trainer(m.Config, memory, print, print)
-        learner.snapshot.return_value = m.Growth(generation=2), {}
-        with self.assertRaisesRegex(m.TrainerError, "meanwhile"), trainer.holding():
+        def overtaken(live, folder, memory):
             memory.set_setting("growth", {**memory.setting("growth"), "step": 99})
-            trainer.take_over(learner, [])
+            return new_generation(live, folder, memory)
+        worse = {"probe": "0", "before": 2.5, "now": 3.25}
+        for changes, *signs in (
+                ({"fit_to_live": lambda *_: worse}, "probe 0", "3.250", "2.500"),
+                ({"fit_to_live": lambda *_: None, "bits_per_character": lambda *_: math.nan},
+                 "probe 0", "inf"),
+                ({"new_generation": overtaken}, "meanwhile")):
+            with mock.patch.multiple(m, **changes):
+                self.mistake(1, "import", self.path("hf"), signs=signs)
+            self.assertEqual(state(), before)
 
     def test_a_pickle_is_never_opened_and_other_things_are_refused(self):
         for name in ("model.bin", "x.pt", "x.pth", "x.ckpt"):

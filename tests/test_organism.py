@@ -7,7 +7,6 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import io
-import json
 import os
 import re
 import signal
@@ -18,7 +17,7 @@ import time
 from unittest import mock
 
 import macrogpt as m
-from support import Folder, engine_in_use, run_inside
+from support import Folder, engine_in_use, set_words
 
 TINY = ("n_layer=1", "n_embd=8", "n_head=1", "block_size=24", "warmup_steps=12", "eval_steps=4",
         "micro_steps=3", "batch_size=2", "delta_rank=2", "burst_passes=1", "mix_passes=1",
@@ -575,17 +574,11 @@ class Unlearning(Home):
 class Processes(Reader):
     """The program as its owner runs it; what is killed is a process of its own."""
 
-    def words(self, words, settings):
-        return (*words, *(part for setting in (*TINY, *settings) for part in ("--set", setting)))
-
-    def trained(self, *settings):
-        done = run_inside(*self.words(("--json", "train"), settings), cwd=self.folder)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        return json.loads(done.stdout)
+    TINY = set_words(*TINY)
 
     def kill_when(self, condition, *settings):
         """Start to train in a process, and kill it once a condition holds."""
-        process = self.start_here(*self.words(("train",), settings))
+        process = self.start_here("train", *set_words(*settings))
         self.until(condition)
         process.kill()
         process.wait()
@@ -593,15 +586,15 @@ class Processes(Reader):
     def test_killed_in_its_birth_or_while_the_next_generation_grows_up_it_goes_on(self):
         self.kill_when(lambda: self.setting("growth").get("step", 0) > 2, *LONG)
         step = self.setting("growth")["step"]
-        self.assertGreater(self.trained()["step"], step)
+        self.assertGreater(self.report("train")["step"], step)
         step = self.setting("growth")["step"]
         self.kill_when(lambda: self.setting("rebirth").get("growth", {}).get("warmup_step", 0) > 5,
                        *LONG, "n_embd=16")
         came = self.setting("rebirth")["growth"]["warmup_step"]
         self.assertEqual(self.setting("growth")["step"], step)
         self.assertEqual(self.setting("shape")["n_embd"], 8)
-        self.trained("n_embd=16", f"warmup_steps={came + 20}", "warmup_epochs=9999",
-                     "rebirth_bound=9")
+        self.good("train", *set_words("n_embd=16", f"warmup_steps={came + 20}",
+                                      "warmup_epochs=9999", "rebirth_bound=9"))
         growth = self.setting("growth")
         self.assertEqual((growth["generation"], growth["warmup_step"]), (2, came + 20))
         self.assertEqual(list(self.kept(writable=False).faults()), [])
@@ -643,14 +636,15 @@ class Processes(Reader):
 
     def life(self, name, parts, hash_seed):
         """Live a life, started anew for each part of the talk; return its memory's path."""
-        settings = ("threads=1", "max_merges=20", "burst_passes=6", "mix_passes=2",
-                    "min_new_chars_to_train=1", "min_merge_chars=300", "delta_seal_chars=60",
-                    "held_out_share=0.3", "dropout=0.1", "rebirth_chars=600", "rebirth_bound=9")
+        settings = set_words(
+            "threads=1", "max_merges=20", "burst_passes=6", "mix_passes=2", "rebirth_bound=9",
+            "min_new_chars_to_train=1", "min_merge_chars=300", "delta_seal_chars=60",
+            "held_out_share=0.3", "dropout=0.1", "rebirth_chars=600")
         folder, text = self.path(name), LINES
         os.mkdir(folder)
         corpus = self.write(os.path.join(name, "nonames.txt"), text)
         for part in parts:
-            chat = self.start_here(*self.words(["--wait-trained"], settings), cwd=folder,
+            chat = self.start_here("--wait-trained", *settings, cwd=folder,
                                    stderr=subprocess.DEVNULL, env={"PYTHONHASHSEED": hash_seed})
             for words in part:
                 if words.startswith("edit "):
