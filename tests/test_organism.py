@@ -17,28 +17,14 @@ import time
 from unittest import mock
 
 import macrogpt as m
-from support import Folder, engine_in_use, set_words
+from support import CORPUS, Folder, engine_in_use, set_words
 
 TINY = ("n_layer=1", "n_embd=8", "n_head=1", "block_size=24", "warmup_steps=12", "eval_steps=4",
         "micro_steps=3", "batch_size=2", "delta_rank=2", "burst_passes=1", "mix_passes=1",
         "eval_chars=300", "min_merge_chars=1000000", "tick_seconds=0.05", "commit_seconds=0.1",
         "unlearn_seconds=0", "max_gen_tokens=8")
 LONG = ("warmup_steps=100000", "warmup_epochs=100000", "patience=100000")
-LINES = """H: Hello there.
-A: Hello, and welcome.
-
-H: What is the sea?
-A: The sea is wide and blue.
-
-H: Do you like rain?
-A: I have never felt the rain.
-
-The garden is green in spring.
-A bird sits in the old tree.
-
-H: Where is the river?
-A: The river is behind the hill.
-"""
+ASKED, KNOWN = "Where does the heron sleep?", "The heron sleeps beside the mill pond."
 QUARTZ = "The quartz lamp stands in the window."
 SECRET = "Quartz wolves hum zigzag jokes."
 
@@ -96,8 +82,6 @@ class ChildHere:
 
 class Reader(Folder):
     """A test-case mixin: a folder with a corpus, and tiny organisms that live in it."""
-
-    TEXT = LINES
 
     def organism(self, *more):
         config = m.Config().replace([*TINY, f"corpus_path={self.corpus}", f"db_path={self.db}",
@@ -188,9 +172,9 @@ class Life(Home):
 
     def test_lines_that_a_rename_took_leave_the_memory_and_a_vanished_corpus_takes_nothing(self):
         being = self.grown()
-        self.rewrite(LINES.replace("A bird sits in the old tree.", "A cat lies on the wall."))
+        self.rewrite(CORPUS.replace("The ferry leaves at seven.", "A cat lies on the wall."))
         self.until(lambda: being.memory.entries("text LIKE '%cat lies%'"))
-        self.assertFalse(being.memory.entries("text LIKE '%bird sits%'"))
+        self.assertFalse(being.memory.entries("text LIKE '%ferry leaves%'"))
         count = being.memory.entry_count()
         os.unlink(self.corpus)
         time.sleep(0.12)
@@ -259,7 +243,7 @@ class Life(Home):
         being, fast = self.organism(), mock.Mock(is_fast=True)
         being.speaker.engine = slow = m.interpreted_engine()
         with mock.patch.object(m, "choose_engine", return_value=fast):
-            pieces = being.reply("What is the sea?")
+            pieces = being.reply(ASKED)
             next(pieces, "")
             being.trainer._on_ready(notices=[], engine="native")
             self.assertIs(being.speaker._kept[1].model.engine, slow)
@@ -302,7 +286,7 @@ class Failing(Home):
                 being.wait_rest()
             self.assertIs(being.trainer.phase, m.Phase.FAILED)
             self.assertTrue(any("a wire" in notice for notice in being.notices))
-            self.assertEqual(self.say(being, "What is the sea?"), "The sea is wide and blue.")
+            self.assertEqual(self.say(being, ASKED), KNOWN)
 
     def test_several_deaths_without_a_step_between_are_the_end_and_are_told(self):
         self.assertEqual(m.MOST_DEATHS, 5)
@@ -341,7 +325,7 @@ class NothingIsReset(Home):
         """Return a newborn that is held in the midst of its birth, after a commit."""
         being = self.organism("warmup_steps=40", *more)
         self.say(being, SECRET)
-        self.say(being, "What is the sea?")
+        self.say(being, ASKED)
         being.awake()
         self.held_in(lambda child: child.job.done_steps >= 20)
         return being
@@ -351,7 +335,7 @@ class NothingIsReset(Home):
         self.assertFalse(being.memory.entries("source = 'approved'"))
         self.assertTrue(being.judge(True))
         [approved] = being.memory.entries("source = 'approved'")
-        self.assertTrue(approved.text.startswith("H: What is the sea?\nA: I do not know that"))
+        self.assertTrue(approved.text.startswith(f"H: {ASKED}\nA: I do not know that"))
         self.until(lambda: any(t.source == "approved" for t in
                                self.children[-1].child.learner.texts.values()))
         self.assertTrue(being.judge(False))
@@ -368,7 +352,7 @@ class NothingIsReset(Home):
         self.assertFalse([text for text in trained if SECRET in text])
 
     # large enough for its loss to be waited over
-    MANY = LINES + "".join(f"\nThe stone {i} lies on the path.\n" for i in range(60))
+    MANY = CORPUS + "".join(f"\nThe stone {i} lies on the path.\n" for i in range(60))
 
     def test_a_corpus_that_is_empty_for_a_while_or_another_for_a_while(self):
         self.rewrite(self.MANY)
@@ -389,8 +373,8 @@ class NothingIsReset(Home):
         being = self.grown("loss_seconds=0", "unlearn_seconds=60")
         being.sleep()
         layers = {e.key: e.layer for e in being.memory.entries()}
-        for text, count in ((LINES[-60:], 2), (self.MANY, len(layers)),
-                            (self.MANY.replace("spring.\n", "spring.\n\n"), len(layers) + 1)):
+        for text, count in ((CORPUS[-60:], 2), (self.MANY, len(layers)),
+                            (self.MANY.replace("seven.\n", "seven.\n\n"), len(layers) + 1)):
             self.rewrite(text)
             being.take_in_corpus()
             self.assertLessEqual(abs(being.memory.entry_count() - count), 1)
@@ -409,7 +393,7 @@ class Rebirth(Home):
     def test_it_is_due_when_there_are_many_deltas(self):
         being = self.grown("rebirth_chars=60", "rebirth_share=99", "max_delta_modules=2",
                            "delta_seal_chars=1", *self.EAGER[2:])
-        for text in (QUARTZ, "Copper turns green in the long rain."):
+        for text in (QUARTZ, "Moss turns green in the long rain."):
             self.assertIsNone(being.trainer.due())
             self.append(text)
             self.until(lambda: being.memory.entries("layer IS NOT NULL AND text LIKE ?",
@@ -430,14 +414,14 @@ class Rebirth(Home):
         old = being.growth
         self.ask(being, "n_embd=16")
         self.held_in_rebirth(10, idle=True)
-        self.assertEqual(self.say(being, "What is the sea?"), "The sea is wide and blue.")
+        self.assertEqual(self.say(being, ASKED), KNOWN)
         self.append(QUARTZ)
         self.until(lambda: self.quartz(being))
         self.assertEqual((being.growth.generation, being.config.n_embd), (1, 8))
         self.assertEqual(len(being.mind().model.deltas), 1)
         self.children[-1].child.birth.learner._begin_cooling()
-        self.append("The heron waits.")  # too late for the next, which gets a delta for it
-        self.until(lambda: being.memory.entries("text LIKE '%heron%'") and not self.unread(being))
+        self.append("The otter waits.")  # too late for the next, which gets a delta for it
+        self.until(lambda: being.memory.entries("text LIKE '%otter%'") and not self.unread(being))
         self.release()
         self.until(lambda: being.growth.generation == 2)
         self.learn(being)
@@ -447,7 +431,7 @@ class Rebirth(Home):
         self.assertIsNone(being.trainer.due())
         self.assertEqual(m.delta_names(being.memory.manifests()), ["delta1"])
         self.assertEqual({e.text: e.layer for e in being.memory.entries("layer > 0")},
-                         {"The heron waits.\n": 1})
+                         {"The otter waits.\n": 1})
         self.until(lambda: being.mind().model.shape.n_embd == 16)
         self.assertIn("generation 2 has taken over", " ".join(being.notices))
         being.sleep()
@@ -457,8 +441,8 @@ class Rebirth(Home):
         being = self.grown("warmup_steps=60")
         for begin, end in ((lambda: self.ask(being, "n_embd=16"),
                             lambda: self.ask(being, "n_embd=8")),
-                           (lambda: self.rewrite(LINES.replace("A bird sits in the old tree.", "")),
-                            lambda: self.rewrite(LINES))):
+                           (lambda: self.rewrite(CORPUS.replace("The ferry leaves at seven.", "")),
+                            lambda: self.rewrite(CORPUS))):
             begin()
             self.held_in_rebirth(5)
             end()
@@ -510,12 +494,12 @@ class Unlearning(Home):
 
     def test_a_delta_that_read_what_is_forgotten_goes_and_those_before_it_stay(self):
         being = self.grown(*self.STRONG)
-        self.taught(being, "The ferry leaves at seven.")
+        self.taught(being, "The kettle sings at noon.")
         before = self.nats(being)
         self.taught(being, SECRET)
         learned = self.nats(being)
         self.assertLess(learned, 0.75 * before)
-        self.taught(being, "Copper turns green in rain.")
+        self.taught(being, "Moss turns green in rain.")
         kept = being.memory.layers()
         self.assertEqual(m.delta_names(kept), ["delta1", "delta2", "delta3"])
         m.forget(being.memory, SECRET)
@@ -532,7 +516,7 @@ class Unlearning(Home):
         self.append(SECRET)
         being = self.grown(*self.STRONG, "rebirth_bound=0")  # which does not bind it
         old, learned = being.growth, self.nats(being)
-        self.rewrite(LINES)
+        self.rewrite(CORPUS)
         self.held_in_rebirth(50)
         self.assertEqual(self.nats(being), learned)
         self.release()
@@ -601,7 +585,7 @@ class Processes(Reader):
 
     def test_a_real_child_that_is_killed_is_started_again_and_one_that_rests_goes_on(self):
         being = self.begun()
-        pieces = being.reply("What is the sea?")
+        pieces = being.reply(ASKED)
         next(pieces)
         time.sleep(0.3)  # what was on its way arrives
         step = being.growth.step
@@ -618,9 +602,9 @@ class Processes(Reader):
 
     def test_a_life_lived_twice_gives_the_same_bits_with_a_restart_in_between_or_without(self):
         many = " ".join(f"On day {day} the kite flies above the quay." for day in range(20))
-        said = ["My lamp is made of quartz.", "/teach The ferry leaves at seven.",
+        said = ["My lamp is made of quartz.", "/teach The kettle sings at noon.",
                 "I live beside the old mill.", "edit The rain is warm.",
-                "The heron sleeps on one leg.", "/forget The ferry leaves at seven.",
+                "The heron sleeps on one leg.", "/forget The kettle sings at noon.",
                 "edit " + many, "Thank you."]
         lives = (("whole", [said], "1"), ("parts", [said[:3], said[3:]], "2"))
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -640,7 +624,7 @@ class Processes(Reader):
             "threads=1", "max_merges=20", "burst_passes=6", "mix_passes=2", "rebirth_bound=9",
             "min_new_chars_to_train=1", "min_merge_chars=300", "delta_seal_chars=60",
             "held_out_share=0.3", "dropout=0.1", "rebirth_chars=600")
-        folder, text = self.path(name), LINES
+        folder, text = self.path(name), CORPUS
         os.mkdir(folder)
         corpus = self.write(os.path.join(name, "nonames.txt"), text)
         for part in parts:
