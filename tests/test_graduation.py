@@ -524,7 +524,9 @@ class Returning(GraduationCase):
                 self.mistake(1, "import", self.path("hf"), signs=signs)
             self.assertEqual(state(), before)
 
-    def test_a_pickle_is_never_opened_and_other_things_are_refused(self):
+    def test_a_pickle_is_never_opened_and_no_other_thing_and_nothing_before_it_is_grown(self):
+        new = ("--db", self.path("new.sqlite3"))
+        self.mistake(1, "import", self.path("hf"), *new, signs=("run `train`",))
         for name in ("model.bin", "x.pt", "x.pth", "x.ckpt"):
             self.mistake(1, "import", self.write(name, b"\x80\x04."), signs=("never opened",))
         os.rename(self.path("hf", "model.safetensors"), self.path("hf", "pytorch_model.bin"))
@@ -535,11 +537,6 @@ class Returning(GraduationCase):
             self.write("hf/config.json", json.dumps({**config, name: value}))
             self.mistake(1, "import", self.path("hf"),
                          signs=("rope_theta" if "rope" in name else name, "expected"))
-
-    def test_nothing_leaves_a_newborn_and_nothing_comes_to_one(self):
-        new = ("--db", self.path("new.sqlite3"))
-        self.mistake(1, "export", self.path("x"), "--format", "hf", *new, signs=("run `train`",))
-        self.mistake(1, "import", self.path("hf"), *new, signs=("run `train`",))
 
 
 class Words(GraduationCase):

@@ -461,22 +461,21 @@ class Signals(Folder):
 
 
 @unittest.skipIf(sys.platform == "win32", "there are no pseudo-terminals here")
-class TerminalCase(Folder):
-    WORDS, SHELL = ("--no-train",), ()
-
-    def setUp(self):
-        super().setUp()
+class InATerminal(Folder):
+    def start(self, *words, sign="you> ", shell=()):
+        """Start a chat; return what is shown until the sign."""
         self.master, slave = pty.openpty()
         self.addCleanup(os.close, self.master)
         self.seen = ""
         # a session of its own makes the terminal the controlling one, so that ^C is a signal
         self.process = subprocess.Popen(
-            [*self.SHELL, *command([*TINY, *self.WORDS], self.folder)], cwd=self.folder,
+            [*shell, *command([*TINY, *(words or ("--no-train",))], self.folder)], cwd=self.folder,
             env=environment(self.folder), stdin=slave, stdout=slave, stderr=slave,
             start_new_session=True, preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0))
         os.close(slave)
         self.addCleanup(self.process.wait)
         self.addCleanup(self.process.kill)
+        return self.expect(sign)
 
     def read(self):
         """Take in what the terminal shows now; return whether there may be more."""
@@ -518,10 +517,8 @@ class TerminalCase(Folder):
         self.assertEqual(self.process.wait(PATIENCE_SECONDS), code, self.seen)
         self.assertNotIn("Traceback", self.seen)
 
-
-class InATerminal(TerminalCase):
     def test_words_fit_a_narrow_window_and_a_pasted_block_is_one_message(self):
-        self.expect("you> ")
+        self.start()
         self.widen(20)
         shown = self.enter("Who are you?", "house.").split("»")[1].replace("\x1b[0m", "")
         self.assertEqual(shown.split(), "I am a small lantern in a big".split())
@@ -540,7 +537,7 @@ class InATerminal(TerminalCase):
         self.leave(0)
 
     def test_a_chat_with_banner_prompt_block_and_history_that_ctrl_d_ends(self):
-        self.assertIn(f"macrogpt {m.__version__}", self.expect("you> "))
+        self.assertIn(f"macrogpt {m.__version__}", self.start())
         self.assertIn("I am a small lantern in a big house.", self.enter("Who are you?"))
         self.assertIn("session main", self.enter("/session"))
         self.enter()
@@ -562,7 +559,7 @@ class InATerminal(TerminalCase):
             self.assertIn(b"Who are you?\n", self.content(".macrogpt_history"))
 
     def test_what_is_longer_than_the_screen_is_paged_and_what_is_forgotten_is_asked_for(self):
-        self.expect("you> ")
+        self.start()
         self.enter("/show", "n_layer")
         self.type(" q", "you> ")  # a key for the pager, which leaves the rest unread
         self.enter("My locker number is 4711.")
@@ -573,7 +570,7 @@ class InATerminal(TerminalCase):
             self.assertEqual(len(told), kept)
 
     def test_ctrl_c_at_the_prompt_says_how_to_leave_and_twice_leaves(self):
-        self.expect("you> ")
+        self.start()
         self.type("half a li", "half a li")
         self.assertIn("/exit", self.interrupt("you> "))
         self.assertIn("lantern", self.enter("Who are you?"))
@@ -584,14 +581,10 @@ class InATerminal(TerminalCase):
         self.leave(130)
         self.assertEqual(self.owner_said(), ["Who are you?"])
 
-
-@unittest.skipUnless(importlib.util.find_spec("readline") and shutil.which("sh"),
-                     "nothing tells here what is typed, or there is no shell")
-class Resumed(TerminalCase):
-    SHELL = ("sh", "-c", 'set -m; "$@"; echo stopped; fg', "sh")
-
+    @unittest.skipUnless(importlib.util.find_spec("readline") and shutil.which("sh"),
+                         "nothing tells here what is typed, or there is no shell")
     def test_the_prompt_and_what_was_typed_come_back_with_fg(self):
-        self.expect("you> ")
+        self.start(shell=("sh", "-c", 'set -m; "$@"; echo stopped; fg', "sh"))
         self.type("Who is", "Who is")
         self.type("\x1a", "stopped")
         self.expect("you> Who is")
@@ -599,13 +592,10 @@ class Resumed(TerminalCase):
         self.leave(0)
         self.assertEqual(self.owner_said(), ["Who is the miller?"])
 
-
-@unittest.skipUnless(importlib.util.find_spec("readline"), "no line above a prompt is redrawn here")
-class WhileItLearns(TerminalCase):
-    WORDS = ("--set=warmup_epochs=99999", "--set=warmup_steps=2000000", "--set=eval_steps=2000000")
-
+    @unittest.skipUnless(importlib.util.find_spec("readline"), "no line above is redrawn here")
     def test_the_line_above_the_prompt_is_redrawn_while_one_types(self):
-        self.expect("being born ")  # though nobody has typed anything
+        self.start("--set=warmup_epochs=99999", "--set=warmup_steps=2000000",
+                   "--set=eval_steps=2000000", sign="being born ")  # though nobody has typed
         for typed in ("Who is", " the m", "iller?"):  # saved, a row up, and back where it was
             self.type(typed, "\x1b7\x1b[A\r")
             self.expect("\x1b8")
