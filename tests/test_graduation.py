@@ -12,7 +12,7 @@ from array import array
 from unittest import mock
 
 import macrogpt as m
-from support import CORPUS, IN_MEMORY, TINY, Folder, engine_in_use, run_inside
+from support import Folder, engine_in_use
 from test_model import SHAPE, lively, stir
 
 MERGES = ((m.FIRST_BYTE + ord("a"), m.FIRST_BYTE + ord("b")), (257, m.FIRST_BYTE + ord("c")),
@@ -464,18 +464,15 @@ class Engines(GraduationCase):
 class Returning(GraduationCase):
     @classmethod
     def setUpClass(cls):
-        place = tempfile.TemporaryDirectory(dir=IN_MEMORY)
-        cls.addClassCleanup(place.cleanup)
-        cls.first = place.name
-        with open(os.path.join(cls.first, "nonames.txt"), "w", encoding="utf-8") as file:
-            file.write(CORPUS)
-        for words in (("train",), ("export", "hf", "--format", "hf")):
-            done = run_inside(*words, *TINY, cwd=cls.first)
-            assert done.returncode == 0, done.stderr
+        cls.first = Folder()
+        cls.first.setUp()
+        cls.addClassCleanup(cls.first.doCleanups)
+        cls.first.good("train")
+        cls.first.good("export", "hf", "--format", "hf")
 
     def setUp(self):
         super().setUp()
-        shutil.copytree(self.first, self.folder, dirs_exist_ok=True)
+        shutil.copytree(self.first.folder, self.folder, dirs_exist_ok=True)
 
     def test_weights_of_the_hf_form_come_back_as_a_new_generation_that_has_read_the_same(self):
         before = self.kept(writable=False).layer("base").data

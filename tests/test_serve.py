@@ -120,9 +120,8 @@ class Api(Serving):
                 "role": "assistant", "content": "I am a small lantern in a big house."}}])
         self.assertEqual(answer["macrogpt"]["source"], "exchange")
         self.assertIn("H: Who are you?", answer["macrogpt"]["entries"][0])
-        usage = answer["usage"]
-        self.assertEqual((usage["prompt_tokens"], usage["completion_tokens"]), (12, 36))
-        self.assertEqual(usage["total_tokens"], 48)
+        self.assertEqual(answer["usage"], {
+            "prompt_tokens": 12, "completion_tokens": 36, "total_tokens": 48})
 
     def test_a_stream_has_the_role_the_words_the_end_the_usage_and_done_in_this_order(self):
         asked = said("Who are you?", stream=True, stream_options={"include_usage": True})
@@ -454,18 +453,17 @@ class Browser:
         self.to.write(json.dumps({"id": self.number, "method": method, "params": params,
                                   **self.session}).encode() + b"\0")
         self.to.flush()
-        while True:
-            raw, zero, rest = self.rest.partition(b"\0")
-            if zero:
-                self.rest, told = rest, json.loads(raw)
-                if told.get("id") == self.number:
-                    return told["result"]
-                continue
-            ready, _, _ = select.select([self.back], [], [], PATIENCE_SECONDS)
-            part = os.read(self.back, 1 << 20) if ready else b""
-            if not part:
-                raise TimeoutError(method)
-            self.rest += part
+        told = {}
+        while told.get("id") != self.number:
+            while b"\0" not in self.rest:
+                ready = select.select([self.back], [], [], PATIENCE_SECONDS)[0]
+                part = os.read(self.back, 1 << 20) if ready else b""
+                if not part:
+                    raise TimeoutError(method)
+                self.rest += part
+            raw, _, self.rest = self.rest.partition(b"\0")
+            told = json.loads(raw)
+        return told["result"]
 
     def see(self, script):
         """Return the value of a script in the page."""
