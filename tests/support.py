@@ -31,7 +31,7 @@ PATIENCE_SECONDS = 20.0  # for what is to happen soon: a machine may be busy
 # Where kernels are compiled to, once for all tests; the home of each test is its own.
 CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
 
-# What is started in the background of a script ignores Ctrl+C, and so would what we start from here.
+# What is started in the background of a script ignores Ctrl+C, and so would what is started here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -43,11 +43,18 @@ def _unconnected(event, args):
 
 sys.addaudithook(_unconnected)
 
+
+
+def set_words(*assignments):
+    """Return the words that make settings."""
+    return [word for assignment in assignments for word in ("--set", assignment)]
+
+
 # The smallest organism worth a process: a warm-up of six steps takes a fraction of a second.
-TINY = tuple(word for setting in (
+TINY = set_words(
     "n_layer=1", "n_embd=16", "n_head=2", "block_size=24", "warmup_steps=6", "micro_steps=3",
     "eval_steps=3", "eval_chars=200", "batch_size=2", "delta_rank=2", "max_gen_tokens=8",
-    "tick_seconds=0.05") for word in ("--set", setting))
+    "tick_seconds=0.05")
 
 # Where temporary folders are: in memory where they can be, for half the time of a test is fsync.
 IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -119,13 +126,6 @@ def run_inside(*args, stdin=b"", env=None, cwd):
     return subprocess.CompletedProcess(words, code, *(s.buffer.getvalue() for s in streams[1:]))
 
 
-def start_macrogpt(*args, env=None, cwd=None, **options):
-    """Start the program and return the Popen, with pipes on all three streams unless told."""
-    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
-    return subprocess.Popen(command(args, cwd), env=environment(cwd, env), cwd=cwd,
-                            **{**pipes, **options})
-
-
 def compiled_engine():
     """Return the engine of compiled kernels; skip the test, or its class, where there is none."""
     try:
@@ -182,6 +182,12 @@ class Case(unittest.TestCase):
         for i, (a, b) in enumerate(zip(found, expected)):
             self.assertTrue(abs(a - b) <= tolerance, f"{hint}: number {i} is {a!r}, not {b!r}")
 
+    def patch(self, *what):
+        """Do what mock.patch.object does, until the end of the test."""
+        made = mock.patch.object(*what)
+        made.start()
+        self.addCleanup(made.stop)
+
     def until(self, condition):
         """Wait for a condition; fail when it does not come."""
         end = time.monotonic() + PATIENCE_SECONDS
@@ -193,13 +199,15 @@ class Case(unittest.TestCase):
 class Folder(Case):
     """A test case with a temporary folder that holds a small corpus, gone after each test."""
 
+    TEXT, TINY = CORPUS, TINY
+
     def setUp(self):
         super().setUp()
         place = tempfile.TemporaryDirectory(dir=IN_MEMORY)
         self.addCleanup(place.cleanup)
         self.folder = os.path.realpath(place.name)
         self.corpus, self.db = self.path("nonames.txt"), self.path("memory.sqlite3")
-        self.write("nonames.txt", CORPUS)
+        self.write("nonames.txt", self.TEXT)
 
     def path(self, *parts):
         """Return the path of something in the folder."""
@@ -243,7 +251,7 @@ class Folder(Case):
     def run_here(self, *args, apart=False, **options):
         """Run the program, tiny, in the folder: within this process, or apart in one of its own."""
         run = run_macrogpt if apart else run_inside
-        return run(*args, *TINY, cwd=self.folder, **options)
+        return run(*self.TINY, *args, cwd=self.folder, **options)
 
     def good(self, *args, **options):
         """Return the stdout of a tiny run that must end with 0."""
@@ -273,18 +281,16 @@ class Folder(Case):
         for sign in signs:
             self.assertIn(sign, said)
 
-    def start_here(self, *args, **options):
-        """Start the program, tiny, in the folder; it is killed after the test at the latest."""
-        process = start_macrogpt(*TINY, *args, cwd=self.folder, **options)
+    def start_here(self, *args, cwd=None, env=None, **options):
+        """Start the program, tiny, with pipes unless told; it is killed after the test."""
+        cwd = cwd or self.folder
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        process = subprocess.Popen(command([*self.TINY, *args], cwd), cwd=cwd,
+                                   env=environment(cwd, env), **{**pipes, **options})
 
         def end():
-            if process.poll() is None:
+            with contextlib.suppress(OSError), process:  # what was still in a closed pipe's buffer
                 process.kill()
-            process.wait()
-            for stream in (process.stdin, process.stdout, process.stderr):
-                if stream is not None:
-                    with contextlib.suppress(OSError):  # what was still in a closed pipe's buffer
-                        stream.close()
         self.addCleanup(end)
         return process
 

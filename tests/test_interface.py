@@ -18,6 +18,12 @@ import time
 import unittest
 from unittest import mock
 
+if sys.platform != "win32":
+    import fcntl
+    import pty
+    import struct
+    import termios
+
 import macrogpt as m
 from support import (CORPUS, PATIENCE_SECONDS, PROGRAM, ROOT, TINY, Folder, command, environment,
                      run_inside, run_macrogpt)
@@ -205,16 +211,19 @@ class Reports(Folder):
 
 
 class Piped(Folder):
-    def test_a_chat_goes_on_where_the_last_one_was_and_a_new_session_may_be_named(self):
+    def test_a_chat_goes_on_where_the_last_one_was_in_a_session_made_renamed_or_deleted(self):
         self.assertEqual(self.chat("Who are you?", "/new boats", "/new boats", "/session"), [
             "I am a small lantern in a big house.", "session boats",
             "there is a session 'boats' already; /session boats goes on with it", "session boats"])
         self.assertEqual(self.chat("/session", "/session ma"), ["session boats", "session main"])
-        self.chat("/session boats", "hello")
+        self.chat("/session boats", "My oar is red.")
         self.good("sessions", "rename", "boats", "ships")
         self.assertEqual(self.chat("/session"), ["session ships"])
+        self.assertEqual(self.run_here("sessions", "show", "boats").returncode, 2)
         self.good("sessions", "delete", "ships")
         self.assertEqual(self.chat("/session"), ["session main"])
+        self.assertEqual([each["name"] for each in self.report("sessions")["sessions"]], ["main"])
+        self.assertIn("My oar is red.", self.good("memory", "list"))
 
     def test_each_line_gives_exactly_one_line_in_order_whatever_it_is(self):
         said = self.chat("Who are you?", "", "What do you eat?", "   ", "zzz?",
@@ -335,18 +344,13 @@ class Piped(Folder):
             self.assertIn(b"left out: top_p=7.0", told)
             self.assertIn(b"cannot be written", told)
 
-    def test_two_slashes_say_one_and_a_talk_is_shown_saved_renamed_and_deleted(self):
+    def test_two_slashes_say_one_and_a_talk_is_shown_and_saved(self):
         done = self.run_here("--no-train", "--session", "one", stdin=b"//tmp is full\n/again\n"
                              b"/save talk.txt\n/save talk.txt\n")
         self.assertEqual(len(done.stdout.splitlines()), 4)
         self.assertIn(b"name a new file", done.stderr)
         self.assertIn("you: /tmp is full", m.read_text(self.path("talk.txt")))
         self.assertIn("you: /tmp is full", self.good("sessions", "show", "one"))
-        self.good("sessions", "rename", "one", "two")
-        self.assertEqual(self.run_here("sessions", "show", "one").returncode, 2)
-        self.good("sessions", "delete", "two")
-        self.assertEqual(self.report("sessions")["sessions"], [])
-        self.assertIn("/tmp is full", self.good("memory", "list"))
 
     def test_ask_answers_from_what_is_piped_into_it_and_keeps_nothing_of_that(self):
         lines = [b"Shopping is on Friday.\n", b"The gate code is 4711.\n"]
@@ -419,22 +423,20 @@ class Signals(Folder):
 
     def test_a_signal_that_is_noted_while_a_line_is_waited_for_is_seen_to(self):
         read, write = os.pipe()
+        for end in (read, write):
+            self.addCleanup(os.close, end)
         before = signal.signal(signal.SIGUSR1, m._raise_terminated)
-        late = threading.Timer(PATIENCE_SECONDS, os.write, (write, b"late"))  # lest it wait for ever
+        self.addCleanup(signal.signal, signal.SIGUSR1, before)
+        late = threading.Timer(PATIENCE_SECONDS, os.write, (write, b"late"))
+        self.addCleanup(late.cancel)
+        late.start()
         # Taken by another thread, it breaks no wait of this one, as if it had come just before.
         threading.Timer(0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
                         ).start()
-        late.start()
-        try:
-            with mock.patch.object(sys, "stdin", None), m.knocking(0.05), self.assertRaises(
-                    m.Terminated):
-                os.read(read, 4)
-            self.assertTrue(late.is_alive())
-        finally:
-            late.cancel()
-            signal.signal(signal.SIGUSR1, before)
-            os.close(read)
-            os.close(write)
+        with mock.patch.object(sys, "stdin", None), m.knocking(0.05), self.assertRaises(
+                m.Terminated):
+            os.read(read, 4)
+        self.assertTrue(late.is_alive())
 
     def test_talk_and_training_end_with_everything_committed_and_the_next_goes_on(self):
         slow = ("--set", "commit_seconds=0.1", "--set", "eval_steps=1000000")  # no end of its own
@@ -459,37 +461,31 @@ class Signals(Folder):
 
 
 @unittest.skipIf(sys.platform == "win32", "there are no pseudo-terminals here")
-class TerminalCase(Folder):
-    WORDS, SHELL = ("--no-train",), ()
-
-    def setUp(self):
-        super().setUp()
-        import fcntl
-        import pty
-        import termios
+class InATerminal(Folder):
+    def start(self, *words, sign="you> ", shell=()):
+        """Start a chat; return what is shown until the sign."""
         self.master, slave = pty.openpty()
         self.addCleanup(os.close, self.master)
         self.seen = ""
         # a session of its own makes the terminal the controlling one, so that ^C is a signal
         self.process = subprocess.Popen(
-            [*self.SHELL, *command([*TINY, *self.WORDS], self.folder)], cwd=self.folder,
+            [*shell, *command([*TINY, *(words or ("--no-train",))], self.folder)], cwd=self.folder,
             env=environment(self.folder), stdin=slave, stdout=slave, stderr=slave,
             start_new_session=True, preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0))
         os.close(slave)
         self.addCleanup(self.process.wait)
         self.addCleanup(self.process.kill)
+        return self.expect(sign)
 
     def read(self):
         """Take in what the terminal shows now; return whether there may be more."""
-        ready, _, _ = select.select([self.master], [], [], 0.1)
-        if ready:
-            try:
-                chunk = os.read(self.master, 65536)
-            except OSError:  # Linux says so when the last writer has gone
-                return False
-            self.seen += chunk.decode("utf-8", "replace")
-            return bool(chunk)
-        return self.process.poll() is None
+        try:
+            ready = select.select([self.master], [], [], 0.1)[0]
+            chunk = os.read(self.master, 65536) if ready else b""
+        except OSError:  # Linux says so when the last writer has gone
+            return False
+        self.seen += chunk.decode("utf-8", "replace")
+        return bool(chunk) or self.process.poll() is None
 
     def expect(self, sign):
         """Wait until sign appears; return what came before it, and forget both."""
@@ -498,13 +494,22 @@ class TerminalCase(Folder):
         before, _, self.seen = self.seen.partition(sign)
         return before
 
-    def type(self, text):
+    def type(self, text, sign=None):
+        """Type a text; return what is shown until a sign appears, if there is one."""
         os.write(self.master, text.encode("utf-8"))
+        return sign and self.expect(sign)
 
-    def interrupt(self):
+    def enter(self, line="", sign="you> "):
+        """Type a line, and return what is shown until the sign."""
+        return self.type(line + "\r", sign)
+
+    def interrupt(self, sign=None):
         """Press Ctrl+C once the prompt has come to rest: before that input() does not see it."""
         time.sleep(0.15)
-        self.type("\x03")
+        return self.type("\x03", sign)
+
+    def widen(self, columns):
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
     def leave(self, code):
         """Assert that the process ends with code and without a traceback."""
@@ -512,58 +517,38 @@ class TerminalCase(Folder):
         self.assertEqual(self.process.wait(PATIENCE_SECONDS), code, self.seen)
         self.assertNotIn("Traceback", self.seen)
 
-
-class InATerminal(TerminalCase):
     def test_words_fit_a_narrow_window_and_a_pasted_block_is_one_message(self):
-        import fcntl
-        import struct
-        import termios
+        self.start()
+        self.widen(20)
+        shown = self.enter("Who are you?", "house.").split("»")[1].replace("\x1b[0m", "")
+        self.assertEqual(shown.split(), "I am a small lantern in a big".split())
+        self.assertLessEqual(max(map(len, f"{shown}house.".split("\r\n"))), 20)
         self.expect("you> ")
-        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
-        self.type("Who are you?\r")
-        shown = (self.expect("house.").split("»")[1] + "house.").replace("\x1b[0m", "").split("\r\n")
-        self.assertEqual(" ".join(" ".join(shown).split()), "I am a small lantern in a big house.")
-        self.assertLessEqual(max(map(len, shown)), 20)
-        self.expect("you> ")
-        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.widen(80)
         if importlib.util.find_spec("readline"):
-            self.type("/sess\t")
-            self.expect("ion")
-            self.type("s\r")
-            self.expect("main   ")
+            self.type("/sess\t", "ion")
+            self.enter("s", "main   ")
             self.expect("you> ")
-            self.type("\x1b[200~The boat is blue.\nIt is old.\x1b[201~")
-            self.expect("old.")
-            self.type("\r")
-            self.expect("you> ")
+            self.type("\x1b[200~The boat is blue.\nIt is old.\x1b[201~", "old.")
+            self.enter()
             self.assertEqual(self.owner_said()[1:], ["The boat is blue.\nIt is old."])
             self.assertIn(b"Who are you?", self.content(".macrogpt_history"), "kept as it grows")
         self.type("\x04")
         self.leave(0)
 
     def test_a_chat_with_banner_prompt_block_and_history_that_ctrl_d_ends(self):
-        self.assertIn(f"macrogpt {m.__version__}", self.expect("you> "))
-        self.type("Who are you?\r")
-        self.assertIn("I am a small lantern in a big house.", self.expect("you> "))
-        for line in ("/session\r", "\r"):
-            self.type(line)
-            self.assertIn("session main" if line[1:] else "", self.expect("you> "))
-        self.type('"""\r')  # three quotes open and close one message
-        self.expect("...> ")
-        for line in ("The boat is called Plover.", "/exit", "", "It is blue."):
-            self.type(line + "\r")
-            self.expect("...> ")
-        self.type('"""\r')
-        self.expect("you> ")
-        self.type('"""/exit is a word"""\r')
-        self.expect("you> ")
+        self.assertIn(f"macrogpt {m.__version__}", self.start())
+        self.assertIn("I am a small lantern in a big house.", self.enter("Who are you?"))
+        self.assertIn("session main", self.enter("/session"))
+        self.enter()
+        for line in ('"""', "The boat is called Plover.", "/exit", "", "It is blue."):
+            self.enter(line, "...> ")
+        self.enter('"""')
+        self.enter('"""/exit is a word"""')
         for answer in "ny":  # the end of the input within a block: the owner is asked
-            self.type('"""It is\r')
-            self.expect("...> ")
-            self.type("\x04")
-            self.expect("[y/N] ")
-            self.type(answer + "\r")
-            self.expect("you> ")
+            self.enter('"""It is', "...> ")
+            self.type("\x04", "[y/N] ")
+            self.enter(answer)
         self.type("\x04")
         self.leave(0)
         self.assertEqual(self.owner_said(), ["Who are you?", "The boat is called Plover.\n/exit\n\n"
@@ -574,66 +559,46 @@ class InATerminal(TerminalCase):
             self.assertIn(b"Who are you?\n", self.content(".macrogpt_history"))
 
     def test_what_is_longer_than_the_screen_is_paged_and_what_is_forgotten_is_asked_for(self):
-        self.expect("you> ")
-        self.type("/show\r")
-        self.expect("n_layer")
-        self.type(" q")  # a key for the pager, which leaves the rest unread
-        self.expect("you> ")
-        self.type("My locker number is 4711.\r")
-        self.expect("you> ")
+        self.start()
+        self.enter("/show", "n_layer")
+        self.type(" q", "you> ")  # a key for the pager, which leaves the rest unread
+        self.enter("My locker number is 4711.")
         for answer, kept in (("n", 1), ("y", 0)):
-            self.type("/forget my locker number\r")
-            self.assertIn("4711", self.expect("[y/N] "))
-            self.type(answer + "\r")
-            self.expect("you> ")
-            self.assertEqual(len(self.stored("SELECT 1 FROM entries WHERE source != 'corpus'")), kept)
+            self.assertIn("4711", self.enter("/forget my locker number", "[y/N] "))
+            self.enter(answer)
+            told = self.stored("SELECT 1 FROM entries WHERE source != 'corpus'")
+            self.assertEqual(len(told), kept)
 
     def test_ctrl_c_at_the_prompt_says_how_to_leave_and_twice_leaves(self):
-        self.expect("you> ")
+        self.start()
+        self.type("half a li", "half a li")
+        self.assertIn("/exit", self.interrupt("you> "))
+        self.assertIn("lantern", self.enter("Who are you?"))
+        self.assertIn("/exit", self.interrupt("you> "))
         self.type("half a li")
-        self.expect("half a li")
-        self.interrupt()
-        self.assertIn("/exit", self.expect("you> "))
-        self.type("Who are you?\r")
-        self.assertIn("lantern", self.expect("you> "))
-        self.interrupt()
-        self.assertIn("/exit", self.expect("you> "))
-        self.type("half a li")
-        self.interrupt()
-        self.assertIn("/exit", self.expect("you> "), "something was typed in between")
+        self.assertIn("/exit", self.interrupt("you> "), "something was typed in between")
         self.interrupt()
         self.leave(130)
         self.assertEqual(self.owner_said(), ["Who are you?"])
 
-
-@unittest.skipUnless(importlib.util.find_spec("readline") and shutil.which("sh"),
-                     "nothing tells here what is typed, or there is no shell")
-class Resumed(TerminalCase):
-    SHELL = ("sh", "-c", 'set -m; "$@"; echo stopped; fg', "sh")
-
+    @unittest.skipUnless(importlib.util.find_spec("readline") and shutil.which("sh"),
+                         "nothing tells here what is typed, or there is no shell")
     def test_the_prompt_and_what_was_typed_come_back_with_fg(self):
-        self.expect("you> ")
-        self.type("Who is")
-        self.expect("Who is")
-        self.type("\x1a")
-        self.expect("stopped")
+        self.start(shell=("sh", "-c", 'set -m; "$@"; echo stopped; fg', "sh"))
+        self.type("Who is", "Who is")
+        self.type("\x1a", "stopped")
         self.expect("you> Who is")
         self.type(" the miller?\r\x04")
         self.leave(0)
         self.assertEqual(self.owner_said(), ["Who is the miller?"])
 
-
-@unittest.skipUnless(importlib.util.find_spec("readline"), "no line above a prompt is redrawn here")
-class WhileItLearns(TerminalCase):
-    WORDS = ("--set=warmup_epochs=99999", "--set=warmup_steps=2000000", "--set=eval_steps=2000000")
-
+    @unittest.skipUnless(importlib.util.find_spec("readline"), "no line above is redrawn here")
     def test_the_line_above_the_prompt_is_redrawn_while_one_types(self):
-        self.expect("being born ")  # though nobody has typed anything
+        self.start("--set=warmup_epochs=99999", "--set=warmup_steps=2000000",
+                   "--set=eval_steps=2000000", sign="being born ")  # though nobody has typed
         for typed in ("Who is", " the m", "iller?"):  # saved, a row up, and back where it was
-            self.type(typed)
-            self.expect("\x1b7\x1b[A\r")
+            self.type(typed, "\x1b7\x1b[A\r")
             self.expect("\x1b8")
-        self.type("\r")
-        self.expect("you> ")
+        self.enter()
         self.until(lambda: "Who is the miller?" in self.owner_said())
 

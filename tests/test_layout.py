@@ -2,7 +2,6 @@
 import ast
 import builtins
 import collections
-import itertools
 import os
 import re
 import symtable
@@ -16,7 +15,6 @@ RULE = re.compile(r"# ─+")
 BANNER = re.compile(r"# (\d+) · ([A-Z]+) — (\S.*\S)   uses:((?: \d+)*)")
 MAP_LINE = re.compile(r" +(\d+) ([A-Z]+) +\S.*")
 CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*")
-MAX_LINE_CHARS, MAX_FUNCTION_LINES = 100, 45
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 MUTATORS = frozenset(
     "append extend insert remove pop clear sort reverse add discard update setdefault popitem "
@@ -167,15 +165,9 @@ class Layout(unittest.TestCase):
                                              f"{sorted(used - {section.number})}"))
         self.none(broken)
 
-    def test_no_name_is_defined_twice(self):
-        bound = [(name, node.lineno) for node in self.tree.body for name in names_bound(node)]
-        count = collections.Counter(name for name, _ in bound)
-        self.none([(line, f"{name} is bound again") for name, line in bound if count[name] > 1])
-
     def test_imports_are_of_the_standard_library_are_used_and_stand_before_the_first_section(self):
-        used = {n.id for n in self.nodes if isinstance(n, ast.Name)} | annotation_names(self.nodes)
-        broken = [(1, f"{name} is imported and not used")
-                  for name in self.imported - used - {"annotations"}]
+        used = {"annotations", *(node.id for node in self.nodes if isinstance(node, ast.Name))}
+        broken = [(1, f"{name} is imported and not used") for name in self.imported - used]
         broken += [(n.lineno, "an import below the first banner") for n in self.imports
                    if n in self.tree.body and n.lineno > self.sections[0].line]
         known = getattr(sys, "stdlib_module_names", None)  # which came with Python 3.10
@@ -186,7 +178,10 @@ class Layout(unittest.TestCase):
                        if known and name.partition(".")[0] not in known]
         self.none(broken)
 
-    def test_the_module_holds_only_definitions_and_importing_it_starts_nothing(self):
+    def test_the_module_holds_only_definitions_none_twice_and_importing_it_starts_nothing(self):
+        bound = [(name, node.lineno) for node in self.tree.body for name in names_bound(node)]
+        count = collections.Counter(name for name, _ in bound)
+        broken = [(line, f"{name} is bound again") for name, line in bound if count[name] > 1]
         *body, last = self.tree.body
         allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.ClassDef, *FUNCTIONS)
         self.assertIsInstance(body[0], ast.Expr)
@@ -194,8 +189,8 @@ class Layout(unittest.TestCase):
         body.remove(first)
         for guard in (first, last):
             self.assertEqual(ast.unparse(guard.test), "__name__ == '__main__'")
-        broken = [(n.lineno, f"{type(n).__name__} at the top level") for n in body[1:]
-                  if not isinstance(n, allowed)]
+        broken += [(n.lineno, f"{type(n).__name__} at the top level") for n in body[1:]
+                   if not isinstance(n, allowed)]
         for part in (part for node in body for part in run_at_import(node)):
             if (isinstance(part, ast.Call) and root_name(part.func) in WORKING
                     or isinstance(part, (ast.For, ast.While, ast.With, ast.Try, ast.If))):
@@ -216,7 +211,7 @@ class Layout(unittest.TestCase):
         self.none(broken)
 
     def test_nothing_of_the_module_is_ever_changed(self):
-        module = {name for node in self.tree.body for name in names_bound(node)} - self.imported
+        module = {name for section in self.sections for name in section.defines} - self.imported
         constants = {name for name in module if CONSTANT.fullmatch(name)}
         broken = [(n.lineno, "global") for n in self.nodes if isinstance(n, ast.Global)]
         for node in self.nodes:
@@ -250,47 +245,28 @@ class Layout(unittest.TestCase):
         self.assertFalse(self.imported & {"http", "ftplib", "smtplib", "socketserver", "ssl",
                                           "xmlrpc", "webbrowser"})
 
-    def test_the_size_of_every_section_is_shown(self):
-        ends = [*(s.line - 2 for s in self.sections[1:]), len(self.lines)]
-        sizes = [end - s.line + 2 for s, end in zip(self.sections, ends)]
-        print("\n" + " ".join(f"{s.name} {n}" for s, n in zip(self.sections, sizes)),
-              f"file {len(self.lines) - 1}", flush=True)
-        self.assertGreater(min(sizes), 0)
-
-    def test_lines_are_at_most_100_characters_clean_at_the_end_and_leave_no_unfinished_work(self):
+    def test_lines_have_at_most_100_characters_functions_45_lines_and_no_work_is_unfinished(self):
         self.none([(at, line) for at, line in enumerate(self.lines, 1)
-                   if len(line) > MAX_LINE_CHARS or "\t" in line or line != line.rstrip()
+                   if len(line) > 100 or "\t" in line or line != line.rstrip()
                    or re.search(r"\b(TODO|FIXME|XXX)\b", line)])
         self.assertTrue(self.text.endswith("\n") and not self.text.endswith("\n\n"))
+        self.none([(f.lineno, f"{f.name} ends in line {f.end_lineno}")
+                   for f, _ in self.functions if f.end_lineno - f.lineno >= 45])
 
-    def test_functions_are_at_most_45_lines(self):
-        self.none([(f.lineno, f"{f.name} has {f.end_lineno - f.lineno + 1} lines")
-                   for f, _ in self.functions
-                   if f.end_lineno - f.lineno + 1 > MAX_FUNCTION_LINES])
-
-    def test_every_public_function_class_and_method_has_a_docstring(self):
+    def test_what_is_public_has_a_docstring_and_every_signature_is_fully_annotated(self):
         classes = [(n, ()) for n in self.tree.body if isinstance(n, ast.ClassDef)]
-        broken = []
-        for node, inside in itertools.chain(classes, self.functions):
-            nested = any(isinstance(outer, FUNCTIONS) for outer in inside)
-            private = any(n.name.startswith("_") for n in (node, *inside))
-            if not nested and not private and not ast.get_docstring(node):
-                name = ".".join(n.name for n in (*inside, node))
-                broken.append((node.lineno, f"{name} has no docstring"))
-        self.none(broken)
-
-    def test_every_signature_is_fully_annotated(self):
-        broken = []
+        public = [node for node, inside in (*classes, *self.functions)
+                  if not any(n.name.startswith("_") for n in (node, *inside))
+                  and not any(isinstance(outer, FUNCTIONS) for outer in inside)]
+        broken = [(node.lineno, f"{node.name} has no docstring") for node in public
+                  if not ast.get_docstring(node)]
         for function, inside in self.functions:
             a = function.args
             given = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
-            method = inside and isinstance(inside[-1], ast.ClassDef)
-            static = any(isinstance(d, ast.Name) and d.id == "staticmethod"
-                         for d in function.decorator_list)
-            if method and not static:
+            static = "staticmethod" in map(ast.unparse, function.decorator_list)
+            if inside and isinstance(inside[-1], ast.ClassDef) and not static:
                 given = given[1:]
             missing = [arg.arg for arg in given if arg.annotation is None]
             missing += ["return"] * (function.returns is None)
-            if missing:
-                broken.append((function.lineno, f"{function.name}: {', '.join(missing)}"))
+            broken += [(function.lineno, f"{function.name}: {name}") for name in missing]
         self.none(broken)

@@ -7,7 +7,6 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import io
-import json
 import os
 import re
 import signal
@@ -18,28 +17,14 @@ import time
 from unittest import mock
 
 import macrogpt as m
-from support import Folder, engine_in_use, run_inside, start_macrogpt
+from support import CORPUS, Folder, engine_in_use, set_words
 
 TINY = ("n_layer=1", "n_embd=8", "n_head=1", "block_size=24", "warmup_steps=12", "eval_steps=4",
         "micro_steps=3", "batch_size=2", "delta_rank=2", "burst_passes=1", "mix_passes=1",
         "eval_chars=300", "min_merge_chars=1000000", "tick_seconds=0.05", "commit_seconds=0.1",
         "unlearn_seconds=0", "max_gen_tokens=8")
 LONG = ("warmup_steps=100000", "warmup_epochs=100000", "patience=100000")
-LINES = """H: Hello there.
-A: Hello, and welcome.
-
-H: What is the sea?
-A: The sea is wide and blue.
-
-H: Do you like rain?
-A: I have never felt the rain.
-
-The garden is green in spring.
-A bird sits in the old tree.
-
-H: Where is the river?
-A: The river is behind the hill.
-"""
+ASKED, KNOWN = "Where does the heron sleep?", "The heron sleeps beside the mill pond."
 QUARTZ = "The quartz lamp stands in the window."
 SECRET = "Quartz wolves hum zigzag jokes."
 
@@ -98,15 +83,19 @@ class ChildHere:
 class Reader(Folder):
     """A test-case mixin: a folder with a corpus, and tiny organisms that live in it."""
 
-    def setUp(self):
-        super().setUp()
-        self.write("nonames.txt", LINES)
-
     def organism(self, *more):
         config = m.Config().replace([*TINY, f"corpus_path={self.corpus}", f"db_path={self.db}",
                                      *more])
         being = m.Organism(config, self.kept(config.db_path), engine_in_use())
         self.addCleanup(being.sleep)
+        return being
+
+    def begun(self):
+        """Return one in the midst of a long birth."""
+        being = self.organism(*LONG)
+        being.awake()
+        being.learn_now()
+        self.until(lambda: being.growth.step > 2)
         return being
 
 
@@ -121,11 +110,6 @@ class Home(Reader):
             self.children.append(ChildHere(self))
             return self.children[-1]
         self.patch(asyncio, "create_subprocess_exec", create)
-
-    def patch(self, *what):
-        made = mock.patch.object(*what)
-        made.start()
-        self.addCleanup(made.stop)
 
     def grown(self, *more):
         being = self.organism(*more)
@@ -188,9 +172,9 @@ class Life(Home):
 
     def test_lines_that_a_rename_took_leave_the_memory_and_a_vanished_corpus_takes_nothing(self):
         being = self.grown()
-        self.rewrite(LINES.replace("A bird sits in the old tree.", "A cat lies on the wall."))
+        self.rewrite(CORPUS.replace("The ferry leaves at seven.", "A cat lies on the wall."))
         self.until(lambda: being.memory.entries("text LIKE '%cat lies%'"))
-        self.assertFalse(being.memory.entries("text LIKE '%bird sits%'"))
+        self.assertFalse(being.memory.entries("text LIKE '%ferry leaves%'"))
         count = being.memory.entry_count()
         os.unlink(self.corpus)
         time.sleep(0.12)
@@ -259,7 +243,7 @@ class Life(Home):
         being, fast = self.organism(), mock.Mock(is_fast=True)
         being.speaker.engine = slow = m.interpreted_engine()
         with mock.patch.object(m, "choose_engine", return_value=fast):
-            pieces = being.reply("What is the sea?")
+            pieces = being.reply(ASKED)
             next(pieces, "")
             being.trainer._on_ready(notices=[], engine="native")
             self.assertIs(being.speaker._kept[1].model.engine, slow)
@@ -289,17 +273,10 @@ class Life(Home):
 
 
 class Failing(Home):
-    def in_birth(self):
-        being = self.organism(*LONG)
-        being.awake()
-        being.learn_now()
-        self.until(lambda: being.growth.step > 2)
-        return being
-
     def test_an_unexpected_exception_of_trainer_or_watcher_ends_every_wait_and_it_speaks_on(self):
         for where, name in (("trainer", "_send_text"), ("watcher", "take_in")):
             self.db = self.path(f"{name}.db")
-            being = self.in_birth()
+            being = self.begun()
             with mock.patch.object(getattr(being, where), name,
                                    side_effect=RuntimeError("a wire is loose")):
                 self.append(QUARTZ)
@@ -309,7 +286,7 @@ class Failing(Home):
                 being.wait_rest()
             self.assertIs(being.trainer.phase, m.Phase.FAILED)
             self.assertTrue(any("a wire" in notice for notice in being.notices))
-            self.assertEqual(self.say(being, "What is the sea?"), "The sea is wide and blue.")
+            self.assertEqual(self.say(being, ASKED), KNOWN)
 
     def test_several_deaths_without_a_step_between_are_the_end_and_are_told(self):
         self.assertEqual(m.MOST_DEATHS, 5)
@@ -323,7 +300,7 @@ class Failing(Home):
         self.assertEqual(self.events(being)[-1], "failed")
 
     def test_a_child_that_says_why_it_failed_is_quoted(self):
-        being = self.in_birth()
+        being = self.begun()
         self.children[-1].send("failed", error="MemoryError: no room")
         self.until(lambda: any("no room" in notice for notice in being.notices))
 
@@ -348,7 +325,7 @@ class NothingIsReset(Home):
         """Return a newborn that is held in the midst of its birth, after a commit."""
         being = self.organism("warmup_steps=40", *more)
         self.say(being, SECRET)
-        self.say(being, "What is the sea?")
+        self.say(being, ASKED)
         being.awake()
         self.held_in(lambda child: child.job.done_steps >= 20)
         return being
@@ -358,7 +335,7 @@ class NothingIsReset(Home):
         self.assertFalse(being.memory.entries("source = 'approved'"))
         self.assertTrue(being.judge(True))
         [approved] = being.memory.entries("source = 'approved'")
-        self.assertTrue(approved.text.startswith("H: What is the sea?\nA: I do not know that"))
+        self.assertTrue(approved.text.startswith(f"H: {ASKED}\nA: I do not know that"))
         self.until(lambda: any(t.source == "approved" for t in
                                self.children[-1].child.learner.texts.values()))
         self.assertTrue(being.judge(False))
@@ -375,7 +352,7 @@ class NothingIsReset(Home):
         self.assertFalse([text for text in trained if SECRET in text])
 
     # large enough for its loss to be waited over
-    MANY = LINES + "".join(f"\nThe stone {i} lies on the path.\n" for i in range(60))
+    MANY = CORPUS + "".join(f"\nThe stone {i} lies on the path.\n" for i in range(60))
 
     def test_a_corpus_that_is_empty_for_a_while_or_another_for_a_while(self):
         self.rewrite(self.MANY)
@@ -396,8 +373,8 @@ class NothingIsReset(Home):
         being = self.grown("loss_seconds=0", "unlearn_seconds=60")
         being.sleep()
         layers = {e.key: e.layer for e in being.memory.entries()}
-        for text, count in ((LINES[-60:], 2), (self.MANY, len(layers)),
-                            (self.MANY.replace("spring.\n", "spring.\n\n"), len(layers) + 1)):
+        for text, count in ((CORPUS[-60:], 2), (self.MANY, len(layers)),
+                            (self.MANY.replace("seven.\n", "seven.\n\n"), len(layers) + 1)):
             self.rewrite(text)
             being.take_in_corpus()
             self.assertLessEqual(abs(being.memory.entry_count() - count), 1)
@@ -416,7 +393,7 @@ class Rebirth(Home):
     def test_it_is_due_when_there_are_many_deltas(self):
         being = self.grown("rebirth_chars=60", "rebirth_share=99", "max_delta_modules=2",
                            "delta_seal_chars=1", *self.EAGER[2:])
-        for text in (QUARTZ, "Copper turns green in the long rain."):
+        for text in (QUARTZ, "Moss turns green in the long rain."):
             self.assertIsNone(being.trainer.due())
             self.append(text)
             self.until(lambda: being.memory.entries("layer IS NOT NULL AND text LIKE ?",
@@ -437,14 +414,14 @@ class Rebirth(Home):
         old = being.growth
         self.ask(being, "n_embd=16")
         self.held_in_rebirth(10, idle=True)
-        self.assertEqual(self.say(being, "What is the sea?"), "The sea is wide and blue.")
+        self.assertEqual(self.say(being, ASKED), KNOWN)
         self.append(QUARTZ)
         self.until(lambda: self.quartz(being))
         self.assertEqual((being.growth.generation, being.config.n_embd), (1, 8))
         self.assertEqual(len(being.mind().model.deltas), 1)
         self.children[-1].child.birth.learner._begin_cooling()
-        self.append("The heron waits.")  # too late for the next, which gets a delta for it
-        self.until(lambda: being.memory.entries("text LIKE '%heron%'") and not self.unread(being))
+        self.append("The otter waits.")  # too late for the next, which gets a delta for it
+        self.until(lambda: being.memory.entries("text LIKE '%otter%'") and not self.unread(being))
         self.release()
         self.until(lambda: being.growth.generation == 2)
         self.learn(being)
@@ -454,7 +431,7 @@ class Rebirth(Home):
         self.assertIsNone(being.trainer.due())
         self.assertEqual(m.delta_names(being.memory.manifests()), ["delta1"])
         self.assertEqual({e.text: e.layer for e in being.memory.entries("layer > 0")},
-                         {"The heron waits.\n": 1})
+                         {"The otter waits.\n": 1})
         self.until(lambda: being.mind().model.shape.n_embd == 16)
         self.assertIn("generation 2 has taken over", " ".join(being.notices))
         being.sleep()
@@ -464,8 +441,8 @@ class Rebirth(Home):
         being = self.grown("warmup_steps=60")
         for begin, end in ((lambda: self.ask(being, "n_embd=16"),
                             lambda: self.ask(being, "n_embd=8")),
-                           (lambda: self.rewrite(LINES.replace("A bird sits in the old tree.", "")),
-                            lambda: self.rewrite(LINES))):
+                           (lambda: self.rewrite(CORPUS.replace("The ferry leaves at seven.", "")),
+                            lambda: self.rewrite(CORPUS))):
             begin()
             self.held_in_rebirth(5)
             end()
@@ -478,10 +455,8 @@ class Rebirth(Home):
         self.assertEqual(being.memory.to_unlearn(), [])
 
     def test_a_generation_that_reads_worse_is_given_up_told_and_not_tried_again_at_once(self):
-        being = self.organism(*self.EAGER[:2], "rebirth_bound=0", "gate_bound=9",
-                              "held_out_share=0.3")
-        being.awake()
-        self.learn(being)
+        being = self.grown(*self.EAGER[:2], "rebirth_bound=0", "gate_bound=9",
+                           "held_out_share=0.3")
         self.patch(m, "fit_to_live", lambda new, old: {"probe": "0", "before": 1.0, "now": 2.0})
         self.append(self.MANY)
         self.until(lambda: "rebirth given up" in self.events(being))
@@ -519,12 +494,12 @@ class Unlearning(Home):
 
     def test_a_delta_that_read_what_is_forgotten_goes_and_those_before_it_stay(self):
         being = self.grown(*self.STRONG)
-        self.taught(being, "The ferry leaves at seven.")
+        self.taught(being, "The kettle sings at noon.")
         before = self.nats(being)
         self.taught(being, SECRET)
         learned = self.nats(being)
         self.assertLess(learned, 0.75 * before)
-        self.taught(being, "Copper turns green in rain.")
+        self.taught(being, "Moss turns green in rain.")
         kept = being.memory.layers()
         self.assertEqual(m.delta_names(kept), ["delta1", "delta2", "delta3"])
         m.forget(being.memory, SECRET)
@@ -541,7 +516,7 @@ class Unlearning(Home):
         self.append(SECRET)
         being = self.grown(*self.STRONG, "rebirth_bound=0")  # which does not bind it
         old, learned = being.growth, self.nats(being)
-        self.rewrite(LINES)
+        self.rewrite(CORPUS)
         self.held_in_rebirth(50)
         self.assertEqual(self.nats(being), learned)
         self.release()
@@ -583,43 +558,34 @@ class Unlearning(Home):
 class Processes(Reader):
     """The program as its owner runs it; what is killed is a process of its own."""
 
-    def words(self, words, settings):
-        return (*words, *(part for setting in (*TINY, *settings) for part in ("--set", setting)))
-
-    def trained(self, *settings):
-        done = run_inside(*self.words(("--json", "train"), settings), cwd=self.folder)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        return json.loads(done.stdout)
+    TINY = set_words(*TINY)
 
     def kill_when(self, condition, *settings):
         """Start to train in a process, and kill it once a condition holds."""
-        with start_macrogpt(*self.words(("train",), settings), cwd=self.folder) as process:
-            try:
-                self.until(condition)
-            finally:
-                process.kill()
+        process = self.start_here("train", *set_words(*settings))
+        self.until(condition)
+        process.kill()
+        process.wait()
 
     def test_killed_in_its_birth_or_while_the_next_generation_grows_up_it_goes_on(self):
         self.kill_when(lambda: self.setting("growth").get("step", 0) > 2, *LONG)
         step = self.setting("growth")["step"]
-        self.assertGreater(self.trained()["step"], step)
+        self.assertGreater(self.report("train")["step"], step)
         step = self.setting("growth")["step"]
         self.kill_when(lambda: self.setting("rebirth").get("growth", {}).get("warmup_step", 0) > 5,
                        *LONG, "n_embd=16")
         came = self.setting("rebirth")["growth"]["warmup_step"]
         self.assertEqual(self.setting("growth")["step"], step)
         self.assertEqual(self.setting("shape")["n_embd"], 8)
-        self.trained("n_embd=16", f"warmup_steps={came + 20}", "warmup_epochs=9999",
-                     "rebirth_bound=9")
+        self.good("train", *set_words("n_embd=16", f"warmup_steps={came + 20}",
+                                      "warmup_epochs=9999", "rebirth_bound=9"))
         growth = self.setting("growth")
         self.assertEqual((growth["generation"], growth["warmup_step"]), (2, came + 20))
         self.assertEqual(list(self.kept(writable=False).faults()), [])
 
     def test_a_real_child_that_is_killed_is_started_again_and_one_that_rests_goes_on(self):
-        being = self.organism(*LONG)
-        being.awake()
-        self.until(lambda: being.growth.step > 2)
-        pieces = being.reply("What is the sea?")
+        being = self.begun()
+        pieces = being.reply(ASKED)
         next(pieces)
         time.sleep(0.3)  # what was on its way arrives
         step = being.growth.step
@@ -636,9 +602,9 @@ class Processes(Reader):
 
     def test_a_life_lived_twice_gives_the_same_bits_with_a_restart_in_between_or_without(self):
         many = " ".join(f"On day {day} the kite flies above the quay." for day in range(20))
-        said = ["My lamp is made of quartz.", "/teach The ferry leaves at seven.",
+        said = ["My lamp is made of quartz.", "/teach The kettle sings at noon.",
                 "I live beside the old mill.", "edit The rain is warm.",
-                "The heron sleeps on one leg.", "/forget The ferry leaves at seven.",
+                "The heron sleeps on one leg.", "/forget The kettle sings at noon.",
                 "edit " + many, "Thank you."]
         lives = (("whole", [said], "1"), ("parts", [said[:3], said[3:]], "2"))
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -654,27 +620,22 @@ class Processes(Reader):
 
     def life(self, name, parts, hash_seed):
         """Live a life, started anew for each part of the talk; return its memory's path."""
-        settings = ("threads=1", "max_merges=20", "burst_passes=6", "mix_passes=2",
-                    "min_new_chars_to_train=1", "min_merge_chars=300", "delta_seal_chars=60",
-                    "held_out_share=0.3", "dropout=0.1", "rebirth_chars=600", "rebirth_bound=9")
-        folder, text = self.path(name), LINES
+        settings = set_words(
+            "threads=1", "max_merges=20", "burst_passes=6", "mix_passes=2", "rebirth_bound=9",
+            "min_new_chars_to_train=1", "min_merge_chars=300", "delta_seal_chars=60",
+            "held_out_share=0.3", "dropout=0.1", "rebirth_chars=600")
+        folder, text = self.path(name), CORPUS
         os.mkdir(folder)
         corpus = self.write(os.path.join(name, "nonames.txt"), text)
         for part in parts:
-            with start_macrogpt(*self.words(["--wait-trained"], settings), cwd=folder,
-                                stderr=subprocess.DEVNULL, text=True,
-                                env={"PYTHONHASHSEED": hash_seed}) as chat:
-                watch = threading.Timer(90.0, chat.kill)
-                watch.start()
-                for words in part:
-                    if words.startswith("edit "):
-                        text += "\n" + words[5:] + "\n"
-                        os.replace(self.write(os.path.join(name, "new.txt"), text), corpus)
-                        continue
-                    chat.stdin.write(words + "\n")
-                    chat.stdin.flush()
-                    self.assertTrue(chat.stdout.readline())
-                chat.stdin.close()
-                self.assertEqual(chat.wait(), 0)
-                watch.cancel()
+            chat = self.start_here("--wait-trained", *settings, cwd=folder,
+                                   stderr=subprocess.DEVNULL, env={"PYTHONHASHSEED": hash_seed})
+            for words in part:
+                if words.startswith("edit "):
+                    text += "\n" + words[5:] + "\n"
+                    os.replace(self.write(os.path.join(name, "new.txt"), text), corpus)
+                else:
+                    self.assertTrue(self.answer(chat, words.encode()))
+            chat.communicate(timeout=90.0)
+            self.assertEqual(chat.returncode, 0)
         return os.path.join(folder, "memory.sqlite3")

@@ -31,6 +31,12 @@ def said(*texts, **more):
         {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
 
 
+def posted(port, body, path=CHAT):
+    """Return the bytes of a request that posts a body."""
+    return (b"POST %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (path.encode(), port, len(body), body))
+
+
 class Serving(Folder):
     """A test case with servers in processes of their own, and ways to ask them."""
 
@@ -105,11 +111,6 @@ class Api(Serving):
             self.assertEqual(answer["error"]["param"], param)
         return answer["error"]["message"]
 
-    def test_the_one_model_that_there_is_is_listed(self):
-        status, models = self.ask(self.port, "/v1/models?limit=5")
-        self.assertEqual((status, models["object"], [each["id"] for each in models["data"]]),
-                         (200, "list", ["macrogpt"]))
-
     def test_a_reply_is_what_a_chat_says_with_its_reason_and_its_usage(self):
         status, answer = self.ask(self.port, CHAT, said("Who are you?"))
         self.assertEqual((status, answer["object"], answer["model"]),
@@ -119,9 +120,8 @@ class Api(Serving):
                 "role": "assistant", "content": "I am a small lantern in a big house."}}])
         self.assertEqual(answer["macrogpt"]["source"], "exchange")
         self.assertIn("H: Who are you?", answer["macrogpt"]["entries"][0])
-        usage = answer["usage"]
-        self.assertEqual((usage["prompt_tokens"], usage["completion_tokens"]), (12, 36))
-        self.assertEqual(usage["total_tokens"], 48)
+        self.assertEqual(answer["usage"], {
+            "prompt_tokens": 12, "completion_tokens": 36, "total_tokens": 48})
 
     def test_a_stream_has_the_role_the_words_the_end_the_usage_and_done_in_this_order(self):
         asked = said("Who are you?", stream=True, stream_options={"include_usage": True})
@@ -192,20 +192,19 @@ class Api(Serving):
                              ("I am", "length"))
 
     def test_a_request_that_asks_for_what_is_not_there_is_told_so_by_name(self):
-        for field, value in (("temperature", 3), ("temperature", "hot"), ("temperature", True),
-                             ("top_p", -1), ("max_tokens", 0), ("max_tokens", 1.5), ("seed", "x"),
-                             ("stop", ["a"] * 5), ("stop", 3), ("stop", [""]), ("stream", 1),
-                             ("stream_options", 1), ("n", 2), ("logprobs", True), ("user", 3),
-                             ("tools", [{}]), ("response_format", {"type": "json_object"}), ("messages", {}), ("messages", [])):
-            self.refused(400, said("Hi.", **{field: value}) if field != "messages" else
-                         {"messages": value}, param=field)
+        for field, *values in (
+                ("temperature", 3, "hot", True), ("top_p", -1), ("max_tokens", 0, 1.5),
+                ("seed", "x"), ("stop", ["a"] * 5, 3, [""]), ("stream", 1), ("stream_options", 1),
+                ("n", 2), ("logprobs", True), ("user", 3), ("tools", [{}]),
+                ("response_format", {"type": "json_object"}),
+                ("messages", {}, [], said("Hi.", "Hello.")["messages"])):
+            for value in values:
+                self.refused(400, {**said("Hi."), field: value}, param=field)
         self.refused(404, said("Hi.", model="gpt-9"), param="model")
-        self.refused(400, said("Hi.", "Hello."), param="messages")
-        self.refused(400, {"messages": [{"role": "wizard", "content": "x"}]},
-                     param="messages[0]")
         picture = [{"type": "image_url", "image_url": {"url": "x"}}]
-        self.refused(400, {"messages": [{"role": "user", "content": picture}]},
-                     param="messages[0]")
+        for role, content in (("wizard", "x"), ("user", picture)):
+            self.refused(400, {"messages": [{"role": role, "content": content}]},
+                         param="messages[0]")
         for prompt in (None, 3, ["a", "b"], [1, 2]):
             self.refused(400, {"prompt": prompt}, TEXT, "prompt")
         for body in (b"", b"{", b"\xff", b"3", b"[" * 100_000, b'"\\ud800"'):
@@ -227,7 +226,10 @@ class Api(Serving):
         for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
             self.refused(415, said("Hi."), **{"Content-Type": kind})
 
-    def test_paths_and_methods_that_are_not_there_are_refused(self):
+    def test_one_model_is_listed_and_paths_and_methods_that_are_not_there_are_refused(self):
+        status, models = self.ask(self.port, "/v1/models?limit=5")
+        self.assertEqual((status, models["object"], [each["id"] for each in models["data"]]),
+                         (200, "list", ["macrogpt"]))
         for path in ("/v1", "/v1/models/", "/etc/passwd", "/../macrogpt.py", "/%2e%2e/"):
             self.assertEqual(self.ask(self.port, path)[0], 404)
         for method, path in (("PUT", CHAT), ("GET", CHAT), ("OPTIONS", CHAT), ("DELETE", "/"),
@@ -263,25 +265,17 @@ class Api(Serving):
             self.assertIn(b"Connection: close", got)
 
     def test_many_requests_at_once_are_all_answered_each_with_its_own(self):
-        answers = []
-
         def ask(number):
-            answers.append(self.reply(self.port, f"My number is {number}.", "Yes.",
-                                      "What is my number?"))
-        threads = [threading.Thread(target=ask, args=(n,)) for n in range(100, 160)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(sorted(answers), [f"Your number is {n}." for n in range(100, 160)])
+            return self.reply(self.port, f"My number is {number}.", "Yes.", "What is my number?")
+        with concurrent.futures.ThreadPoolExecutor(60) as pool:
+            self.assertEqual(list(pool.map(ask, range(100, 160))),
+                             [f"Your number is {number}." for number in range(100, 160)])
 
     def test_who_hangs_up_is_no_longer_spoken_for(self):
-        body = json.dumps({"prompt": "The ", "max_tokens": 4000}).encode()
-        head = (f"POST {TEXT} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nContent-Type: "
-                f"application/json\r\nContent-Length: {len(body)}\r\n\r\n").encode()
+        sent = posted(self.port, b'{"prompt": "The ", "max_tokens": 4000}', TEXT)
         for _ in range(5):
             with socket.create_connection(("127.0.0.1", self.port), 10) as talk:
-                talk.sendall(head + body)
+                talk.sendall(sent)
                 time.sleep(0.02)
         begun = time.monotonic()
         self.reply(self.port, "Who are you?")
@@ -369,10 +363,8 @@ class Bounds(Serving):
         organism = m.Organism(m.Config().replace(TINY[1::2]), memory, m.reference_engine())
         told, started = [], threading.Event()
         server = m.Server(organism, None, False, lambda line: (told.append(line), started.set()))
-        if limits:
-            bounds = mock.patch.multiple(m, **limits)
-            bounds.start()
-            self.addCleanup(bounds.stop)
+        for limit in limits.items():
+            self.patch(m, *limit)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve("127.0.0.1", 0)))
         thread.start()
         self.addCleanup(memory.close)
@@ -383,15 +375,11 @@ class Bounds(Serving):
 
     def test_who_is_slow_is_hung_up_on(self):
         port = self.serve_within(CLIENT_SECONDS=0.1)
-        host = b"Host: 127.0.0.1:%d\r\n" % port
-        post = (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Type: application/json\r\n" + host
-                + b"Content-Length: 100\r\n\r\n{")
-        whole = b"GET /v1/models HTTP/1.1\r\n" + host + b"\r\n"
-        for sent, first in ((b"", b"HTTP/1.1 408"), (b"GET / HT", b"HTTP/1.1 408"), (post, b"HTTP/1.1 408"),
-                            (whole, b"HTTP/1.1 200")):
+        whole = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n" % port
+        for sent, status in ((b"", 408), (b"GET / HT", 408), (posted(port, b"{")[:-1], 408),
+                             (whole, 200)):
             begun = time.monotonic()
-            got = self.raw(port, sent)
-            self.assertEqual(got[:12], first)
+            self.assertEqual(self.raw(port, sent)[:12], b"HTTP/1.1 %d" % status)
             self.assertLess(time.monotonic() - begun, 2.0)
 
     def test_beyond_so_many_connections_one_is_told_to_come_again(self):
@@ -431,11 +419,8 @@ class Bounds(Serving):
 
     def test_hostile_bytes_of_every_kind_leave_it_well(self):
         port, rng = self.serve_within(CLIENT_SECONDS=0.1), random.Random(5)
-        body = json.dumps(said("Hi.")).encode()
-        good = (b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: "
-                b"application/json\r\nContent-Length: %d\r\n\r\n" % (port, len(body)) + body)
         for _ in range(60):
-            broken = bytearray(good)
+            broken = bytearray(posted(port, json.dumps(said("Hi.")).encode()))
             for _ in range(rng.randint(1, 4)):
                 at, new = rng.randrange(len(broken)), rng.choices(range(256), k=rng.randint(0, 3))
                 broken[at:at + rng.randint(0, 3)] = bytes(new)
@@ -468,30 +453,21 @@ class Browser:
         self.to.write(json.dumps({"id": self.number, "method": method, "params": params,
                                   **self.session}).encode() + b"\0")
         self.to.flush()
-        while True:
-            raw, zero, rest = self.rest.partition(b"\0")
-            if zero:
-                self.rest, told = rest, json.loads(raw)
-                if told.get("id") == self.number:
-                    return told["result"]
-                continue
-            ready, _, _ = select.select([self.back], [], [], PATIENCE_SECONDS)
-            part = os.read(self.back, 1 << 20) if ready else b""
-            if not part:
-                raise TimeoutError(method)
-            self.rest += part
+        told = {}
+        while told.get("id") != self.number:
+            while b"\0" not in self.rest:
+                ready = select.select([self.back], [], [], PATIENCE_SECONDS)[0]
+                part = os.read(self.back, 1 << 20) if ready else b""
+                if not part:
+                    raise TimeoutError(method)
+                self.rest += part
+            raw, _, self.rest = self.rest.partition(b"\0")
+            told = json.loads(raw)
+        return told["result"]
 
     def see(self, script):
         """Return the value of a script in the page."""
         return self.do("Runtime.evaluate", expression=script)["result"].get("value")
-
-    def wait(self, script):
-        """Wait until a script is true in the page."""
-        end = time.monotonic() + PATIENCE_SECONDS
-        while not self.see(script):
-            if time.monotonic() > end:
-                raise TimeoutError(script)
-            time.sleep(0.05)
 
     def type(self, text):
         """Type into what has the focus, and press Enter."""
@@ -507,8 +483,8 @@ class Browser:
             self.do("Browser.close")
             self.process.wait(PATIENCE_SECONDS)
         finally:
-            self.process.kill()
-            self.process.wait()
+            with self.process:
+                self.process.kill()
         self.to.close()
         os.close(self.back)
 
@@ -543,34 +519,25 @@ class FrontEnds(Serving):
             self.assertRaises(openai.AuthenticationError, client.models.list)
         self.assertEqual(self.end(process), (130, ""))
 
-    @unittest.skipUnless(importlib.util.find_spec("llm"), "the package llm is not installed")
-    def test_the_llm_package_holds_a_streamed_conversation(self):
-        from llm.default_plugins.openai_models import Chat
-        process, port = self.serve()
-        chat = Chat("here", key="none", model_name="macrogpt",
-                    api_base=f"http://127.0.0.1:{port}/v1").conversation()
-        self.assertEqual("".join(chat.prompt("My dog is called Rex.", key="x")), m.NOT_KEPT)
-        pieces = list(chat.prompt("What is my dog called?", key="x"))
-        self.assertEqual("".join(pieces), "Your dog is called Rex.")
-        self.assertGreater(len(pieces), 3)
-        self.assertEqual(self.end(process), (130, ""))
-
     @unittest.skipUnless(shutil.which("chromium"), "there is no chromium")
     def test_a_browser_chats_on_the_page_which_asks_for_the_token_and_tells_why(self):
         process, port = self.serve("--token", "t0ken")
         browser = Browser(self.path("profile"))
         self.addCleanup(browser.end)
         browser.do("Page.navigate", url=f"http://127.0.0.1:{port}/")
-        browser.wait("document.querySelector('#door') && !document.querySelector('#door').hidden")
+
+        def wait(script):
+            self.until(lambda: browser.see(script))
+        wait("document.querySelector('#door') && !document.querySelector('#door').hidden")
         self.assertEqual(browser.see("document.activeElement.id"), "token")
         browser.type("t0ken")
-        browser.wait("/newborn|generation/.test(document.querySelector('#state').textContent)")
+        wait("/newborn|generation/.test(document.querySelector('#state').textContent)")
         browser.see("document.querySelector('#text').focus()")
         for words in ("<b>My</b> dog is called Rex.", "My dog is called Rex.",
                       "What is my dog called?"):
             browser.type(words)
-            browser.wait("document.querySelector('#log').getAttribute('aria-busy') == 'false' "
-                         "&& document.querySelector('#text').value == ''")
+            wait("document.querySelector('#log').getAttribute('aria-busy') == 'false' "
+                 "&& document.querySelector('#text').value == ''")
         shown = browser.see("document.querySelector('#log').textContent")
         self.assertIn("<b>My</b> dog", shown)
         self.assertIn("Your dog is called Rex.", shown)
