@@ -8158,7 +8158,7 @@ def _listed(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked:
     words = asked.line.words
     at = next((i for i, word in enumerate(words) if "list" in word.classes), -1)
     to_do = bool(raw.has_phrase(lex, "todo"))
-    if at < 0 and not to_do or asked.slot not in ("", "number", "job"):
+    if at < 0 and not to_do or asked.slot not in ("", "number", "job", "person"):
         return None
     name = {words[i].stem for i in asked.line.telling if not to_do and (
         i > at or at - 4 < i < at and (asked.line.owners[i] or i == at - 1))}
@@ -8635,7 +8635,7 @@ def _mended(lex: Lexicon, before: str, text: str, last: bool) -> Optional[str]:
         word.stem == w.stem for w in words[i + 1:i + 4])]
     known = {word.stem for word in old.words}  # Hattie isn't, of Hattie: nothing new takes a place
     fresh = [i for i in new.telling if words[i].stem not in known]
-    said = [i for i in fresh if gone and i > denied[-1] and "aux" in words[i - 1].classes
+    said = [i for i in fresh if gone and i > denied[0] and "aux" in words[i - 1].classes
             and "refers" in words[i - 2].classes]  # not Ida, it is Eva
     fresh = said or [i for i in fresh if not gone or i < denied[-1]] or fresh  # Eva, not Ida
     if denied and not gone or not fresh or len(fresh) > 4 or not (gone or last):

@@ -476,7 +476,8 @@ class Days(Folder):
         ticks = itertools.count()
         clock = (lambda: now + next(ticks) / 1e3,)
         with mock.patch.object(m.Memory.__init__, "__defaults__", clock):
-            done = self.run_here("--no-train", "--json", stdin="\n".join(lines).encode() + b"\n")
+            done = self.run_here("--db", self.db, "--no-train", "--json",
+                                 stdin="\n".join(lines).encode() + b"\n")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.noticed = done.stderr.decode()
         rows = [json.loads(line) if line[:1] == b"{" else {"reply": line.decode(), "source": ""}
@@ -506,6 +507,57 @@ class Days(Folder):
                 day, said = words or day, []
         self.assertGreater(right, 0.7 * asked)
         self.assertLessEqual(len(false), 0.1 * never, false)
+
+    def test_what_a_talk_leaves_to_hearing_is_heard(self):
+        for number, (talk, wanted) in enumerate((
+                # whose name it is
+                ("My name is Vera. / My parrot is called Coco. / What is my name?", "is Vera"),
+                ("I'm Vera. / What is my name?", "are Vera"),
+                ("My parrot is called Coco. / What is my husband's name?", "!your parrot"),
+                # a yes needs one clause, now, and no exception
+                ("I collect stamps and my aunt collects spoons. / Do I collect spoons?", "!Yes"),
+                ("Ben has a kite and Zoe has a drum. / Does Zoe have a kite?", "!Yes"),
+                ("I don't live in Kiel any more, I moved to Bonn. / Do I live in Bonn?", "Yes"),
+                ("The pool is open daily except Friday. / Is the pool open on Friday?", "!Yes"),
+                ("I was going to ring Otto but I forgot. / Did I ring Otto?", "!Yes"),
+                ("Don't forget that the lift is stuck. / Is the lift stuck?", "Yes"),
+                ("Je n'aime pas le thé. / Est-ce que j'aime le thé ?", "Non"),
+                # what holds
+                ("The concert is on 3 July. / The concert was moved to 9 July. / "
+                 "Is the concert on 3 July?", "!Yes"),
+                ("The rehearsal is at six. / The rehearsal has been cancelled. / "
+                 "When is the rehearsal?", "cancelled"),
+                ("My dinghy is called Puck. / I renamed the dinghy: she is Wasp now. / "
+                 "What is my dinghy called?", "Wasp"),
+                ("The usher, Mr Bloom, has retired; Mrs Crane does it now. / Who is the usher?",
+                 "Crane"),
+                ("Rosa is allergic to kiwi. / Sorry, not kiwi, it's mango she can't have. / "
+                 "What is Rosa allergic to?", "mango"),
+                # the other one
+                ("My red scarf is at Ida's. / My blue scarf is in the car. / "
+                 "Where is my red scarf? / And the other one?", "in the car"),
+                ("My older sister Ada lives in Turin. / My younger sister Eva lives in Kyoto. / "
+                 "Where does my older sister live? / And the younger one?", "Kyoto"),
+                # lists
+                ("Shopping list: oats, bin bags / Add leeks to the shopping list / "
+                 "What is on the shopping list?", "oats, bin bags and leeks"),
+                ("Guest list: Uwe, Lena / Uwe can't come, strike him off the list. / "
+                 "Strike Uwe off the list. / Who is on the guest list?", "!uwe"),
+                ("Packing list: rope / Clear the packing list / What is on the packing list?",
+                 "Nothing"),
+                ("To do: sweep the yard / To do: oil the gate / Remind me to ring Otto / "
+                 "What is on my to-do list?", "sweep the yard, oil the gate and ring otto"),
+                # figures told in one breath
+                ("Uwe is 9. Lena is 5. / Who is older, Uwe or Lena?", "Uwe."))):
+            self.db = self.path(f"heard{number}.sqlite3")
+            reply = self.at("2026-05-08T09:00", *talk.split(" / "))[-1][0].lower()
+            with self.subTest(talk):
+                self.assertEqual(wanted.lstrip("!").lower() in reply, wanted[0] != "!", reply)
+
+    def test_a_sentence_of_more_than_a_line_stays_whole(self):
+        long = "My pen friend in Lima, " + "who writes to me of rain and llamas, " * 9 + "is Pilar."
+        said = self.at("2026-05-08T09:00", long, "Who is my pen friend in Lima?")
+        self.assertIn("is Pilar.", said[1][0])
 
     def test_told_in_may_asked_in_june_over_the_turn_of_a_year_and_in_another_zone(self):
         self.at("2026-05-08T23:30", "My flight to Oslo is tomorrow at nine.", zone="Europe/Berlin")

@@ -519,6 +519,18 @@ class FrontEnds(Serving):
             self.assertRaises(openai.AuthenticationError, client.models.list)
         self.assertEqual(self.end(process), (130, ""))
 
+    @unittest.skipUnless(importlib.util.find_spec("llm"), "the package llm is not installed")
+    def test_the_llm_package_holds_a_streamed_conversation(self):
+        from llm.default_plugins.openai_models import Chat
+        process, port = self.serve()
+        chat = Chat("here", key="none", model_name="macrogpt",
+                    api_base=f"http://127.0.0.1:{port}/v1").conversation()
+        self.assertEqual("".join(chat.prompt("My dog is called Rex.", key="x")), m.NOT_KEPT)
+        pieces = list(chat.prompt("What is my dog called?", key="x"))
+        self.assertEqual("".join(pieces), "Your dog is called Rex.")
+        self.assertGreater(len(pieces), 3)
+        self.assertEqual(self.end(process), (130, ""))
+
     @unittest.skipUnless(shutil.which("chromium"), "there is no chromium")
     def test_a_browser_chats_on_the_page_which_asks_for_the_token_and_tells_why(self):
         process, port = self.serve("--token", "t0ken")
