@@ -7092,6 +7092,25 @@ def told_about(lex: Lexicon, last: Entry, text: str) -> str:
     return _gathering(lex, last.about, told) if last.about else told
 
 
+def answer_to(lex: Lexicon, talk: Sequence[Tuple[str, str]], text: str) -> str:
+    """Return the question that a text answers, asked just before it and not known then; or "".
+
+    Where is my passport? I do not know that yet. Tell me, and I will keep it. In the blue drawer.
+    """
+    at = next((k for k in range(len(talk) - 1, 1, -1) if talk[k] == ("owner", text)), 0)
+    if not at or not is_unknown(lex, talk[at - 1][1]) or not is_question(talk[at - 2][1]):
+        return ""
+    line, question = lex.line(text[:MAX_ASKED_CHARS]), talk[at - 2][1]
+    bare = leans(lex, line) or len(line.words) < 6 and not line.has & {"aux", "subject"}
+    return question if bare and not asks(text, lex) and asks_for_a_fact(question) else ""
+
+
+def is_unknown(lex: Lexicon, reply: str) -> bool:
+    """Return whether a reply says only that something is not known."""
+    return reply in UNKNOWN_REPLIES or any(
+        reply == " ".join(lex.phrases["unknown", language]) + "." for language in lex.endings)
+
+
 def _stopped(text: str) -> str:
     """Return a text with a full stop, if it ends in a letter or a digit."""
     return text + "." * text[-1:].isalnum()
@@ -7144,7 +7163,7 @@ def _units_of(lex: Lexicon, entry: Entry, needles: Iterable[str] = ("",)) -> Ite
             about = entry.about
             for statement in statements_of(text, lex):
                 rest = (lex.opened(statement)[0] if told else statement).strip()
-                if leans(lex, lex.line(rest)) and about:
+                if about and (is_question(about) or leans(lex, lex.line(rest))):
                     yield Unit(entry, lex.line(f"{about} {rest}"), text=rest, about=about)
                     about = _gathering(lex, about, rest)
                 else:
@@ -7167,7 +7186,7 @@ def _beside(lex: Lexicon, units: Iterable[Unit]) -> Iterator[Unit]:
 
 def _only_beside(lex: Lexicon, unit: Unit) -> bool:
     """Return whether a statement needs nothing of what stands before it."""
-    return bool(unit.about) and not leans(lex, lex.line(unit.text))
+    return bool(unit.about) and not is_question(unit.about) and not leans(lex, lex.line(unit.text))
 
 
 # who is who
@@ -7757,7 +7776,9 @@ def said_back(lex: Lexicon, unit: Unit, today: Optional[datetime.date] = None) -
     line, entry = unit.line, unit.entry
     if line.speaker:
         return _said_in_log(lex, unit)
-    text = (unit.text if unit.about and _mends(lex, unit) else line.text).strip()
+    text = unit.text.strip() if unit.about and _mends(lex, unit) else line.text.strip()
+    if unit.about and text == f"{unit.about} {unit.text}":
+        text = f"{unit.about} {unit.text[:1].upper()}{unit.text[1:]}"
     if today and entry.source in TOLD:
         text = as_of(lex, text, told_day(entry), today)
     ours = entry.source in TOLD or line.has & {"me", "own"}  # whoever "you" is in a file
@@ -9364,6 +9385,8 @@ class Turn:
     def _silence(self, way: str = "") -> str:
         """Return what is said where nothing is known, in other words than of late."""
         newest = {words for _, words in self.turns[-2 * FRESH_EXCHANGES:]}
+        if answer_to(lexicon(), (*self.talk, ("owner", self.text)), self.text):
+            way = "kept"
         return silence(self.text, self.rejected, newest, self.keeps, way)
 
     def _forgotten(self, wish: str) -> str:
@@ -11268,7 +11291,8 @@ class Organism:
             return
         recent = memory.last_told(5, session) if recall else []
         day = datetime.date.fromtimestamp(memory.clock() if told_at is None else told_at)
-        about = told_about(lex, recent[-1], lines[0]) if recent else ""
+        about = recall and answer_to(lex, memory.newest_messages(session, 4), text) or (
+            told_about(lex, recent[-1], lines[0]) if recent else "")
         whole = mended(lex, recent, lines[0]) if recent and len(lines) == 1 else None
         if whole:
             lines, about = [whole], ""
@@ -13702,7 +13726,7 @@ EVENTS = {"corpus": "{added} documents came into the corpus, {removed} went",
           "gate": "probe {probe} would have been read at {now} bits per character, where "
                   "{before} was read: {then}",
           "shy": "layer {layer} is called less readily, or it would do harm",
-          "unlearned": "{texts} texts are unlearned; {layers} went",
+          "unlearned": "forgotten texts are unlearned: {texts}",
           "trainer died": "the trainer died: {error}", "failed": "learning has ended: {error}",
           "step skipped": "a step was skipped; its loss was {loss}"}
 

@@ -533,6 +533,8 @@ class Days(Folder):
                  "Crane"),
                 ("Rosa is allergic to kiwi. / Sorry, not kiwi, it's mango she can't have. / "
                  "What is Rosa allergic to?", "mango"),
+                # the answer to what was not known
+                ("Where is my compass? / in the tea tin / Where is my compass?", "in the tea tin"),
                 # the other one
                 ("My red scarf is at Ida's. / My blue scarf is in the car. / "
                  "Where is my red scarf? / And the other one?", "in the car"),
@@ -553,6 +555,13 @@ class Days(Folder):
             reply = self.at("2026-05-08T09:00", *talk.split(" / "))[-1][0].lower()
             with self.subTest(talk):
                 self.assertEqual(wanted.lstrip("!").lower() in reply, wanted[0] != "!", reply)
+
+    def test_what_was_told_before_the_corpus_was_read_is_known_of_its_owner(self):
+        with contextlib.closing(memory_of("I keep bees.", "I play the harp.", read=False)) as memory:
+            for number in range(2 * m.MOST_HELD):
+                memory.add_entry("corpus", m.Document((f"Stone {number} lies still.",), True))
+            found, _ = m.recollection(memory, "What do you know about me?", random.Random(0), 0.55)
+        self.assertEqual(found.text, "You play the harp. You keep bees.")
 
     def test_a_sentence_of_more_than_a_line_stays_whole(self):
         long = "My pen friend in Lima, " + "who writes to me of rain and llamas, " * 9 + "is Pilar."
