@@ -347,13 +347,13 @@ class Piped(Folder):
     def test_a_setting_that_only_another_version_knows_is_told_until_it_is_set_to_default(self):
         self.good("--no-train", "ask", "hello")
         with contextlib.closing(sqlite3.connect(self.db)) as store, store:
-            store.execute("INSERT INTO settings VALUES ('config.patience', '3')")
-        self.assertIn(b"/set patience default forgets it", self.run_here("doctor").stdout)
-        done = self.run_here("--no-train", stdin=b"/set top_k 3\n/set patience default\n"
+            store.execute("INSERT INTO settings VALUES ('config.sprouting', '3')")
+        self.assertIn(b"/set sprouting default forgets it", self.run_here("doctor").stdout)
+        done = self.run_here("--no-train", stdin=b"/set top_k 3\n/set sprouting default\n"
                              b"/set top_k default\n")
         self.assertEqual(done.stdout.splitlines(), [
-            b"top_k = 3, kept", b"patience is kept no more", b"top_k is kept no more"])
-        self.assertNotIn("patience", self.good("doctor"))
+            b"top_k = 3, kept", b"sprouting is kept no more", b"top_k is kept no more"])
+        self.assertNotIn("sprouting", self.good("doctor"))
 
     def test_two_slashes_say_one_and_a_talk_is_shown_and_saved(self):
         done = self.run_here("--no-train", "--session", "one", stdin=b"//tmp is full\n/again\n"
