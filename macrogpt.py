@@ -7693,20 +7693,25 @@ def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) 
         return found
     top, several = found[0], _wants_all(asked)
     former = bool(asked.line.has_phrase(lex, "former"))
-    met = [i for i in top.near if top.near[i] > 2]
-    needed = [i for i in met if i not in asked.asking
-              and not asked.line.words[i].classes & {"changed", "idle"}] or met
+    words, met = asked.line.words, [i for i in top.near if top.near[i] > 2]
+    needed = [i for i in met if i not in asked.asking and not words[i].classes & {"changed", "idle"}
+              and not (asked.polar and (_is_number(lex, words[i])
+                                        or words[i].stem in lex.kinds["time"]))] or met
 
     def takes_place(each: Judged) -> bool:
         """Whether a statement is as much to the point as the best one."""
         if asked.polar and _replaces(lex, each.unit.line, top.unit.line):
             return True  # it says the same of another day
-        over = asked.slot in ("time", "place") and each.unit.line.has_phrase(lex, "ended")
-        if each.filled < top.filled and not over or any(each.near[i] < 3 for i in needed):
+        if any(each.near[i] < 3 for i in needed):
             return False
+        if each.own and asked.slot in ("time", "place") and (
+                each.unit.line.has_phrase(lex, "ended")):
+            return True  # the meeting was cancelled
         mends = _mends(lex, each.unit) if each.unit.entry is not top.unit.entry else (
             lex.line(each.unit.text).has_phrase(lex, "changed"))
-        return bool(mends) or each.own and each.score >= least and all(
+        if mends and each.filled >= min(top.filled, 1):
+            return True
+        return each.own and each.score >= least and each.filled >= top.filled and all(
             each.near[i] >= top.near[i] for i in needed) and (
                 not several or _subject(each.unit.line) == _subject(top.unit.line))
     fits = [top, *(each for each in found[1:]
@@ -8867,8 +8872,9 @@ def echo_of(lex: Lexicon, text: str) -> str:
     To say it back shows that it was read. It must have a subject that leads and a verb, for half a
     sentence turned round is no sentence.
     """
-    said = next((part for part in heard_in(lex, text[:MAX_ASKED_CHARS])[::-1]
-                 if text.strip().startswith(part)), "").strip(" .!?…,'")
+    text = lex.opened(text)[0].strip()[:MAX_ASKED_CHARS]  # without its "no," or "by the way"
+    said = next((part for part in heard_in(lex, text)[::-1] if text.startswith(part)), "").strip(
+        " .!?…,'")
     line = lex.line(said)
     if not 1 < len(line.words) < MOST_ECHOED or len(line.telling) < 2 or '"' in said or not (
             _stands_alone(lex, line)) or asks(said, lex) or wishes(lex, said):
@@ -13057,6 +13063,7 @@ class App:
         self._began = (began, first, share)
         gained, took = share - first, now - began
         left = f"  {duration(took / gained * (1 - share))} left" if gained else ""
+        left = "  measuring what it learned" if share > 0.99 else left
         bits = "" if p["bpc"] is None else f"  {p['bpc']:.3f} bits/char"
         self.terminal.status(
             f"{STRETCHES[p['phase']]} {'█' * int(share * 12):·<12} {share:4.0%}  "

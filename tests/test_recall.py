@@ -527,6 +527,8 @@ class Days(Folder):
                  "Is the concert on 3 July?", "!Yes"),
                 ("The rehearsal is at six. / The rehearsal has been cancelled. / "
                  "When is the rehearsal?", "cancelled"),
+                ("My pupil Timo has his recital on 2 June. / Timo's recital was moved to the 11th. / "
+                 "When is Timo's recital?", "the 11th"),
                 ("My dinghy is called Puck. / I renamed the dinghy: she is Wasp now. / "
                  "What is my dinghy called?", "Wasp"),
                 ("The usher, Mr Bloom, has retired; Mrs Crane does it now. / Who is the usher?",
