@@ -6038,59 +6038,63 @@ WORD_TABLE = """
  make dish bake recipe, drink beverage take, allergy allergic rash, ill sick disease illness dizzy,
  fear afraid scare frighten terrify phobia, hobby enjoy pastime, cost price pay expensive charge
  fee, kosten kostet preis, costar cuesta precio, coûter coûte prix, earn salary income wage pay,
- weight heavy kilo, tall height high centimetre centimeter foot metre, long length last duration
- take, far distance kilometre mile away, big size large, meet appointment see, appointment go see
- visit, travel trip holiday vacation journey go fly, trip outing excursion, flight plane fly, speak
- language tongue, wear size, lose missing, write author writer book novelist, play instrument, sing
- song choir singer, give present gift, grow plant, sleep bed, wake alarm, dream want wish, plan
- intend want, topic theme subject about, team club, blood group type, pill tablet medicine
- medication drug, company firm business, friend mate buddy pal, neighbour neighbor, mail post, mail
- email, horoscope zodiac star, turn birthday celebrate, origin from born come native nationality,
- city town place, nationality country from citizen origin, borrow lend loan owe debt, repair fix
- mend service maintain, collect empty, collect collection gather, hurt break injure injury wound,
- own belong possess owner, home country, bus coach, cellar basement, garden yard, surgery operation
- operate surgeon, smoke cigarette tobacco, vegetarian veggie, raise keep, caretaker janitor, digit
- figure number code combination, rehearse rehearsal practise practice, due deadline submit expire,
- expire valid run out, hire rent rental lease, landlord landlady, hurt ache pain sore, shirt jersey
- kit, laundry washing wash, guest visitor, exam test, lecture lecturer professor, student pupil
- classmate, retire pension, resign quit stop, lady woman, guy man, grow raise childhood upbringing,
- spare extra, shade colour paint, mad angry, fragrance smell scent, glasses spectacle optician,
- power electricity electric, light lamp bulb, tap faucet, sweet candy, biscuit cookie, soup broth,
- rug carpet, curtain blind, cupboard closet wardrobe cabinet, shelf bookcase, box crate carton, bag
- purse handbag backpack rucksack, wallet purse, lorry truck, lift elevator, pavement sidewalk, shop
- store, bakery baker bread, butcher meat, chemist pharmacy drugstore, plumber plumbing, band music
- musician, game match, coach trainer, gym workout, race marathon, jog run, swim swimmer, ski skiing
- skier, hen chicken, rabbit bunny, dog puppy, cat kitten, horse pony, novel book story, song tune
- melody, photo painting portrait image picture, joke funny, quarrel argue argument fight, promise
- swear, win victory, prize award, dusk sunset, kit equipment, rule law, save saving, buyer sell buy
- purchase, handle care charge, run charge manage lead head, lead leader head chair, founder found
- establish open, theft steal thief rob, burn fire, flood overflow, leak drip, jam stuck block,
- crack break, tear rip, cut trim, build construct builder, design designer architect, invent
- inventor, depth deep, width wide breadth broad, death die, strength strong, warmth warm, choice
- choose, growth grow, loss lose, sale sell, belief believe, thought think, proof prove, speech
- speak, soak steep, glue paste, supper dinner, holiday vacation leave
-! child children, man men, woman women, foot feet, tooth teeth, mouse mice, person people, wife
- wives, knife knives, live lives, leave leaves left leaving, go went gone goes, get got gotten,
- give gave given, take took taken, come came, see saw seen, meet met, teach taught, write wrote
- written, eat ate eaten, drink drank drunk, drive drove driven, fly flew flown flies, speak spoke
- spoken, keep kept, break broke broken, lose lost, sell sold, pay paid, grow grew grown, sleep
- slept, sing sang sung, swim swam, run ran running, win won, find found, build built, choose chose
- chosen, wear wore worn, ride rode ridden, hide hid hidden, hang hung, know knew known, send sent,
- think thought, steal stole stolen, wake woke, fall fell fallen, hold held, tell told, say said,
- become became, begin began begun, bring brought, catch caught, draw drew drawn, feel felt, fight
- fought, lend lent, lay laid, ring rang rung, spend spent, stand stood, sweep swept, throw threw
- thrown, buy bought, make made, do did done does doing, have had has, learn learnt, burn burnt,
- dream dreamt, lead led, feed fed, die died dies dying, lie lied lying lies, tie tied, deal dealt,
- mean meant, dig dug, freeze froze frozen, light lit, shoot shot, rise rose risen, shake shook
- shaken, strike struck, swear swore sworn, tear tore torn, bend bent, spill spilt, stick stuck,
- shine shone, wind wound, bind bound, breed bred, spoil spoilt, bear bore, blow blew blown, show
- shown, forgive forgave forgiven, old oldest eldest elder older, bite bitten, forget forgot
- forgotten, television tv, favourite fav fave favorite, birthday bday, christmas xmas, appointment
- appt, colour color, mum mom mommy, possess owns owned, programme program, dish dishes, heißen
- heißt heiße hieß, fahren fährt fuhr, sein ist war, mögen mag magst, essen isst gegessen, vivir
- vive vivo vives, nacer nació nací naciste, llamar llama llamo llamas, trabajar trabaja trabajo
- trabajas, costar cuesta cuestan, dormir duerme duermo, salir sale, avoir ai as a, naître né née,
- appeler appelle appelles, vivre vis vit, tengo tiene tienes
+ weight heavy kilo, tall height high short centimetre centimeter foot metre, long length last
+ duration take, far distance kilometre mile away, big size large, meet appointment see, appointment
+ go see visit, travel trip holiday vacation journey go fly, trip outing excursion, flight plane
+ fly, speak language tongue, wear size, lose missing, write author writer book novelist, play
+ instrument, sing song choir singer, give present gift, grow plant, sleep bed, wake alarm, dream
+ want wish, plan intend want, topic theme subject about, team club, blood group type, pill tablet
+ medicine medication drug, company firm business, friend mate buddy pal, neighbour neighbor, mail
+ post, mail email, horoscope zodiac star, turn birthday celebrate, origin from born come native
+ nationality, city town place, nationality country from citizen origin, borrow lend loan owe debt,
+ repair fix mend service maintain, collect empty, collect collection gather, hurt break injure
+ injury wound, own belong possess owner, home country, bus coach, cellar basement, garden yard,
+ surgery operation operate surgeon, smoke cigarette tobacco, vegetarian veggie, raise keep,
+ caretaker janitor, digit figure number code combination, rehearse rehearsal practise practice, due
+ deadline submit expire, expire valid run out, hire rent rental lease, landlord landlady, hurt ache
+ pain sore, shirt jersey kit, laundry washing wash, guest visitor, exam test, lecture lecturer
+ professor, student pupil classmate, retire pension, resign quit stop, lady woman, guy man, grow
+ raise childhood upbringing, spare extra, shade colour paint, mad angry, fragrance smell scent,
+ glasses spectacle optician, power electricity electric, light lamp bulb, tap faucet, sweet candy,
+ biscuit cookie, soup broth, rug carpet, curtain blind, cupboard closet wardrobe cabinet, shelf
+ bookcase, box crate carton, bag purse handbag backpack rucksack, wallet purse, lorry truck, lift
+ elevator, pavement sidewalk, shop store, bakery baker bread, butcher meat, chemist pharmacy
+ drugstore, plumber plumbing, band music musician, game match, coach trainer, gym workout, race
+ marathon, jog run, swim swimmer, ski skiing skier, hen chicken, rabbit bunny, dog puppy, cat
+ kitten, horse pony, novel book story, song tune melody, photo painting portrait image picture,
+ joke funny, quarrel argue argument fight, promise swear, win victory, prize award, dusk sunset,
+ kit equipment, rule law, save saving, buyer sell buy purchase, handle care charge, run charge
+ manage lead head, lead leader head chair, founder found establish open, theft steal thief rob,
+ burn fire, flood overflow, leak drip, jam stuck block, crack break, tear rip, cut trim, build
+ construct builder, design designer architect, invent inventor, depth deep, width wide breadth
+ broad, death die, strength strong, warmth warm, choice choose, growth grow, loss lose, sale sell,
+ belief believe, thought think, proof prove, speech speak, soak steep, glue paste, supper dinner,
+ holiday vacation leave
+! centimetre cm, kilo kg kilogram, kilometre km, tall taller tallest, short shorter shortest, heavy
+ heavier heaviest, big bigger biggest, long longer longest, high higher highest, wide wider widest,
+ deep deeper deepest, fast faster fastest, cheap cheaper cheapest, small smaller smallest, large
+ larger largest, young younger youngest, child children, man men, woman women, foot feet, tooth
+ teeth, mouse mice, person people, wife wives, knife knives, live lives, leave leaves left leaving,
+ go went gone goes, get got gotten, give gave given, take took taken, come came, see saw seen, meet
+ met, teach taught, write wrote written, eat ate eaten, drink drank drunk, drive drove driven, fly
+ flew flown flies, speak spoke spoken, keep kept, break broke broken, lose lost, sell sold, pay
+ paid, grow grew grown, sleep slept, sing sang sung, swim swam, run ran running, win won, find
+ found, build built, choose chose chosen, wear wore worn, ride rode ridden, hide hid hidden, hang
+ hung, know knew known, send sent, think thought, steal stole stolen, wake woke, fall fell fallen,
+ hold held, tell told, say said, become became, begin began begun, bring brought, catch caught,
+ draw drew drawn, feel felt, fight fought, lend lent, lay laid, ring rang rung, spend spent, stand
+ stood, sweep swept, throw threw thrown, buy bought, make made, do did done does doing, have had
+ has, learn learnt, burn burnt, dream dreamt, lead led, feed fed, die died dies dying, lie lied
+ lying lies, tie tied, deal dealt, mean meant, dig dug, freeze froze frozen, light lit, shoot shot,
+ rise rose risen, shake shook shaken, strike struck, swear swore sworn, tear tore torn, bend bent,
+ spill spilt, stick stuck, shine shone, wind wound, bind bound, breed bred, spoil spoilt, bear
+ bore, blow blew blown, show shown, forgive forgave forgiven, old oldest eldest elder older, bite
+ bitten, forget forgot forgotten, television tv, favourite fav fave favorite, birthday bday,
+ christmas xmas, appointment appt, colour color, mum mom mommy, possess owns owned, programme
+ program, dish dishes, heißen heißt heiße hieß, fahren fährt fuhr, sein ist war, mögen mag magst,
+ essen isst gegessen, vivir vive vivo vives, nacer nació nací naciste, llamar llama llamo llamas,
+ trabajar trabaja trabajo trabajas, costar cuesta cuestan, dormir duerme duermo, salir sale, avoir
+ ai as a, naître né née, appeler appelle appelles, vivre vis vit, tengo tiene tienes
 colour color farbe couleur: red orange yellow green blue purple violet pink brown black white grey
  gray gold silver beige turquoise blonde dark light mint teal rot gelb grün blau lila rosa braun
  schwarz weiß grau dunkelgrün hellblau rojo amarillo verde azul morado negro blanco gris rouge
@@ -6273,8 +6277,10 @@ refers.en: he she it they him them his her its their, er ihn ihm sein seine sein
  apunta, mets ajoute, clears.en: clear empty wipe, leere, vacía, vide, strikes.en: cross strike
  take remove delete tick drop scratch, streich streiche, quita tacha, enlève raye, done.en: done
  bought packed finished paid sent booked got ordered, erledigt gekauft, hecho comprado, fait
- acheté, more.en: heavier older bigger larger taller longer higher wider deeper faster dearer more
- later, schwerer älter größer länger teurer, less.en: lighter younger smaller shorter lower
+ acheté, more.en: heaviest oldest biggest largest tallest longest highest widest deepest fastest
+ dearest most latest heavier older bigger larger taller longer higher wider deeper faster dearer
+ more later, schwerer älter größer länger teurer, less.en: lightest youngest smallest shortest
+ lowest narrowest cheapest slowest least fewest earliest lighter younger smaller shorter lower
  narrower cheaper slower less fewer earlier, leichter jünger kleiner kürzer billiger, sums.en:
  together altogether total, zusammen insgesamt, juntos juntas total, ensemble total, corrects.en:
  scrap, reckons.en: calculate compute sum makes equal equals much reckon result, request.en: write
@@ -8170,8 +8176,9 @@ def _when_told(lex: Lexicon, unit: Unit, today: datetime.date) -> str:
 def _planned(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked:
     """What was said to be on some days: What did I do on 7 May? What are my plans for tomorrow?"""
     days = days_in(lex, asked.line.text, memory.today())
-    if not days or asked.line.has & {"you", "advice", "says"} or asked.polar or (
-            asked.slot in ("time", "number") or not _free_of(lex, asked)):
+    has = asked.line.has
+    if not days or has & {"you", "advice", "says"} or asked.slot in ("time", "number") or (
+            asked.polar and "subject" not in has or not _free_of(lex, asked)):
         return None
     first, last = str(days[0].first), str(days[0].last)
     then = (entry for entry in memory.told("e.days LIKE '% %'") if any(
@@ -8372,6 +8379,7 @@ def _compared(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked:
     names = [said for _, said in things_named(lex, asked.line)]
     names = names if len(names) > 1 else _told_of(lex, memory, asked)
     found = [each for each in (_figure_of(lex, memory, name) for name in names) if each]
+    found = found if len(found) > 1 or sums else _figures_of_all(lex, memory, asked)
     values = [value for value, _, _ in found]
     if len(found) < 2 or len({*values}) < 2 and not sums:
         return None
@@ -8395,15 +8403,33 @@ def _told_of(lex: Lexicon, memory: Memory, asked: Asked) -> List[str]:
     return []
 
 
+def _figures_of_all(lex: Lexicon, memory: Memory, asked: Asked) -> List[Tuple[float, Unit, str]]:
+    """Return the newest number of each who is told of with what is asked: who is the tallest?"""
+    found: Dict[str, Tuple[float, Unit, str]] = {}
+    asked, entries = gathered(lex, memory, asked)
+    terms = [i for i in asked.terms if not asked.line.words[i].classes & {"more", "less"}]
+    units = (each.unit for each in judged(lex, asked, entries) if all(
+        each.near[i] for i in terms or asked.terms))  # the tallest, or the fewest hours
+    for unit in sorted(units, key=lambda unit: (unit.entry.told_at, unit.entry.id)):
+        line = lex.line(unit.text)
+        name = next((word.text for word, named in zip(line.words, line.caps) if named), "")
+        value = _figure_in(lex, line)
+        found.update({name: (value, unit, name)} if name and value is not None else {})
+    return list(found.values())
+
+
+def _figure_in(lex: Lexicon, line: Line) -> Optional[float]:
+    """Return the first number of a sentence, one in digits before others; None if it has none."""
+    digits_first = sorted(line.words, key=lambda w: not w.word[:1].isdigit())
+    return next(_values(lex, digits_first, line.language), None)
+
+
 def _figure_of(lex: Lexicon, memory: Memory, name: str) -> Optional[Tuple[float, Unit, str]]:
     """Return the number told last of a thing, the statement, and the thing; None where none was."""
     found = _about(lex, memory, analyzed(lex, name)) or _about(
         lex, memory, analyzed(lex, name.rpartition(" ")[0] or name))  # what the chest weighs
-    for unit in reversed(found):
-        digits_first = sorted(unit.line.words, key=lambda w: not w.word[:1].isdigit())
-        for value in _values(lex, digits_first, unit.line.language):
-            return value, unit, name
-    return None
+    figures = ((_figure_in(lex, unit.line), unit) for unit in reversed(found))
+    return next(((value, unit, name) for value, unit in figures if value is not None), None)
 
 
 def _counted_up(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked:
@@ -12250,8 +12276,8 @@ def words_of(path: str) -> List[Heard]:
                 heard.append(Heard("", ROLES[turn["role"]], tidied(said), None))
         except (ValueError, LookupError, TypeError, RecursionError):
             raise UsageError(f"line {number} of {path} is no talk; expected an object like "
-                             '{"messages": [{"role": "user", "content": "Hi!"}]}, or one message '
-                             "a line") from None
+                             '{"messages": [{"role": "user", "content": "Hi!"}]}, or one message; '
+                             "plain sentences go into nonames.txt") from None
     return [said for said in heard if said.role and said.text.strip()]
 
 
@@ -12382,8 +12408,8 @@ def checked_fields(asked: Any) -> Dict[str, Any]:
         (kind, low, high), value = FIELDS[name], given[name]
         right = type(value) in ((int, float) if kind is float else (kind,))
         if not right or not low <= (len(value) if hasattr(value, "__len__") else value) <= high:
-            raise Refused(400, f"{name} must be of type {kind.__name__}, from {low:g} to {high:g}",
-                          name)
+            bounds = f"from {low:g} to {high:g}" if high < MOST else f"{low:g} or more"
+            raise Refused(400, f"{name} must be of type {kind.__name__}, {bounds}", name)
     return given
 
 

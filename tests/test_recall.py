@@ -551,7 +551,9 @@ class Days(Folder):
                  "Nothing"),
                 ("To do: sweep the yard / To do: oil the gate / Remind me to ring Otto / "
                  "What is on my to-do list?", "sweep the yard, oil the gate and ring otto"),
-                # figures told in one breath
+                # figures told in one breath, and of several
+                ("Ida is 150 cm. / Max is 171 cm. / Eva is 139 cm. / Who is the tallest?", "Max."),
+                ("Ida ran 12 laps. / Max ran 9 laps. / Who ran the fewest laps?", "Max."),
                 ("Uwe is 9. Lena is 5. / Who is older, Uwe or Lena?", "Uwe."))):
             self.db = self.path(f"heard{number}.sqlite3")
             reply = self.at("2026-05-08T09:00", *talk.split(" / "))[-1][0].lower()
