@@ -8314,10 +8314,12 @@ def _about(lex: Lexicon, memory: Memory, asked: Asked) -> List[Unit]:
 
 def _all_about(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked:
     """All that holds of a person or a thing, the newest first: What do you know about Ines?"""
-    if not raw.has_phrase(lex, "about") and not asked.line.has >= _TELLING:
-        return None
     line = asked.line
-    if "me" in line.words[-1].classes:
+    myself = asked.slot == "person" and "subject" in line.has and all(  # who am I?
+        "idle" in line.words[i].classes or i in asked.asking for i in asked.terms)
+    if not raw.has_phrase(lex, "about") and not line.has >= _TELLING and not myself:
+        return None
+    if myself or "me" in line.words[-1].classes:
         told = [unit for unit in _what_holds(lex, memory.last_told(MOST_HELD))
                 if unit.line.has & {"me", "own", "subject"}]
         return "", told[::-1][:MOST_LISTED]
@@ -8389,7 +8391,7 @@ def _compared(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked:
         name = turned((max if more else min)(found, key=itemgetter(0))[2])
         lead = f"{name[:1].upper()}{name[1:]}. "
     units = [unit for _, unit, _ in found]
-    return lead + _all_said(lex, units, memory.today()), units
+    return lead + _one_by_one(lex, units, memory.today()), units
 
 
 def _told_of(lex: Lexicon, memory: Memory, asked: Asked) -> List[str]:
