@@ -7095,7 +7095,7 @@ def told_about(lex: Lexicon, last: Entry, text: str) -> str:
     if not first or not leans(lex, lex.line(lex.opened(first[0])[0])):
         return ""
     told = clean_line(last.text, MAX_ASKED_CHARS)
-    return _gathering(lex, last.about, told) if last.about else told
+    return _gathering(last.about, told) if last.about else _stopped(told)
 
 
 def answer_to(lex: Lexicon, talk: Sequence[Tuple[str, str]], text: str) -> str:
@@ -7122,10 +7122,10 @@ def _stopped(text: str) -> str:
     return text + "." * text[-1:].isalnum()
 
 
-def _gathering(lex: Lexicon, about: str, text: str) -> str:
-    """Return what a next statement leans on: this too, where it says a name."""
-    named = any(lex.line(text).caps) and len(about) + len(text) < MAX_ASKED_CHARS
-    return f"{about} {_stopped(text)}" if named else about
+def _gathering(about: str, text: str) -> str:
+    """Return what a next statement leans on: this one too, while it is not long."""
+    short = len(about) + len(text) < MAX_ASKED_CHARS
+    return f"{about} {_stopped(text)}" if short else about
 
 
 def named_in(lex: Lexicon, lines: Sequence[str], today: datetime.date) -> str:
@@ -7171,7 +7171,7 @@ def _units_of(lex: Lexicon, entry: Entry, needles: Iterable[str] = ("",)) -> Ite
                 rest = (lex.opened(statement)[0] if told else statement).strip()
                 if about and (is_question(about) or leans(lex, lex.line(rest))):
                     yield Unit(entry, lex.line(f"{about} {rest}"), text=rest, about=about)
-                    about = _gathering(lex, about, rest)
+                    about = _gathering(about, rest)
                 else:
                     about = _stopped(rest)
                     yield Unit(entry, lex.line(rest), text=rest)
