@@ -9374,10 +9374,14 @@ class Mind(NamedTuple):
         return max(8, self.config.block_size * 3 // 4)
 
 
+MOST_GIVEN = 200  # lines told here and now that facts are looked for in, the newest
+
+
 class Turn:
     """One turn of a talk: what was said, what the memory has to it, what is replied, and why."""
 
     keeps = True  # what is said; else it is not to be promised
+    given: Sequence[str] = ()  # what was told before, and stands in no memory
 
     def __init__(self, memory: Memory, mind: Mind, text: str, session: int,
                  rng: random.Random) -> None:
@@ -9398,6 +9402,23 @@ class Turn:
         yield from re.findall(r"\S+\s*", self._answered())
 
     def _answered(self) -> str:
+        """Return the reply: what was told here and now comes before all that memory has."""
+        here = self._found_here()
+        said = "" if here and here.source == "memory" else self._recalled()
+        return self._replied(here) if here and (
+            not said or self.given and self.reply.source == "nothing") else said
+
+    def _found_here(self) -> Optional[Reply]:
+        """Return what was told before a question answers; it is a memory for this one reply."""
+        given = (*self.given, *[self.text] * asks_for_a_fact(self.text))
+        told = [line for text in given if holds_statements(text)
+                for line in text.splitlines()[-MOST_GIVEN:]]
+        lines = clean_pieces(told, self.mind.config.max_line_chars)
+        return answered_by(lines[-MOST_GIVEN:], "chat", self.text, self.rng,
+                           self.mind.config.recall_score, self.talk, self.memory.clock
+                           ) if lines else None
+
+    def _recalled(self) -> str:
         """Return the reply: what memory is sure of, the best draft, or that nothing is known."""
         text, mind, wish = self.text, self.mind, wish_to_forget(self.text)
         if wish:
@@ -12329,7 +12350,6 @@ MOST_HEAD_BYTES, MOST_BODY_BYTES = 16_384, 1 << 18
 MOST_CONNECTIONS = 256   # each of which asks once
 CLIENT_SECONDS = 10.0    # for a head, for a body, for taking what is sent
 MOST_FREE_TOKENS = 4096  # of one completion
-MOST_GIVEN = 200         # lines of a request that facts are looked for in, the newest
 LOOPBACK = re.compile(r"localhost|::1|127\.\d{1,3}\.\d{1,3}\.\d{1,3}")
 ROUTES = {"/": "GET", "/status": "GET", "/v1/models": "GET", "/v1/completions": "POST",
           "/v1/chat/completions": "POST"}
@@ -12457,27 +12477,11 @@ class Visit(Turn):
                  session: int, *_: Any) -> None:
         mind = mind._replace(config=wanted.tuned(mind.config))
         super().__init__(memory, mind, text, session, rng)
-        self.keeps, self.given = session != NO_SESSION, []  # type: bool, List[str]
+        self.keeps = session != NO_SESSION
         if not (self.keeps and wanted.session):
             self.given = [words for role, words in wanted.turns if role != "self"]
             self.turns = self.talk = [turn for turn in wanted.turns if turn[0]]
             self.said = {words for role, words in self.turns if role == "self"}
-
-    def _answered(self) -> str:
-        """Return the reply: what the request itself tells comes before all else."""
-        here = self._found_here()
-        said = "" if here and here.source == "memory" else super()._answered()
-        return self._replied(here) if here and (
-            not said or self.reply.source == "nothing") else said
-
-    def _found_here(self) -> Optional[Reply]:
-        """Return what the talk before answers; it is a memory for this one reply."""
-        told = [line for text in self.given if holds_statements(text)
-                for line in text.splitlines()[-MOST_GIVEN:]]
-        lines = clean_pieces(told, self.mind.config.max_line_chars)
-        return answered_by(lines[-MOST_GIVEN:], "chat", self.text, self.rng,
-                           self.mind.config.recall_score, self.turns, self.memory.clock
-                           ) if lines else None
 
     def _forgotten(self, wish: str) -> str:
         """Forget nothing for those from whom nothing is learned."""

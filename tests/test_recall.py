@@ -537,6 +537,7 @@ class Days(Folder):
                  "What is Rosa allergic to?", "mango"),
                 # the answer to what was not known
                 ("Where is my compass? / in the tea tin / Where is my compass?", "in the tea tin"),
+                ("My niece is called Wilma. She lives in Bari. Where does my niece live?", "Bari"),
                 # the other one
                 ("My red scarf is at Ida's. / My blue scarf is in the car. / "
                  "Where is my red scarf? / And the other one?", "in the car"),
