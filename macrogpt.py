@@ -6215,20 +6215,20 @@ unreal.en: going_to meant_to supposed_to tried_to forgot except apart_from other
  heard_that used_to stopped quit almost nearly doubt if unless would wanted wants want hope hopes
  plan will shall might may maybe perhaps wish never former, früher fast wenn würde möchte werde
  vielleicht bezweifle, solía casi si quería quizás, presque si voulais, changed.en: now new
- no_longer anymore instead renamed changed moved switched replaced these_days, jetzt nun neu neue,
- ahora nuevo, maintenant nouveau, opening.en: don't_forget_that dont_forget_that do_not_forget_that
- don't_forget dont_forget remember_that um uh kindly lets let's by_the_way actually listen sorry
- excuse_me quick_question no nope yeah wait you_know_what guess_what fyi correction i_mean
- good_morning good_evening thanks say for_your_information anyway, hallo hi also ja nein übrigens
- sag, hola oye por_favor, bonjour salut oui non est_ce_que dis, frame.en: told recall said show
- mention mentioned mind note, weißt weiß sagen sag erinnere erinnerst, sabes dime recuerdas
- recuérdame, sais dis rappelle, lost.fr: oublié, tells.en: that, tells.fr: que, whether.en: if
- whether, ob, si, si, wanted.en: name birthday age address number code password pin colour color
- size date time price, name nummer passwort adresse, nombre número contraseña, nom numéro,
- advice.en: might, soll sollte, debo, dois, forget.en: forget, vergiss, olvida, oublie, yes.en:
- Yes, Ja, Sí, Oui, no.en: No, Nein, No, Non, said.de: Du hast mir gesagt, Me dijiste, Tu m'as dit,
- unknown.de: Das weiß ich noch nicht, Eso no lo sé todavía, Je ne le sais pas encore, kept.de: Ich
- merke es mir, Lo guardo, Je le retiens
+ no_longer anymore instead renamed changed moved altered shifted swapped postponed rescheduled
+ switched replaced these_days, jetzt nun neu neue, ahora nuevo, maintenant nouveau, opening.en:
+ don't_forget_that dont_forget_that do_not_forget_that don't_forget dont_forget remember_that um uh
+ kindly lets let's by_the_way actually listen sorry excuse_me quick_question no nope yeah wait
+ you_know_what guess_what fyi correction i_mean good_morning good_evening thanks say
+ for_your_information anyway, hallo hi also ja nein übrigens sag, hola oye por_favor, bonjour salut
+ oui non est_ce_que dis, frame.en: told recall said show mention mentioned mind note, weißt weiß
+ sagen sag erinnere erinnerst, sabes dime recuerdas recuérdame, sais dis rappelle, lost.fr: oublié,
+ tells.en: that, tells.fr: que, whether.en: if whether, ob, si, si, wanted.en: name birthday age
+ address number code password pin colour color size date time price, name nummer passwort adresse,
+ nombre número contraseña, nom numéro, advice.en: might, soll sollte, debo, dois, forget.en:
+ forget, vergiss, olvida, oublie, yes.en: Yes, Ja, Sí, Oui, no.en: No, Nein, No, Non, said.de: Du
+ hast mir gesagt, Me dijiste, Tu m'as dit, unknown.de: Das weiß ich noch nicht, Eso no lo sé
+ todavía, Je ne le sais pas encore, kept.de: Ich merke es mir, Lo guardo, Je le retiens
 day.en: today/0 tonight/0 this_morning/0 this_afternoon/0 this_evening/0 tomorrow/1 yesterday/-1
  last_night/-1 the_day_after_tomorrow/2 the_day_before_yesterday/-2, heute/0 morgen/1 gestern/-1
  übermorgen/2 vorgestern/-2, hoy/0 mañana/1 ayer/-1 anteayer/-2, aujourd'hui/0 demain/1 hier/-1,
@@ -7708,13 +7708,14 @@ def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) 
         """Whether a statement is as much to the point as the best one."""
         if asked.polar and _replaces(lex, each.unit.line, top.unit.line):
             return True  # it says the same of another day
-        if any(each.near[i] < 3 for i in needed):
+        mends = _mends(lex, each.unit) if each.unit.entry is not top.unit.entry else (
+            lex.line(each.unit.text).has_phrase(lex, "changed"))
+        lost = sum(each.near[i] < 3 for i in needed)
+        if lost > bool(mends and len(needed) > 2):  # who tells of a change leaves out a word
             return False
         if each.own and asked.slot in ("time", "place") and (
                 each.unit.line.has_phrase(lex, "ended")):
             return True  # the meeting was cancelled
-        mends = _mends(lex, each.unit) if each.unit.entry is not top.unit.entry else (
-            lex.line(each.unit.text).has_phrase(lex, "changed"))
         if mends and each.filled >= min(top.filled, 1):
             return True
         return each.own and each.score >= least and each.filled >= top.filled and all(
