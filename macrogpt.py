@@ -5331,10 +5331,10 @@ class Memory:
         return self.entries(f"e.source IN ('chat', 'taught') AND e.recall AND {where}", *values)
 
     def last_told(self, count: int, session_id: Optional[int] = None) -> List[Entry]:
-        """Return what was told last, in a session or in all of them, oldest first."""
-        return self.told("""e.id IN (SELECT id FROM entries WHERE ?2 IN (session_id, 0) AND recall
-                         AND source IN ('chat', 'taught') ORDER BY told_at DESC, id DESC
-                         LIMIT ?1)""", count, session_id or 0)
+        """Return what was told last, oldest first: in a session, or in all of them for None."""
+        return self.entries("""e.id IN (SELECT id FROM entries WHERE ?2 IN (session_id, 0)
+                            AND recall AND likely(source IN ('chat', 'taught'))
+                            ORDER BY told_at DESC, id DESC LIMIT ?1)""", count, session_id or 0)
 
     # which layer read what: 0 is the base, k the k-th delta
 
@@ -6038,38 +6038,37 @@ WORD_TABLE = """
  make dish bake recipe, drink beverage take, allergy allergic rash, ill sick disease illness dizzy,
  fear afraid scare frighten terrify phobia, hobby enjoy pastime, cost price pay expensive charge
  fee, kosten kostet preis, costar cuesta precio, coûter coûte prix, earn salary income wage pay,
- weight heavy kilo, tall height high short centimetre centimeter foot metre, long length last
- duration take, far distance kilometre mile away, big size large, meet appointment see, appointment
- go see visit, travel trip holiday vacation journey go fly, trip outing excursion, flight plane
- fly, speak language tongue, wear size, lose missing, write author writer book novelist, play
- instrument, sing song choir singer, give present gift, grow plant, sleep bed, wake alarm, dream
- want wish, plan intend want, topic theme subject about, team club, blood group type, pill tablet
- medicine medication drug, company firm business, friend mate buddy pal, neighbour neighbor, mail
- post, mail email, horoscope zodiac star, turn birthday celebrate, origin from born come native
- nationality, city town place, nationality country from citizen origin, borrow lend loan owe debt,
- repair fix mend service maintain, collect empty, collect collection gather, hurt break injure
- injury wound, own belong possess owner, home country, bus coach, cellar basement, garden yard,
- surgery operation operate surgeon, smoke cigarette tobacco, vegetarian veggie, raise keep,
- caretaker janitor, digit figure number code combination, rehearse rehearsal practise practice, due
- deadline submit expire, expire valid run out, hire rent rental lease, landlord landlady, hurt ache
- pain sore, shirt jersey kit, laundry washing wash, guest visitor, exam test, lecture lecturer
- professor, student pupil classmate, retire pension, resign quit stop, lady woman, guy man, grow
- raise childhood upbringing, spare extra, shade colour paint, mad angry, fragrance smell scent,
- glasses spectacle optician, power electricity electric, light lamp bulb, tap faucet, sweet candy,
- biscuit cookie, soup broth, rug carpet, curtain blind, cupboard closet wardrobe cabinet, shelf
- bookcase, box crate carton, bag purse handbag backpack rucksack, wallet purse, lorry truck, lift
- elevator, pavement sidewalk, shop store, bakery baker bread, butcher meat, chemist pharmacy
- drugstore, plumber plumbing, band music musician, game match, coach trainer, gym workout, race
- marathon, jog run, swim swimmer, ski skiing skier, hen chicken, rabbit bunny, dog puppy, cat
- kitten, horse pony, novel book story, song tune melody, photo painting portrait image picture,
- joke funny, quarrel argue argument fight, promise swear, win victory, prize award, dusk sunset,
- kit equipment, rule law, save saving, buyer sell buy purchase, handle care charge, run charge
- manage lead head, lead leader head chair, founder found establish open, theft steal thief rob,
- burn fire, flood overflow, leak drip, jam stuck block, crack break, tear rip, cut trim, build
- construct builder, design designer architect, invent inventor, depth deep, width wide breadth
- broad, death die, strength strong, warmth warm, choice choose, growth grow, loss lose, sale sell,
- belief believe, thought think, proof prove, speech speak, soak steep, glue paste, supper dinner,
- holiday vacation leave
+ weight heavy kilo, tall height high centimetre centimeter foot metre, long length last duration
+ take, far distance kilometre mile away, big size large, meet appointment see, appointment go see
+ visit, travel trip holiday vacation journey go fly, trip outing excursion, flight plane fly, speak
+ language tongue, wear size, lose missing, write author writer book novelist, play instrument, sing
+ song choir singer, give present gift, grow plant, sleep bed, wake alarm, dream want wish, plan
+ intend want, topic theme subject about, team club, blood group type, pill tablet medicine
+ medication drug, company firm business, friend mate buddy pal, neighbour neighbor, mail post, mail
+ email, horoscope zodiac star, turn birthday celebrate, origin from born come native nationality,
+ city town place, nationality country from citizen origin, borrow lend loan owe debt, repair fix
+ mend service maintain, collect empty, collect collection gather, hurt break injure injury wound,
+ own belong possess owner, home country, bus coach, cellar basement, garden yard, surgery operation
+ operate surgeon, smoke cigarette tobacco, vegetarian veggie, raise keep, caretaker janitor, digit
+ figure number code combination, rehearse rehearsal practise practice, due deadline submit expire,
+ expire valid run out, hire rent rental lease, landlord landlady, hurt ache pain sore, shirt jersey
+ kit, laundry washing wash, guest visitor, exam test, lecture lecturer professor, student pupil
+ classmate, retire pension, resign quit stop, lady woman, guy man, grow raise childhood upbringing,
+ spare extra, shade colour paint, mad angry, fragrance smell scent, glasses spectacle optician,
+ power electricity electric, light lamp bulb, tap faucet, sweet candy, biscuit cookie, soup broth,
+ rug carpet, curtain blind, cupboard closet wardrobe cabinet, shelf bookcase, box crate carton, bag
+ purse handbag backpack rucksack, wallet purse, lorry truck, lift elevator, pavement sidewalk, shop
+ store, bakery baker bread, butcher meat, chemist pharmacy drugstore, plumber plumbing, band music
+ musician, game match, coach trainer, gym workout, race marathon, jog run, swim swimmer, ski skiing
+ skier, hen chicken, rabbit bunny, dog puppy, cat kitten, horse pony, novel book story, song tune
+ melody, photo painting portrait image picture, joke funny, quarrel argue argument fight, promise
+ swear, win victory, prize award, dusk sunset, kit equipment, rule law, save saving, buyer sell buy
+ purchase, handle care charge, run charge manage lead head, lead leader head chair, founder found
+ establish open, theft steal thief rob, burn fire, flood overflow, leak drip, jam stuck block,
+ crack break, tear rip, cut trim, build construct builder, design designer architect, invent
+ inventor, depth deep, width wide breadth broad, death die, strength strong, warmth warm, choice
+ choose, growth grow, loss lose, sale sell, belief believe, thought think, proof prove, speech
+ speak, soak steep, glue paste, supper dinner, holiday vacation leave
 ! centimetre cm, kilo kg kilogram, kilometre km, tall taller tallest, short shorter shortest, heavy
  heavier heaviest, big bigger biggest, long longer longest, high higher highest, wide wider widest,
  deep deeper deepest, fast faster fastest, cheap cheaper cheapest, small smaller smallest, large
@@ -6189,28 +6188,30 @@ own me.en: my our mine ours, mein meine meinen meinem meiner meines unser unsere
  them his her its their then but and so, idle.en: able ask be big think come dear find folk get go
  good got guy happen have high keep little long look lovely make man mean need new nice originally
  own part person put take try use usual usually way whole, machen gehen kommen, hacer, faire
-calls_me.en: i_am call_me, ich_bin nenn_mich, soy llámame, je_suis appelle-moi, asks.name.en: name
- names named called nickname, name heißt heiße heißen, llama llamo llaman nombre, appelle appelles
- nom, asks.job.en: job profession occupation breed brand for_a_living for_work as_what do_$,
- als_was von_beruf beruf, en_qué_trabaja en_qué_trabajo de_qué_trabaja profesión, quel_métier
- métier profession, asks.reason.en: why how_come, warum wieso, por_qué, pourquoi, asks.age.en:
- how_old age, wie_alt, qué_edad cuántos_años edad, quel_âge, asks.span.en: how_long since_when
- until_when till_when til_when how_many_years how_many_months how_many_weeks how_many_days
- how_many_hours how_many_minutes since_which, wie_lange seit_wann bis_wann, cuánto_tiempo
- desde_cuándo, combien_de_temps depuis_quand, asks.time.en: how_often when what_time which_time
- what_day which_day what_date which_date what_month which_month what_hour which_weekday
- what_day_of_the_week which_day_of_the_week birthday date_of time_of, wann wie_oft wie_viel_uhr
- welchem_tag welchen_tag geburtstag, cuándo qué_hora qué_día qué_fecha cumpleaños, quand
- quelle_heure quel_jour quelle_date anniversaire, asks.year.en: what_year which_year, welchem_jahr,
- qué_año, quelle_année, asks.number.en: how_many, wie_viele, cuántos cuántas, combien_de,
- asks.amount.en: how_much how_far cost costs price fee, wie_viel wie_weit kostet, cuánto cuánta
- cuesta, combien coûte, asks.measure.en: how_tall how_heavy how_high how_big how_wide how_deep
- how_thick how_hot how_cold how_fast how_strong how_large what_temperature, wie_groß wie_schwer
- wie_hoch wie_tief, asks.place.en: where address what_city which_city what_town which_town
- what_country which_country which_street which_room which_shop which_village what_place which_place
- which_building, wo wohin woher welcher_stadt adresse, dónde qué_ciudad dirección, où quelle_ville
- adresse, asks.person.en: who whom whose, wer wem wen wessen, quién quiénes, qui
-unreal.en: going_to meant_to supposed_to tried_to forgot except apart_from other_than only not_sure
+calls_me.en: i_am i'm im call_me, ich_bin nenn_mich, soy llámame, je_suis appelle_moi,
+ waves_off.en: never_mind too_bad no_idea okay ok oh ah thanks thank_you whatever anyway i_see pity
+ shame hm, egal schade keine_ahnung danke ach_so, no_importa da_igual gracias vale, tant_pis merci
+ peu_importe, asks.name.en: name names named called nickname, name heißt heiße heißen, llama llamo
+ llaman nombre, appelle appelles nom, asks.job.en: job profession occupation breed brand
+ for_a_living for_work as_what do_$, als_was von_beruf beruf, en_qué_trabaja en_qué_trabajo
+ de_qué_trabaja profesión, quel_métier métier profession, asks.reason.en: why how_come, warum
+ wieso, por_qué, pourquoi, asks.age.en: how_old age, wie_alt, qué_edad cuántos_años edad, quel_âge,
+ asks.span.en: how_long since_when until_when till_when til_when how_many_years how_many_months
+ how_many_weeks how_many_days how_many_hours how_many_minutes since_which, wie_lange seit_wann
+ bis_wann, cuánto_tiempo desde_cuándo, combien_de_temps depuis_quand, asks.time.en: how_often when
+ what_time which_time what_day which_day what_date which_date what_month which_month what_hour
+ which_weekday what_day_of_the_week which_day_of_the_week birthday date_of time_of, wann wie_oft
+ wie_viel_uhr welchem_tag welchen_tag geburtstag, cuándo qué_hora qué_día qué_fecha cumpleaños,
+ quand quelle_heure quel_jour quelle_date anniversaire, asks.year.en: what_year which_year,
+ welchem_jahr, qué_año, quelle_année, asks.number.en: how_many, wie_viele, cuántos cuántas,
+ combien_de, asks.amount.en: how_much how_far cost costs price fee, wie_viel wie_weit kostet,
+ cuánto cuánta cuesta, combien coûte, asks.measure.en: how_tall how_heavy how_high how_big how_wide
+ how_deep how_thick how_hot how_cold how_fast how_strong how_large what_temperature, wie_groß
+ wie_schwer wie_hoch wie_tief, asks.place.en: where address what_city which_city what_town
+ which_town what_country which_country which_street which_room which_shop which_village what_place
+ which_place which_building, wo wohin woher welcher_stadt adresse, dónde qué_ciudad dirección, où
+ quelle_ville adresse, asks.person.en: who whom whose, wer wem wen wessen, quién quiénes, qui
+unreal.en: going_to meant_to supposed_to tried_to forgot except apart_from other_than not_sure
  unsure think thinks thought guess suppose supposedly apparently believe seems said_that says_that
  heard_that used_to stopped quit almost nearly doubt if unless would wanted wants want hope hopes
  plan will shall might may maybe perhaps wish never former, früher fast wenn würde möchte werde
@@ -6526,7 +6527,8 @@ class Lexicon:
         heads = [w.partition("'")[0] + "'" for w in words if "'" in w]
         counts = Counter(itertools.chain.from_iterable(
             self.spoken.get(w, ()) for w in (*words, *heads)))
-        counts[next(iter(self.endings))] += 1 + (len(words) < 2)  # a hat is English, if alone
+        if len(words) < 2 or max(counts.values(), default=0) < 2:
+            counts.clear()  # a hat is English, and so is a bin, as long as nothing else speaks
         return max(self.endings, key=counts.__getitem__)
 
 
@@ -6604,7 +6606,7 @@ class Line:
     def __init__(self, lex: Lexicon, text: str, speaker: str = "") -> None:
         found = _WORD_OR_STOP.findall(text.replace("’", "'").replace("-in-law", "inlaw"))
         self.text, self.speaker = text, speaker
-        self.language = lex.language_of([word.casefold() for word in found])
+        self.language = lex.language_of([word.casefold() for word in found if _WORD.match(word)])
         self.words: List[Word] = []
         self.stops = {0}  # words before which the text stops, as at a comma
         if speaker:
@@ -6727,7 +6729,8 @@ def days_in(lex: Lexicon, text: str, today: datetime.date) -> List[When]:
     for name, form in lex.dates(language):
         for match in form.finditer(text):
             with contextlib.suppress(ValueError, OverflowError):  # there is no 31 June
-                ahead = text[:match.start()].endswith(" to ")  # it was moved to Wednesday
+                before = text[:match.start()]  # it was moved to Wednesday
+                ahead = before.endswith(" to ") and " from " not in before
                 days = _days(lex, language, name, match, today, passed and not ahead)
                 beside = re.match(rf" (?:{_WORD.pattern})", text[match.end():])
                 floor = name == "nth" and beside and (  # the fourth floor is no day
@@ -6830,7 +6833,7 @@ def as_of(lex: Lexicon, text: str, told: datetime.date, today: datetime.date) ->
         name = named_days(lex, language, when.first, when.last, today)
         if not until.keys().isdisjoint(before.casefold().split()[-1:]):
             name = name.partition(" ")[2] or name  # until the week of 4 May
-        elif before.casefold().endswith(("on ", "of ")):  # as of this month
+        elif before.casefold().split()[-1:] in (["on"], ["of"]):  # as of this month
             name = name.partition(" ")[2] or name
         text = before + (name if before else name[:1].upper() + name[1:]) + text[when.end:]
     if over:  # what was to come has been
@@ -7068,7 +7071,8 @@ def statements_of(text: str, lex: Optional[Lexicon] = None) -> List[str]:
 
 def _verbal(lex: Lexicon, word: Word) -> bool:
     """Return whether a word has the form of an English verb, as some nouns have: hates, sang."""
-    return word.word in lex.odd or word.word[3:].endswith(("ed", "ing", "s"))
+    odd = word.word in lex.odd and not word.classes & {"more", "less"}
+    return odd or word.word[3:].endswith(("ed", "ing", "s"))
 
 
 def _clauses(lex: Lexicon, sentence: str) -> List[str]:
@@ -7107,8 +7111,10 @@ def answer_to(lex: Lexicon, talk: Sequence[Tuple[str, str]], text: str) -> str:
     if not at or not is_unknown(lex, talk[at - 1][1]) or not is_question(talk[at - 2][1]):
         return ""
     line, question = lex.line(text[:MAX_ASKED_CHARS]), talk[at - 2][1]
-    bare = leans(lex, line) or len(line.words) < 6 and not line.has & {"aux", "subject"}
-    return question if bare and not asks(text, lex) and asks_for_a_fact(question) else ""
+    bare = leans(lex, line) or len(line.words) < 6 and not line.has & {"aux", "subject"} and (
+        not any(_verbal(lex, word) for word in line.words[2:]))
+    return question if bare and not line.has_phrase(lex, "waves_off") and not asks(text, lex) and (
+        asks_for_a_fact(question)) else ""
 
 
 def is_unknown(lex: Lexicon, reply: str) -> bool:
@@ -7246,6 +7252,8 @@ def _filled(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: Di
         asked.slot == "code" or asked.line.words[i].stem == asked.kind)
         for i in asked.asking & near.keys())
     filled = 2 if there else _filling(lex, asked, line, used, before)
+    if "asks.name" not in line.has and any(_asks_my_name(asked, i) for i in asked.terms):
+        return min(filled, 1)  # I am Irish
     if asked.slot != "name" or not asked.vital:
         return filled
     things = [i for i in asked.vital if not asked.line.caps[i] and not (
@@ -7444,8 +7452,9 @@ def _matched(lex: Lexicon, asked: Asked, line: Line) -> Tuple[Dict[int, int], Di
                         and not _names_another(asked, line, i, j)),
                        default=(0, 0))  # what another word is, this one is not as well
         near[i], at[i] = grade, -j
-        if not grade and _asks_my_name(asked, i) and _calls_me(lex, line) >= 0:
-            near[i], at[i] = 4, _calls_me(lex, line)
+        called = _calls_me(lex, line) if not grade and _asks_my_name(asked, i) else -1
+        if called >= 0:
+            near[i], at[i] = 4, called
     return near, at
 
 
@@ -7459,17 +7468,22 @@ def _names_another(asked: Asked, line: Line, i: int, j: int) -> bool:
     """Return whether a word that names does so for another than is asked: my cat is called Tom."""
     if _asks_my_name(asked, i):
         return line.owners[j] != "my" and not any(
-            "subject" in word.classes for word in line.words[max(0, j - 3):j])
-    return "asks.name" in asked.line.words[i].classes and line.owners[j] == "my" and (
+            word.classes & {"subject", "me"} for word in line.words[max(0, j - 3):j + 2])
+    return i > 0 and "asks.name" in asked.line.words[i].classes and line.owners[j] == "my" and (
         asked.line.words[i - 1].word == "'s")  # my name, for my wife's
 
 
 def _calls_me(lex: Lexicon, line: Line) -> int:
-    """Return where a statement begins to say who one is: I am Tom, call me Tom; -1 if nowhere."""
+    """Return where a statement says no more than who one is: I am Tom, call me Tom; or -1."""
     words = [word.word for word in line.words]
-    sizes = ((i, lex.phrase_at(words, i, "calls_me", line.language)) for i in range(len(words)))
-    return next((i for i, size in sizes if size and line.caps[i + size:i + size + 1] == [True]
-                 and line.words[i + size].stem not in lex.known), -1)
+    for i in range(len(words)):
+        size = lex.phrase_at(words, i, "calls_me", line.language)
+        named = sum(1 for _ in itertools.takewhile(bool, line.caps[i + size:])) if size else 0
+        end = i + size + named
+        if named and line.words[i + size].stem not in lex.known and (
+                end == len(words) or end in line.stops or "joins" in line.words[end].classes):
+            return i
+    return -1
 
 
 def _only_names(lex: Lexicon, asked: Asked, line: Line, used: Container[int]) -> bool:
@@ -7537,21 +7551,24 @@ def _verdict(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: D
 def _nearer_rival(lex: Lexicon, line: Line, one: int, other: int) -> bool:
     """Return whether another word of its kind is nearer to what a word is taken with.
 
-    Of "a brother, Karl, and a sister, Eva", Eva is no brother. Tea and coffee are no rivals there.
+    Of "a brother, Karl, and a sister, Eva", Eva is no brother; who hates spinach, but I love kale,
+    hates no kale. Of what is merely listed, all is meant: meat, fish and eggs.
     """
-    words = line.words
-    return any(abs(at - other) <= abs(one - other) and lex.are_rivals(words[one], words[at])
-               and any(k in line.telling for k in range(min(at, one) + 1, max(at, one)))
-               for at in line.telling if at not in (one, other))
+    words, between = line.words, range(one + 1, other)
+    apart = line.caps[other] or any("subject" in words[at].classes for at in between)
+    return any(lex.are_rivals(words[one], words[at]) and (apart or "det" in words[at - 1].classes)
+               for at in between if at in line.telling)
 
 
 def _denies(line: Line, before: int, last: int) -> bool:
     """Return whether a denial stands in the clause of a word: she is vegan and eats no eggs.
 
-    A clause begins at a stop, at a word that joins, and where a denial follows a telling word.
+    A clause begins at a word that joins, at a subject behind a stop, and where a denial follows a
+    telling word.
     """
-    begins = [at for at, word in enumerate(line.words) if at == before or at in line.stops
-              or "joins" in word.classes or "not" in word.classes and at - 1 in line.telling]
+    begins = [at for at, word in enumerate(line.words) if at == before or "joins" in word.classes
+              or at in line.stops and word.classes & {"subject", "own", "refers"}
+              or "not" in word.classes and at - 1 in line.telling]
     first = max((at for at in begins if at <= last), default=0)
     end = min((at for at in begins if at > last), default=len(line.words))
     return any("not" in word.classes for word in line.words[first:end])
@@ -7639,14 +7656,16 @@ def gathered(lex: Lexicon, memory: Memory, asked: Asked) -> Tuple[Asked, List[En
     for i in (i for i in asked.terms if _asks_my_name(asked, i)):  # as which nobody may call it
         begun = lex.phrases["calls_me", asked.line.language].values()
         said = [" ".join(phrase) for phrases in begun for phrase in phrases]
-        mass.update(dict.fromkeys(memory.ids_holding([said, [TOLD_MARK]], MOST_HELD), weights[i]))
+        for entry in memory.ids_holding([said, [TOLD_MARK]], MOST_HELD):
+            mass[entry] = max(mass[entry], weights[i])
     for i, also in names.items():
         for entry in memory.ids_holding([[f"{stem}*" for stem in sorted(also)], [TOLD_MARK]],
                                         MOST_HELD):
             mass[entry] += weights[i]
     if "me" in asked.line.has and all(i in asked.asking or "idle" in words[i].classes
                                       for i in asked.terms):  # Who am I?
-        mass.update(dict.fromkeys(memory.ids_holding([[TOLD_MARK]], MOST_TOLD), 0.0))
+        for entry in memory.ids_holding([[TOLD_MARK]], MOST_TOLD):
+            mass[entry] += 0.0
     best = memory.entries_of(sorted(
         mass, key=lambda i: (-mass[i] - (i in told), -very[i], -i))[:MOST_HELD])
     return asked._replace(weights=weights, names=names), [
@@ -7691,8 +7710,8 @@ def _mends(lex: Lexicon, unit: Unit) -> bool:
 def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) -> List[Judged]:
     """Return statements with the newest of those first that may have taken the best one's place.
 
-    It tells, as surely, of the same words of the question; where it says that something changed,
-    it need not be as sure. Asked for what was before, the one before the newest is first; where
+    It tells, as surely, of the same things as the question; where it says that something changed,
+    it need not be as sure, and may leave out a word. Asked for what was before, the one before the newest is first; where
     several may answer, only what is of the same person has taken a place.
     """
     if not found or found[0].unit.entry.source not in TOLD:
@@ -7706,21 +7725,23 @@ def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) 
 
     def takes_place(each: Judged) -> bool:
         """Whether a statement is as much to the point as the best one."""
-        if asked.polar and _replaces(lex, each.unit.line, top.unit.line):
+        line = each.unit.line
+        if asked.polar and "is" in words[0].classes and lex.dated(top.unit.line.text) and (
+                _replaces(lex, line, top.unit.line)):
             return True  # it says the same of another day
         mends = _mends(lex, each.unit) if each.unit.entry is not top.unit.entry else (
             lex.line(each.unit.text).has_phrase(lex, "changed"))
         lost = sum(each.near[i] < 3 for i in needed)
         if lost > bool(mends and len(needed) > 2):  # who tells of a change leaves out a word
             return False
-        if each.own and asked.slot in ("time", "place") and (
-                each.unit.line.has_phrase(lex, "ended")):
+        told = [j for j in line.telling if line.words[j].stem not in lex.kinds["time"]]
+        over = each.own and len(told) <= len(needed) + 1 and line.has_phrase(lex, "ended") and (
+            asked.slot == "time" or asked.slot == "place" and "subject" in line.has)
+        if over or mends and each.filled >= min(top.filled, 1):
             return True  # the meeting was cancelled
-        if mends and each.filled >= min(top.filled, 1):
-            return True
-        return each.own and each.score >= least and each.filled >= top.filled and all(
-            each.near[i] >= top.near[i] for i in needed) and (
-                not several or _subject(each.unit.line) == _subject(top.unit.line))
+        same = not several or _subject(line) == _subject(top.unit.line)
+        return same and each.own and not _only_beside(lex, each.unit) and each.score >= least and (
+            each.filled >= top.filled) and all(each.near[i] >= top.near[i] for i in needed)
     fits = [top, *(each for each in found[1:]
                    if each.unit.entry.source in TOLD and takes_place(each))]
     fits.sort(key=lambda each: (each.unit.entry.told_at, each.unit.entry.id,
@@ -7789,7 +7810,7 @@ def said_back(lex: Lexicon, unit: Unit, today: Optional[datetime.date] = None) -
     if line.speaker:
         return _said_in_log(lex, unit)
     text = unit.text.strip() if unit.about and _mends(lex, unit) else line.text.strip()
-    if unit.about and text == f"{unit.about} {unit.text}":
+    if unit.about[-1:] in ".!?…" and text == f"{unit.about} {unit.text}":
         text = f"{unit.about} {unit.text[:1].upper()}{unit.text[1:]}"
     if today and entry.source in TOLD:
         text = as_of(lex, text, told_day(entry), today)
@@ -8039,7 +8060,6 @@ def _asked_again(lex: Lexicon, before: str, said: str) -> str:
     if first and "stands" in words[-1].classes:  # the black one; the other one may be any
         kept = [word.text for word in words[:-1] if "differs" not in word.classes]
         said = " ".join([*kept, first.split()[-1]])
-    # what was asked of is now asked of another
     return before.replace(first, said, 1) if first else ""
 
 
@@ -8316,7 +8336,8 @@ def _about(lex: Lexicon, memory: Memory, asked: Asked) -> List[Unit]:
 def _all_about(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked:
     """All that holds of a person or a thing, the newest first: What do you know about Ines?"""
     line = asked.line
-    myself = asked.slot == "person" and "subject" in line.has and all(  # who am I?
+    myself = asked.slot == "person" and "subject" in line.has and (  # who am I?
+        "is" in _NONE.union(*(word.classes for word in line.words[1:2]))) and all(
         "idle" in line.words[i].classes or i in asked.asking for i in asked.terms)
     if not raw.has_phrase(lex, "about") and not line.has >= _TELLING and not myself:
         return None
@@ -8407,18 +8428,26 @@ def _told_of(lex: Lexicon, memory: Memory, asked: Asked) -> List[str]:
 
 
 def _figures_of_all(lex: Lexicon, memory: Memory, asked: Asked) -> List[Tuple[float, Unit, str]]:
-    """Return the newest number of each who is told of with what is asked: who is the tallest?"""
+    """Return the newest number of each who is told of with what is asked: who is the tallest?
+
+    Nothing, where they are told in unlike units.
+    """
     found: Dict[str, Tuple[float, Unit, str]] = {}
-    asked, entries = gathered(lex, memory, asked)
+    measures, (asked, entries) = set(), gathered(lex, memory, asked)
     terms = [i for i in asked.terms if not asked.line.words[i].classes & {"more", "less"}]
     units = (each.unit for each in judged(lex, asked, entries) if all(
         each.near[i] for i in terms or asked.terms))  # the tallest, or the fewest hours
     for unit in sorted(units, key=lambda unit: (unit.entry.told_at, unit.entry.id)):
         line = lex.line(unit.text)
-        name = next((word.text for word, named in zip(line.words, line.caps) if named), "")
+        capital = next((word.text for word, named in zip(line.words, line.caps) if named), "")
+        name = capital or next((said for _, said in things_named(lex, line)), "") or (
+            "I" if "subject" in line.has else "")
         value = _figure_in(lex, line)
-        found.update({name: (value, unit, name)} if name and value is not None else {})
-    return list(found.values())
+        if name and value is not None:
+            found[name] = (value, unit, name)
+            measures.add(next((word.stem for word in line.words
+                               if word.stem in lex.kinds["unit"]), ""))
+    return list(found.values()) if len(measures) == 1 else []
 
 
 def _figure_in(lex: Lexicon, line: Line) -> Optional[float]:
@@ -8510,12 +8539,14 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
     found = newest_first(lex, asked, judged(lex, asked, entries), least)
     names = [asked.line.words[i].text for i in asked.vital if asked.line.caps[i]]
     compares = any(word.classes & {"more", "less"} and i + 1 not in asked.line.telling
+                   and word.word not in ("most", "least", "latest")
                    for i, word in enumerate(asked.line.words))  # my older brother is one person
     for each in found:
         line, unit, answer = each.unit.line, each.unit, said_back(lex, each.unit, today)
-        said_so = lex.phrases[each.verdict, asked.line.language]  # Yes, Ja, …
-        lead = f'{" ".join(said_so)}. ' if each.verdict else ""
-        unsure = asked.polar and not each.verdict or (  # is quoted at most
+        spoken = lex.phrases.get((each.verdict, asked.line.language), [each.verdict.capitalize()])
+        lead = f'{" ".join(spoken)}. ' if each.verdict else ""  # Yes, Ja, …
+        unsure = asked.polar and not each.verdict or each.filled < 2 and any(
+            _asks_my_name(asked, i) for i in asked.terms) or (  # is quoted at most: I am Irish
             asked.slot in _STRICT and not each.filled or compares
             or line.speaker and ("subject" in asked.line.has or names and not any(
                 name in line.speaker for name in names)))
@@ -11237,6 +11268,7 @@ class Organism:
     def __init__(self, config: Config, memory: Memory, engine: Engine, session: str = "main",
                  seeded: bool = False) -> None:
         self.memory, self.session = memory, session
+        self.apart: Set[int] = set()  # sessions in which no message leans on another
         self.notices: Deque[str] = deque(maxlen=20)
         self._settings = config
         self.trainer = Trainer(lambda: self.config, memory, self._tell, self._take_up_engine)
@@ -11345,10 +11377,11 @@ class Organism:
         lines = clean_pieces(text.splitlines(), self._settings.max_line_chars)
         if not lines:
             return
-        recent = memory.last_told(5, session) if recall else []
+        alone = not recall or session in self.apart
+        recent = [] if alone else memory.last_told(5, session)
         day = datetime.date.fromtimestamp(memory.clock() if told_at is None else told_at)
-        about = recall and answer_to(lex, memory.newest_messages(session, 4), text) or (
-            told_about(lex, recent[-1], lines[0]) if recent else "")
+        about = "" if alone else answer_to(lex, memory.newest_messages(session, 4), text)
+        about = about or (told_about(lex, recent[-1], lines[0]) if recent else "")
         whole = mended(lex, recent, lines[0]) if recent and len(lines) == 1 else None
         if whole:
             lines, about = [whole], ""
@@ -12346,7 +12379,7 @@ def _moment(text: str) -> Optional[float]:
 # ours, and what is asked must be JSON.
 
 MODEL_NAME, NO_SESSION = "macrogpt", 0
-UNNAMED = "api"  # where what requests of no session say is kept, if it is learned
+UNNAMED = "requests"  # where what those of no session say is kept, if it is learned
 MOST_HEAD_BYTES, MOST_BODY_BYTES = 16_384, 1 << 18
 MOST_CONNECTIONS = 256   # each of which asks once
 CLIENT_SECONDS = 10.0    # for a head, for a body, for taking what is sent
@@ -12482,6 +12515,7 @@ class Visit(Turn):
         if not (self.keeps and wanted.session):
             self.given = [words for role, words in wanted.turns if role != "self"]
             self.turns = self.talk = [turn for turn in wanted.turns if turn[0]]
+            self.summary = []  # of other talks
             self.said = {words for role, words in self.turns if role == "self"}
 
     def _forgotten(self, wish: str) -> str:
@@ -12536,6 +12570,7 @@ class Answer:
             return self.turn
         if self.learns and wanted.chat:
             session = organism.memory.session_id(wanted.session or UNNAMED)
+            organism.apart.update(() if wanted.session else (session,))
             yield from organism.reply(wanted.text, session, turn)
             return
         with organism.trainer.paused():
@@ -13715,7 +13750,8 @@ def _repl_set(app: App, rest: str) -> List[str]:
     if not value.strip():
         return ["use /set FIELD VALUE, for example /set temperature 0.7"]
     organism, kept = app.organism(), f"config.{name}"
-    if value.strip() == "default" and organism.memory.setting(kept) is not None:
+    if value.strip() == "default" and (
+            hasattr(organism.config, name) or organism.memory.setting(kept) is not None):
         organism.memory.set_setting(kept, None)  # one that only another version knows goes, too
         organism.config = app.config = stored_config(
             organism.memory, app.options.assignments, app.terminal.note)

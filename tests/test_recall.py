@@ -512,7 +512,12 @@ class Days(Folder):
         for number, (talk, wanted) in enumerate((
                 # whose name it is
                 ("My name is Vera. / My parrot is called Coco. / What is my name?", "is Vera"),
-                ("I'm Vera. / What is my name?", "are Vera"),
+                ("I'm Vera. / What is my name?", "I'm Vera"),
+                ("I am Irish. / What is my name?", "!you are"),
+                ("I eat ham, fish and eggs. / Do I eat eggs?", "Yes"),
+                ("I don't eat ham, fish or eggs. / Do I eat fish?", "No"),
+                ("Where is my compass? / Never mind. / Where is my compass?", "!mind"),
+                ("My lamp is in the attic. / My lamp broke today. / Where is my lamp?", "attic"),
                 ("My parrot is called Coco. / What is my husband's name?", "!your parrot"),
                 # a yes needs one clause, now, and no exception
                 ("I collect stamps and my aunt collects spoons. / Do I collect spoons?", "!Yes"),

@@ -324,7 +324,7 @@ class Door(Serving):
                                   if message.role == "owner"] for each in memory.sessions()}
         self.assertEqual(said_in["work"], ["My boat is called Ada."])
         self.assertIn("What is my horse called?", said_in["home"])
-        self.assertEqual(set(said_in), {"work", "home", "api"})
+        self.assertEqual(set(said_in), {"work", "home", "requests"})
         self.assertIsNone(memory.setting("session"))  # the next chat goes on where it was
 
     def test_it_learns_beside_and_what_was_learned_is_committed_when_it_ends(self):
