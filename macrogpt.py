@@ -7711,8 +7711,8 @@ def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) 
     """Return statements with the newest of those first that may have taken the best one's place.
 
     It tells, as surely, of the same things as the question; where it says that something changed,
-    it need not be as sure, and may leave out a word. Asked for what was before, the one before the newest is first; where
-    several may answer, only what is of the same person has taken a place.
+    it need not be as sure, and may leave out a word. Asked for what was before, the one before the
+    newest is first; where several may answer, only what is of the same person has taken a place.
     """
     if not found or found[0].unit.entry.source not in TOLD:
         return found
