@@ -6188,7 +6188,9 @@ own me.en: my our mine ours, mein meine meinen meinem meiner meines unser unsere
  them his her its their then but and so, idle.en: able ask be big think come dear find folk get go
  good got guy happen have high keep little long look lovely make man mean need new nice originally
  own part person put take try use usual usually way whole, machen gehen kommen, hacer, faire
-calls_me.en: i_am i'm im call_me, ich_bin nenn_mich, soy llámame, je_suis appelle_moi,
+calls_me.en: i_am i'm im call_me, ich_bin nenn_mich, soy llámame, je_suis appelle_moi, courtesy.en:
+ please, bitte, por_favor, s'il_te_plaît, of.en: of, von vom, de del, de du d, sorry.de: Das tut
+ mir leid, Lo siento, Je suis désolé, pleased.de: Das freut mich, Me alegro, Cela me fait plaisir,
  waves_off.en: never_mind too_bad no_idea okay ok oh ah thanks thank_you whatever anyway i_see pity
  shame hm, egal schade keine_ahnung danke ach_so, no_importa da_igual gracias vale, tant_pis merci
  peu_importe, asks.name.en: name names named called nickname, name heißt heiße heißen, llama llamo
@@ -6211,25 +6213,26 @@ calls_me.en: i_am i'm im call_me, ich_bin nenn_mich, soy llámame, je_suis appel
  which_town what_country which_country which_street which_room which_shop which_village what_place
  which_place which_building, wo wohin woher welcher_stadt adresse, dónde qué_ciudad dirección, où
  quelle_ville adresse, asks.person.en: who whom whose, wer wem wen wessen, quién quiénes, qui
-unreal.en: going_to meant_to supposed_to tried_to forgot except apart_from other_than not_sure
- unsure think thinks thought guess suppose supposedly apparently believe seems said_that says_that
- heard_that used_to stopped quit almost nearly doubt if unless would wanted wants want hope hopes
- plan will shall might may maybe perhaps wish never former, früher fast wenn würde möchte werde
- vielleicht bezweifle, solía casi si quería quizás, presque si voulais, changed.en: now new
- no_longer anymore instead renamed changed moved altered shifted swapped postponed rescheduled
- switched replaced these_days, jetzt nun neu neue, ahora nuevo, maintenant nouveau, opening.en:
- don't_forget_that dont_forget_that do_not_forget_that don't_forget dont_forget remember_that um uh
- kindly lets let's by_the_way actually listen sorry excuse_me quick_question no nope yeah wait
- you_know_what guess_what fyi correction i_mean good_morning good_evening thanks say
- for_your_information anyway, hallo hi also ja nein übrigens sag, hola oye por_favor, bonjour salut
- oui non est_ce_que dis, frame.en: told recall said show mention mentioned mind note, weißt weiß
- sagen sag erinnere erinnerst, sabes dime recuerdas recuérdame, sais dis rappelle, lost.fr: oublié,
- tells.en: that, tells.fr: que, whether.en: if whether, ob, si, si, wanted.en: name birthday age
- address number code password pin colour color size date time price, name nummer passwort adresse,
- nombre número contraseña, nom numéro, advice.en: might, soll sollte, debo, dois, forget.en:
- forget, vergiss, olvida, oublie, yes.en: Yes, Ja, Sí, Oui, no.en: No, Nein, No, Non, said.de: Du
- hast mir gesagt, Me dijiste, Tu m'as dit, unknown.de: Das weiß ich noch nicht, Eso no lo sé
- todavía, Je ne le sais pas encore, kept.de: Ich merke es mir, Lo guardo, Je le retiens
+unreal.en: promised promises dreamed dreamt dream thinking_of learning says going_to meant_to
+ supposed_to tried_to forgot except apart_from other_than not_sure unsure think thinks thought
+ guess suppose supposedly apparently believe seems said_that says_that heard_that used_to stopped
+ quit almost nearly doubt if unless would wanted wants want hope hopes plan will shall might may
+ maybe perhaps wish never former, früher fast wenn würde möchte werde vielleicht bezweifle, solía
+ casi si quería quizás, presque si voulais, changed.en: now new no_longer anymore instead renamed
+ changed moved altered shifted swapped postponed rescheduled switched replaced these_days, jetzt
+ nun neu neue, ahora nuevo, maintenant nouveau, opening.en: don't_forget_that dont_forget_that
+ do_not_forget_that don't_forget dont_forget remember_that um uh kindly lets let's by_the_way
+ actually listen sorry excuse_me quick_question no nope yeah wait you_know_what guess_what fyi
+ correction i_mean good_morning good_evening thanks say for_your_information anyway, hallo hi also
+ ja nein übrigens sag, hola oye por_favor, bonjour salut oui non est_ce_que dis, frame.en: told
+ recall said show mention mentioned mind note, weißt weiß sagen sag erinnere erinnerst, sabes dime
+ recuerdas recuérdame, sais dis rappelle, lost.fr: oublié, tells.en: that, tells.fr: que,
+ whether.en: if whether, ob, si, si, wanted.en: name birthday age address number code password pin
+ colour color size date time price, name nummer passwort adresse, nombre número contraseña, nom
+ numéro, advice.en: might, soll sollte, debo, dois, forget.en: forget, vergiss, olvida, oublie,
+ yes.en: Yes, Ja, Sí, Oui, no.en: No, Nein, No, Non, said.de: Du hast mir gesagt, Me dijiste, Tu
+ m'as dit, unknown.de: Das weiß ich noch nicht, Eso no lo sé todavía, Je ne le sais pas encore,
+ kept.de: Ich merke es mir, Lo guardo, Je le retiens
 day.en: today/0 tonight/0 this_morning/0 this_afternoon/0 this_evening/0 tomorrow/1 yesterday/-1
  last_night/-1 the_day_after_tomorrow/2 the_day_before_yesterday/-2, heute/0 morgen/1 gestern/-1
  übermorgen/2 vorgestern/-2, hoy/0 mañana/1 ayer/-1 anteayer/-2, aujourd'hui/0 demain/1 hier/-1,
@@ -6263,35 +6266,35 @@ refers.en: he she it they him them his her its their, er ihn ihm sein seine sein
  il elle ils elles, stands.en: one ones, differs.en: other, andere anderen anderer anderes, otro
  otra, autre, former.en: before old former formerly previous previously originally at_first used_to
  in_the_past before_that, früher vorher alte alten altes, antes antiguo antigua, avant ancien
- ancienne, ended.en: any_more anymore no_longer gave given sold away quit cancelled lost threw
- got_rid stopped broke died, nicht_mehr kein_mehr verkauft gekündigt, ya_no vendí vendimos, ne_plus
- vendu, corrects.en: no nope actually sorry wait correction i_mean i_meant rather oops wrong
- mistyped misspelt out_of_date put_it_off mistake i_am_mistaken i'm_mistaken i_was_wrong
- my_mistake, nein doch ich_meine, no perdón quiero_decir, non pardon je_veux_dire, goes_on.en: and
- what_about how_about, und was_ist_mit, y, et, says.en: say said saying tell told telling mention
- mentioned, sagte gesagt erzählt, dije dicho contado, dit raconté, lately.en: just last, gerade
- zuletzt, última último, dernier dernière, about.en: know_about tell_me_about know_of
- tell_me_all_about remember_about say_about tell_me_everything_about
- tell_me_everything_you_know_about tell_me_all_you_know_about tell_me_what_you_know_about
- know_everything_about, über, sobre, sur, todo.en: todo to_do have_to_do left_to_do, list.en: list
- lists, liste, lista, liste, puts.en: put add write note include, setz setze schreib, pon añade
- apunta, mets ajoute, clears.en: clear empty wipe, leere, vacía, vide, strikes.en: cross strike
- take remove delete tick drop scratch, streich streiche, quita tacha, enlève raye, done.en: done
- bought packed finished paid sent booked got ordered, erledigt gekauft, hecho comprado, fait
- acheté, more.en: heaviest oldest biggest largest tallest longest highest widest deepest fastest
- dearest most latest heavier older bigger larger taller longer higher wider deeper faster dearer
- more later, schwerer älter größer länger teurer, less.en: lightest youngest smallest shortest
- lowest narrowest cheapest slowest least fewest earliest lighter younger smaller shorter lower
- narrower cheaper slower less fewer earlier, leichter jünger kleiner kürzer billiger, sums.en:
- together altogether total, zusammen insgesamt, juntos juntas total, ensemble total, corrects.en:
- scrap, reckons.en: calculate compute sum makes equal equals much reckon result, request.en: write
- help make recommend suggest explain translate sing play draw find set send look compose invent
- advise tell give say teach show read describe entertain cheer choose pick correct, wants.en: need
- want like love, given.en: story poem joke riddle recipe name idea tip tips advice help excuse game
- limerick twister speech verse song letter, duty.en: have_to has_to need_to got_to must
- remind_me_to let_me_forget_to forget_to, muss, tengo_que debo, dois, birth.en: born birthday,
- geboren, nacido nací nació, né née, added.en: more another extra, weitere, otro otra más, encore
- autre
+ ancienne, ended.en: any_more anymore no_longer gave given returned brought_back repaired fixed
+ healed recovered sold away quit cancelled lost threw got_rid stopped broke died, nicht_mehr
+ kein_mehr verkauft gekündigt, ya_no vendí vendimos, ne_plus vendu, corrects.en: no nope actually
+ sorry wait correction i_mean i_meant rather oops wrong mistyped misspelt out_of_date put_it_off
+ mistake i_am_mistaken i'm_mistaken i_was_wrong my_mistake, nein doch ich_meine, no perdón
+ quiero_decir, non pardon je_veux_dire, goes_on.en: and what_about how_about, und was_ist_mit, y,
+ et, says.en: say said saying tell told telling mention mentioned, sagte gesagt erzählt, dije dicho
+ contado, dit raconté, lately.en: just last, gerade zuletzt, última último, dernier dernière,
+ about.en: know_about tell_me_about know_of tell_me_all_about remember_about say_about
+ tell_me_everything_about tell_me_everything_you_know_about tell_me_all_you_know_about
+ tell_me_what_you_know_about know_everything_about, über, sobre, sur, todo.en: todo to_do
+ have_to_do left_to_do, list.en: list lists, liste, lista, liste, puts.en: put add write note
+ include, setz setze schreib, pon añade apunta, mets ajoute, clears.en: clear empty wipe, leere,
+ vacía, vide, strikes.en: cross strike take remove delete tick drop scratch, streich streiche,
+ quita tacha, enlève raye, done.en: done bought packed finished paid sent booked got ordered,
+ erledigt gekauft, hecho comprado, fait acheté, more.en: heaviest oldest biggest largest tallest
+ longest highest widest deepest fastest dearest most latest heavier older bigger larger taller
+ longer higher wider deeper faster dearer more later, schwerer älter größer länger teurer, less.en:
+ lightest youngest smallest shortest lowest narrowest cheapest slowest least fewest earliest
+ lighter younger smaller shorter lower narrower cheaper slower less fewer earlier, leichter jünger
+ kleiner kürzer billiger, sums.en: together altogether total, zusammen insgesamt, juntos juntas
+ total, ensemble total, corrects.en: scrap, reckons.en: calculate compute sum makes equal equals
+ much reckon result, request.en: write help make recommend suggest explain translate sing play draw
+ find set send look compose invent advise tell give say teach show read describe entertain cheer
+ choose pick correct, wants.en: need want like love, given.en: story poem joke riddle recipe name
+ idea tip tips advice help excuse game limerick twister speech verse song letter, duty.en: have_to
+ has_to need_to got_to must remind_me_to let_me_forget_to forget_to, muss, tengo_que debo, dois,
+ birth.en: born birthday, geboren, nacido nací nació, né née, added.en: more another extra,
+ weitere, otro otra más, encore autre
 ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, reckon.en: plus/+
  and_add/+ added_to/+ minus/- less/- take_away/- times/* multiplied_by/* divided_by// over//
  percent_of/%, plus/+ minus/- mal/* geteilt_durch// prozent_von/%, más/+ menos/- por/* entre//
@@ -6866,7 +6869,8 @@ def opened(lex: Lexicon, text: str) -> Tuple[str, str]:
     text = _MARKER.sub("", text[:MAX_ASKED_CHARS])
     spans, words, language = _words_in(lex, text)
     at, size = 0, lex.phrase_at(words, 0, "opening", language)
-    while size and at + size < len(words):
+    while size and at + size < len(words) and not _denies_thing(
+            lex, text, spans, words, at, language):
         at += size
         size = lex.phrase_at(words, at, "opening", language)
     classes = [lex.closed[language].get(word, _NONE) for word in words]
@@ -6878,6 +6882,14 @@ def opened(lex: Lexicon, text: str) -> Tuple[str, str]:
         elif classes[i] & {"question", "own"} or not classes[i]:  # grandpa forgot who I was
             break
     return text[spans[at][0]:] if at else text, ""
+
+
+def _denies_thing(lex: Lexicon, text: str, spans: Sequence[Tuple[int, int]], words: Sequence[str],
+                  at: int, language: str) -> bool:
+    """Return whether a "no" is said of a thing, and opens or corrects nothing: no choir today."""
+    one, after = (lex.word(word, language).classes for word in [*words[at:at + 2], "", ""][:2])
+    return "not" in one and at + 1 < len(words) and not after and (
+        text[spans[at][1]:spans[at + 1][0]] == " ")
 
 
 def _after_frame(classes: Sequence[AbstractSet[str]], at: int, frame: int) -> Tuple[int, str]:
@@ -6965,7 +6977,8 @@ def analyzed(lex: Lexicon, text: str) -> Asked:
         lambda w: lex.odd.get(w.word, w.word) != "do", line.words[which + 1:which + 4])
     ahead = [w.stem for w, after in zip(beside, [*words[which + 2:], ""])
              if "function" not in w.classes and after != "'s"]  # nor my wife's name
-    kind = ahead[0] if ahead and ahead[0] in lex.kinds and ahead[0] not in lex.loose else ""
+    kind = ahead[0] if ahead and ahead[0] in lex.kinds and ahead[0] not in lex.loose and (
+        slot != "name") else ""  # what is my wife called
     polar = bool(line.words) and "question" not in line.has and (
         "aux" in line.words[0].classes
         or is_question(text) and not slot and not line.has.isdisjoint({"subject", "me"}))
@@ -7260,7 +7273,7 @@ def _filled(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: Di
         "asks.name" in asked.line.words[i].classes)] or asked.vital
     return min(filled, 2 * any(  # it is to be the name of what is asked about
         _names_beside(lex, line, at[i]) or _is_named(line, at[i], before)
-        for i in things if near[i] > 1))
+        for i in things if near[i] > 1 and _owner_fit(asked, line, i, at[i]) >= 0))
 
 
 def _is_named(line: Line, at: int, before: int) -> bool:
@@ -7316,7 +7329,8 @@ def _counted(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
         return 2 * (slot == "span" and word.stem in lex.kinds["since"])
     if _is_number(lex, after) or re.fullmatch(r"\d+(?:st|nd|rd|th)", word.word):
         return 0  # forty-eight: the last word decides; the 28th is a day
-    unit, ends = after.stem in lex.kinds["unit"], after is _NO_WORD
+    unit = after.stem in lex.kinds["unit"]
+    ends = after is _NO_WORD or "changed" in after.classes  # he is eight now
     timely = after.stem in lex.kinds["time"] or "at" in (before.word, first.word)  # at 14:00
     aged = any(w.stem in lex.kinds["aged"] for w in line.words[max(0, at - 2):at + 4])
     told = "aux" in before.classes and (unit or ends)
@@ -7414,6 +7428,8 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
     owned = [1 if i in renamed else _owner_fit(asked, line, i, at[i]) for i in vital if near[i]]
     verdict = "" if _only_beside(lex, unit) else _verdict(
         lex, asked, line, near, at, lost, min(owned, default=0), filled, before)
+    if verdict == "yes" and unit.about and lex.line(unit.text).has_phrase(lex, "changed"):
+        verdict = ""  # it has been moved since
     if verdict:  # what stands in a missing word's place answers as well
         terms, lost = [i for i in terms if near[i]], []
     whole = bool(used) and not lost
@@ -7455,7 +7471,22 @@ def _matched(lex: Lexicon, asked: Asked, line: Line) -> Tuple[Dict[int, int], Di
         called = _calls_me(lex, line) if not grade and _asks_my_name(asked, i) else -1
         if called >= 0:
             near[i], at[i] = 4, called
+    met = {at[i] for i in near if near[i] > 1}
+    near.update((i, 0) for i in asked.terms if near[i] and (
+        not _of_what(lex, asked.line, i) and met.isdisjoint(_of_what(lex, line, at[i]) or met)))
     return near, at
+
+
+def _of_what(lex: Lexicon, line: Line, at: int) -> Set[int]:
+    """Return the words that name a thing of what a word names: Ralf's wife; the wife of Ralf."""
+    words, after = line.words, at + 1
+    while line.caps[after:after + 1] == [True]:
+        after += 1  # my son Ralf's wife
+    if [word.word for word in words[after:after + 1]] == ["'s"]:
+        return set(itertools.takewhile(lambda k: k in line.telling and (
+            k == after + 1 or not _verbal(lex, words[k])), range(after + 1, len(words))))
+    before = at - 1 - (at > 1 and bool(words[at - 1].classes & {"det", "own"}))
+    return {before - 1} & {*line.telling} if before > 0 and "of" in words[before].classes else set()
 
 
 def _asks_my_name(asked: Asked, i: int) -> bool:
@@ -7530,7 +7561,7 @@ def _verdict(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: D
     if (line.has_phrase(lex, "unreal") - q.has_phrase(lex, "unreal")
             or _role_clash(asked, line, near, at) or _only_was(lex, q, line)
             or "subject" in q.has and "subject" not in line.has
-            or any(_nearer_rival(lex, line, *pair)
+            or any(_nearer_rival(lex, line, *pair) or _other_conjunct(line, *pair)
                    for pair in itertools.permutations([at[i] for i in met], 2))
             or min(asked.vital, default=-1) in missing):  # of my mother, asked of my father
         return ""
@@ -7558,6 +7589,14 @@ def _nearer_rival(lex: Lexicon, line: Line, one: int, other: int) -> bool:
     apart = line.caps[other] or any("subject" in words[at].classes for at in between)
     return any(lex.are_rivals(words[one], words[at]) and (apart or "det" in words[at - 1].classes)
                for at in between if at in line.telling)
+
+
+def _other_conjunct(line: Line, one: int, other: int) -> bool:
+    """Return whether a word belongs to another's half: Helga gave me a book and Inge a scarf."""
+    names = [at for at, named in enumerate(line.caps) if named]
+    return any(a <= one < b <= other and (b in line.stops or "joins" in line.words[b - 1].classes)
+               and any(a < k < b and not line.caps[k] for k in line.telling)
+               for a, b in itertools.combinations(names, 2))
 
 
 def _denies(line: Line, before: int, last: int) -> bool:
@@ -7710,40 +7749,15 @@ def _mends(lex: Lexicon, unit: Unit) -> bool:
 def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) -> List[Judged]:
     """Return statements with the newest of those first that may have taken the best one's place.
 
-    It tells, as surely, of the same things as the question; where it says that something changed,
-    it need not be as sure, and may leave out a word. Asked for what was before, the one before the
-    newest is first; where several may answer, only what is of the same person has taken a place.
+    Asked for what was before, the one before the newest is first.
     """
     if not found or found[0].unit.entry.source not in TOLD:
         return found
-    top, several = found[0], _wants_all(asked)
-    former = bool(asked.line.has_phrase(lex, "former"))
-    words, met = asked.line.words, [i for i in top.near if top.near[i] > 2]
-    needed = [i for i in met if i not in asked.asking and not words[i].classes & {"changed", "idle"}
-              and not (asked.polar and (_is_number(lex, words[i])
-                                        or words[i].stem in lex.kinds["time"]))] or met
-
-    def takes_place(each: Judged) -> bool:
-        """Whether a statement is as much to the point as the best one."""
-        line = each.unit.line
-        if asked.polar and "is" in words[0].classes and lex.dated(top.unit.line.text) and (
-                _replaces(lex, line, top.unit.line)):
-            return True  # it says the same of another day
-        mends = _mends(lex, each.unit) if each.unit.entry is not top.unit.entry else (
-            lex.line(each.unit.text).has_phrase(lex, "changed"))
-        lost = sum(each.near[i] < 3 for i in needed)
-        if lost > bool(mends and len(needed) > 2):  # who tells of a change leaves out a word
-            return False
-        told = [j for j in line.telling if line.words[j].stem not in lex.kinds["time"]]
-        over = each.own and len(told) <= len(needed) + 1 and line.has_phrase(lex, "ended") and (
-            asked.slot == "time" or asked.slot == "place" and "subject" in line.has)
-        if over or mends and each.filled >= min(top.filled, 1):
-            return True  # the meeting was cancelled
-        same = not several or _subject(line) == _subject(top.unit.line)
-        return same and each.own and not _only_beside(lex, each.unit) and each.score >= least and (
-            each.filled >= top.filled) and all(each.near[i] >= top.near[i] for i in needed)
-    fits = [top, *(each for each in found[1:]
-                   if each.unit.entry.source in TOLD and takes_place(each))]
+    top, plain = found[0], [word.word for word in asked.line.words]
+    former = any(lex.phrase_at(plain, i, "former", asked.line.language)  # but not: how old
+                 for i in range(len(plain)) if i not in asked.asking)
+    fits = [top, *(each for each in found[1:] if each.unit.entry.source in TOLD
+                   and _takes_place(lex, asked, top, each, least))]
     fits.sort(key=lambda each: (each.unit.entry.told_at, each.unit.entry.id,
                                 each.unit.entry.text.find(each.unit.text)), reverse=True)
     best = fits[min(former, len(fits) - 1)]
@@ -7752,6 +7766,39 @@ def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) 
         return found
     return [best._replace(score=max(top.score, best.score)),
             *(each for each in found if each not in fits)]
+
+
+def _takes_place(lex: Lexicon, asked: Asked, top: Judged, each: Judged, least: float) -> bool:
+    """Return whether a statement is as much to the point as the best one, should it be newer.
+
+    It tells, as surely, of the same things as the question; where it says that something changed,
+    it need not be as sure, and may leave out a word, but not the last of two. Where several may
+    answer, only what is of the same person takes a place.
+    """
+    line, words = each.unit.line, asked.line.words
+    met = [i for i in top.near if top.near[i] > 2]
+    needed = [i for i in met if i not in asked.asking and not words[i].classes & {"changed", "idle"}
+              and not (asked.polar and (_is_number(lex, words[i])
+                                        or words[i].stem in lex.kinds["time"]))] or met
+    mends = _mends(lex, each.unit) if each.unit.entry is not top.unit.entry else (
+        lex.line(each.unit.text).has_phrase(lex, "changed"))
+    if asked.polar and "is" in words[0].classes and (
+            mends or lex.dated(top.unit.line.text)) and _replaces(lex, line, top.unit.line):
+        return True  # it says the same of another day
+    lost = [i for i in needed if each.near[i] < 3]
+    over = line.has_phrase(lex, "ended")
+    if len(lost) > bool((mends or over) and (len(needed) > 2 or lost[-1:] != needed[-1:])):
+        return False
+    told = [j for j in line.telling if line.words[j].stem not in lex.kinds["time"]]
+    over = over and each.own and len(told) <= len(needed) + 1 and (
+        asked.slot == "time" or asked.slot == "place" and "subject" in line.has)
+    if over or mends and each.filled >= min(top.filled, 1):
+        return True  # the meeting was cancelled
+    if "not" in line.has and "not" not in top.unit.line.has:
+        return False  # no choir this week
+    same = not _wants_all(asked) or _subject(line) == _subject(top.unit.line)
+    return same and each.own and not _only_beside(lex, each.unit) and each.score >= least and (
+        each.filled >= top.filled) and all(each.near[i] >= top.near[i] for i in needed)
 
 
 def _subject(line: Line) -> str:
@@ -8085,7 +8132,10 @@ def _topic(lex: Lexicon, question: str, reply: str, pronoun: str) -> str:
 
 def feeling_of(line: Line) -> int:
     """Return the sign of what a sentence feels: −1 for sad, 1 for glad, 0 for neither or both."""
-    felt = sum(("glad" in word.classes) - ("sad" in word.classes) for word in line.words)
+    felt = sum(("glad" in word.classes) - ("sad" in word.classes)
+               for i, word in enumerate(line.words)  # but not what one is not
+               if not any("not" in w.classes and w.word != "never"
+                          for w in line.words[max(0, i - 3):i]))
     return (felt > 0) - (felt < 0)
 
 
@@ -8251,7 +8301,8 @@ def _list_items(lex: Lexicon, memory: Memory, name: AbstractSet[str], kind: str
         for text in entry.text.splitlines():
             unit = Unit(entry, lex.line(lex.opened(text)[0]), text=text)
             act, words, ours = _list_act(lex, unit, name, kind, ours, used[-1:] == [last])
-            said = [part.strip() for part in _ITEM_ENDS.split(words.strip(" .!")) if part.strip()]
+            said = [part.strip() for part in _ITEM_ENDS.split(words.strip(" .!"))
+                    if part.strip() and not lex.line(part).has & {"courtesy"}]
             last = unit
             if act == "begins":
                 items, used = said, [unit]
@@ -8277,8 +8328,8 @@ def _list_act(lex: Lexicon, unit: Unit, name: AbstractSet[str], kind: str, ours:
     listed = bool(line.has_phrase(lex, kind)) or bool(  # shopping: milk, eggs
         colon and "," in rest and name and name <= {word.stem for word in lex.line(head).words})
     if listed:  # another's name may stand before it: the guest list; or none: the list
-        named = any("list" in line.words[i + 1].classes for i in line.telling
-                    if i + 1 < len(line.words))
+        named = bool(line.has_phrase(lex, "todo")) or any(
+            "list" in line.words[i + 1].classes for i in line.telling if i + 1 < len(line.words))
         ours = name <= {word.stem for word in line.words} or ours and not named
     emptied = line.has & {"strikes", "clears"} and not line.has & {"refers", "not"} and all(
         line.words[i].stem in name or line.words[i].classes & {"strikes", "clears", "list", "idle"}
@@ -8706,6 +8757,15 @@ def mended(lex: Lexicon, recent: Sequence[Entry], text: str) -> Optional[str]:
     return next(filter(None, found), None)
 
 
+def settled(lex: Lexicon, text: str) -> str:
+    """Return a text with what it corrects itself put right: at nine. No, at ten."""
+    said, *rest = sentences_of(text) or [text]
+    for sentence in rest:
+        mends = _corrected(lex, sentence) and _mended(lex, said, sentence, True)
+        said = mends or f"{said} {sentence}"
+    return said
+
+
 def _mended(lex: Lexicon, before: str, text: str, last: bool) -> Optional[str]:
     rest = _corrected(lex, text)
     text = next((rest[rest.find(part):] for part in sentences_of(rest)
@@ -8779,6 +8839,8 @@ def _corrected(lex: Lexicon, text: str) -> str:
     at, begun, size = 0, False, 1
     while size and at < len(words):
         sizes = [lex.phrase_at(words, at, kind, language) for kind in ("corrects", "opening")]
+        if _denies_thing(lex, text, spans, words, at, language):
+            break
         at, begun, size = at + max(sizes), begun or sizes[0] > 0, max(sizes)
     return text[spans[at][0]:] if begun and at < len(spans) else ""
 
@@ -8804,6 +8866,17 @@ def asks_for_a_fact(text: str) -> bool:
     named = any(line.caps[1:]) or any(one.word in ("'s", "the") and not (
         other.classes & {"function", "idle"}) for one, other in zip(line.words, line.words[1:]))
     return bool(line.has & {"me", "own"} or named and line.telling)
+
+
+def asks_of_itself(text: str) -> bool:
+    """Return whether a text asks for a fact about things and persons of which it has told before.
+    """
+    lex, question = lexicon(), _question_in(lexicon(), text)
+    if question == text[:MAX_ASKED_CHARS] or not asks_for_a_fact(text):
+        return False
+    asked, told = analyzed(lex, question), statements_of(text, lex)
+    stems = {word.stem for part in told for word in lex.line(part).words}
+    return bool(asked.vital) and all(asked.line.words[i].stem in stems for i in asked.vital)
 
 
 def names_something(text: str) -> bool:
@@ -8964,7 +9037,8 @@ def silence(text: str, rejected: Container[str] = (), said: Iterable[str] = (),
     """
     lex, way = lexicon(), way or way_of(text)
     language, asking = lex.line(text[:MAX_ASKED_CHARS]).language, asks(text)
-    own = " ".join(lex.phrases["unknown" if asking else "kept", language])
+    said_so = "unknown" if asking else {"sad": "sorry", "glad": "pleased"}.get(way, "kept")
+    own = " ".join(lex.phrases[said_so, language])
     found: Sequence[str] = (f"{own}.",) if own else SILENCE[way]
     if not keeps:
         found = [words for words in found if words not in (UNKNOWN_REPLY, *KEPT_REPLIES)
@@ -9442,7 +9516,7 @@ class Turn:
 
     def _found_here(self) -> Optional[Reply]:
         """Return what was told before a question answers; it is a memory for this one reply."""
-        given = (*self.given, *[self.text] * asks_for_a_fact(self.text))
+        given = (*self.given, *[self.text] * asks_of_itself(self.text))
         told = [line for text in given if holds_statements(text)
                 for line in text.splitlines()[-MOST_GIVEN:]]
         lines = clean_pieces(told, self.mind.config.max_line_chars)
@@ -11385,6 +11459,7 @@ class Organism:
         whole = mended(lex, recent, lines[0]) if recent and len(lines) == 1 else None
         if whole:
             lines, about = [whole], ""
+        lines = [settled(lex, line) for line in lines]
         memory.add_entry(source, Document(tuple(lines), True), session, recall, told_at=told_at,
                          about=about, days=named_in(lex, lines, day) if recall else "")
         self.trainer.text_changed(at_once=source != "chat")

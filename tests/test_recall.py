@@ -527,7 +527,13 @@ class Days(Folder):
                 ("I was going to ring Otto but I forgot. / Did I ring Otto?", "!Yes"),
                 ("Don't forget that the lift is stuck. / Is the lift stuck?", "Yes"),
                 ("Je n'aime pas le thé. / Est-ce que j'aime le thé ?", "Non"),
+                ("Paula's trainer is ill. / Is Paula ill?", "!yes"),
+                ("My uncle's son is nine. / How old is my uncle?", "!nine"),
+                ("Otto lent me a saw and Wim a rake. / Did Otto lend me a rake?", "!yes"),
                 # what holds
+                ("Jonas is six. / Jonas is seven now. / How old is Jonas?", "seven"),
+                ("Judo is on Fridays at five. / No judo this week. / When is judo?", "at five"),
+                ("The match is on Friday. No, on Sunday. / When is the match?", "on Sunday"),
                 ("The concert is on 3 July. / The concert was moved to 9 July. / "
                  "Is the concert on 3 July?", "!Yes"),
                 ("The rehearsal is at six. / The rehearsal has been cancelled. / "
@@ -551,6 +557,7 @@ class Days(Folder):
                 # lists
                 ("Shopping list: oats, bin bags / Add leeks to the shopping list / "
                  "What is on the shopping list?", "oats, bin bags and leeks"),
+                ("Shopping list: oats, tea / To-do list: mop / What is on the shopping list?", "oats"),
                 ("Guest list: Uwe, Lena / Uwe can't come, strike him off the list. / "
                  "Strike Uwe off the list. / Who is on the guest list?", "!uwe"),
                 ("Packing list: rope / Clear the packing list / What is on the packing list?",
