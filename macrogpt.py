@@ -6146,9 +6146,9 @@ colour color farbe couleur: red orange yellow green blue purple violet pink brow
  sept huit neuf dix onze douze, since: since until till til seit bis desde hasta depuis, reason:
  because since so for to weil denn um porque para parce pour, aged: age edad old turn alt ans años,
  work: job employ profession teach drive study, opposite: like/hate love/hate dislike/like
- open/close left/right hot/cold first/last next/last old/new before/after arrive/leave start/end
- begin/end begin/finish morning/evening north/south east/west big/small up/down full/empty buy/sell
- married/single home/away front/back
+ open/close left/right hot/cold on/off in/out first/last next/last old/new before/after
+ arrive/leave start/end begin/end begin/finish morning/evening north/south east/west big/small
+ up/down full/empty buy/sell married/single home/away front/back
 own me.en: my our mine ours, mein meine meinen meinem meiner meines unser unsere unserem, mi mis
  nuestro nuestra, mon ma mes notre nos, subject me.en: i we, ich wir, yo nosotros, je j nous, which
  question.en: what which, welche welcher welches welchen welchem was, qué cuál cuáles, quel quelle
@@ -6287,14 +6287,14 @@ refers.en: he she it they him them his her its their, er ihn ihm sein seine sein
  lightest youngest smallest shortest lowest narrowest cheapest slowest least fewest earliest
  lighter younger smaller shorter lower narrower cheaper slower less fewer earlier, leichter jünger
  kleiner kürzer billiger, sums.en: together altogether total, zusammen insgesamt, juntos juntas
- total, ensemble total, corrects.en: scrap, reckons.en: calculate compute sum makes equal equals
- much reckon result, request.en: write help make recommend suggest explain translate sing play draw
- find set send look compose invent advise tell give say teach show read describe entertain cheer
- choose pick correct, wants.en: need want like love, given.en: story poem joke riddle recipe name
- idea tip tips advice help excuse game limerick twister speech verse song letter, duty.en: have_to
- has_to need_to got_to must remind_me_to let_me_forget_to forget_to, muss, tengo_que debo, dois,
- birth.en: born birthday, geboren, nacido nací nació, né née, added.en: more another extra,
- weitere, otro otra más, encore autre
+ total, ensemble total, corrects.en: scrap_that scratch_that, reckons.en: calculate compute sum
+ makes equal equals much reckon result, request.en: write help make recommend suggest explain
+ translate sing play draw find set send look compose invent advise tell give say teach show read
+ describe entertain cheer choose pick correct, wants.en: need want like love, given.en: story poem
+ joke riddle recipe name idea tip tips advice help excuse game limerick twister speech verse song
+ letter, duty.en: have_to has_to need_to got_to must remind_me_to let_me_forget_to forget_to, muss,
+ tengo_que debo, dois, birth.en: born birthday, geboren, nacido nací nació, né née, added.en: more
+ another extra, weitere, otro otra más, encore autre
 ago.en: ago, vor, hace, il_y_a, ahead.en: in within, in, en dentro_de, dans, reckon.en: plus/+
  and_add/+ added_to/+ minus/- less/- take_away/- times/* multiplied_by/* divided_by// over//
  percent_of/%, plus/+ minus/- mal/* geteilt_durch// prozent_von/%, más/+ menos/- por/* entre//
@@ -6529,7 +6529,7 @@ class Lexicon:
         """Return the language that has most of the words in its closed classes: l'ami, it's."""
         heads = [w.partition("'")[0] + "'" for w in words if "'" in w]
         counts = Counter(itertools.chain.from_iterable(
-            self.spoken.get(w, ()) for w in (*words, *heads)))
+            self.spoken.get(w, ()) for w in (*words, *heads) if len(w) > 1))  # 20 l/min
         if len(words) < 2 or max(counts.values(), default=0) < 2:
             counts.clear()  # a hat is English, and so is a bin, as long as nothing else speaks
         return max(self.endings, key=counts.__getitem__)
@@ -6590,7 +6590,7 @@ def _one_slip(a: str, b: str) -> bool:
 # A letter may carry marks; a sign of a script that leaves no spaces is a word.
 _LETTER = (rf"(?:[^\W{UNSPACED}]|[\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670"
            r"\u06d6-\u06ed\u0900-\u0963\u0966-\u0dff\u200c\u200d])")
-_WORD = re.compile(rf"[{UNSPACED}]|{_LETTER}+(?:['’]{_LETTER}+)*['’]?")
+_WORD = re.compile(rf"[{UNSPACED}]|\d+[.,]\d+(?![\w.,:])|{_LETTER}+(?:['’]{_LETTER}+)*['’]?")
 _WORD_OR_STOP = re.compile(rf"{_WORD.pattern}|[,;:.!?…–—](?=\s)")
 _MARKER = re.compile(r"^[HA]:\s*")
 _PERSONAL = frozenset(("me", "own", "subject", "you"))
@@ -6619,6 +6619,8 @@ class Line:
                 self.stops.add(len(self.words))
                 continue
             words = [lex.word(part, self.language) for part in self.parts_of(lex, piece)]
+            if piece == "A" and len(self.words) not in self.stops:
+                words = [words[0]._replace(classes=_NONE)]  # shaft A
             if speaker:  # whose "I" is not the owner's
                 words = [word._replace(classes=word.classes - _PERSONAL) for word in words]
             self.words += words
@@ -6886,10 +6888,14 @@ def opened(lex: Lexicon, text: str) -> Tuple[str, str]:
 
 def _denies_thing(lex: Lexicon, text: str, spans: Sequence[Tuple[int, int]], words: Sequence[str],
                   at: int, language: str) -> bool:
-    """Return whether a "no" is said of a thing, and opens or corrects nothing: no choir today."""
+    """Return whether a "no" is said of a thing, and opens or corrects nothing: no choir today.
+
+    Nor does the one of "no. of bolts".
+    """
     one, after = (lex.word(word, language).classes for word in [*words[at:at + 2], "", ""][:2])
-    return "not" in one and at + 1 < len(words) and not after and (
-        text[spans[at][1]:spans[at + 1][0]] == " ")
+    between = text[spans[at][1]:spans[at + 1][0]] if at + 1 < len(words) else ""
+    return "not" in one and (between == " " and not after or (
+        between == ". " and text[spans[at + 1][0]].islower()))
 
 
 def _after_frame(classes: Sequence[AbstractSet[str]], at: int, frame: int) -> Tuple[int, str]:
@@ -7125,7 +7131,7 @@ def answer_to(lex: Lexicon, talk: Sequence[Tuple[str, str]], text: str) -> str:
         return ""
     line, question = lex.line(text[:MAX_ASKED_CHARS]), talk[at - 2][1]
     bare = leans(lex, line) or len(line.words) < 6 and not line.has & {"aux", "subject"} and (
-        not any(_verbal(lex, word) for word in line.words[2:]))
+        not any(_verbal(lex, word) for word in line.words[1:])) and ":" not in text
     return question if bare and not line.has_phrase(lex, "waves_off") and not asks(text, lex) and (
         asks_for_a_fact(question)) else ""
 
@@ -7428,8 +7434,9 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
     owned = [1 if i in renamed else _owner_fit(asked, line, i, at[i]) for i in vital if near[i]]
     verdict = "" if _only_beside(lex, unit) else _verdict(
         lex, asked, line, near, at, lost, min(owned, default=0), filled, before)
-    if verdict == "yes" and unit.about and lex.line(unit.text).has_phrase(lex, "changed"):
-        verdict = ""  # it has been moved since
+    if verdict == "yes" and unit.about and lex.line(unit.text).has_phrase(lex, "changed") or (
+            unit.entry.source not in TOLD and any(0 < near[i] < 4 for i in near)):
+        verdict = ""  # it has been moved since; what was read must say it in these words
     if verdict:  # what stands in a missing word's place answers as well
         terms, lost = [i for i in terms if near[i]], []
     whole = bool(used) and not lost
@@ -7565,6 +7572,11 @@ def _verdict(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: D
                    for pair in itertools.permutations([at[i] for i in met], 2))
             or min(asked.vital, default=-1) in missing):  # of my mother, asked of my father
         return ""
+    opposite = lex.pairs["opposite", ""].get(q.words[-1].word) or next(
+        (one for one, other in lex.pairs["opposite", ""].items() if other == q.words[-1].word), "")
+    said = {word.word for word in line.words}
+    if "prep" in q.words[-1].classes and opposite in said and q.words[-1].word not in said:
+        return "" if denied or missing else "no"  # is the fan off?
     sure = all(near[i] > 3 or line.words[at[i]].stem in lex.kinds.get(q.words[i].stem, ())
                for i in met)  # a house is near to living, and is not the same
     # A white door is not green, but whoever likes coffee may like tea as well.
@@ -7743,7 +7755,9 @@ def _mends(lex: Lexicon, unit: Unit) -> bool:
     """Return whether a statement says that what it leans on is so no longer."""
     said = next((part for part in sentences_of(unit.entry.text) if unit.text in part), unit.text)
     line = lex.line(said if unit.entry.source in TOLD else unit.text)  # with its "no, I meant"
-    return any(line.has_phrase(lex, kind) for kind in ("ended", "corrects", "changed"))
+    denied = bool(line.words) and "not" in line.words[0].classes and not _corrected(lex, said)
+    return any(line.has_phrase(lex, kind) for kind in ("ended", "changed")) or bool(
+        line.has_phrase(lex, "corrects")) and not denied  # no parking here
 
 
 def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) -> List[Judged]:
@@ -7768,12 +7782,17 @@ def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) 
             *(each for each in found if each not in fits)]
 
 
+def _other_than(lex: Lexicon, word: Word, words: Sequence[Word]) -> bool:
+    """Return whether a word is near to none of some words."""
+    return not any(lex.nearness(each, word) > 2 for each in words)
+
+
 def _takes_place(lex: Lexicon, asked: Asked, top: Judged, each: Judged, least: float) -> bool:
     """Return whether a statement is as much to the point as the best one, should it be newer.
 
     It tells, as surely, of the same things as the question; where it says that something changed,
-    it need not be as sure, and may leave out a word, but not the last of two. Where several may
-    answer, only what is of the same person takes a place.
+    it need not be as sure, and may leave out a word that is no name, but not the last. Where
+    several may answer, only what is of the same person takes a place.
     """
     line, words = each.unit.line, asked.line.words
     met = [i for i in top.near if top.near[i] > 2]
@@ -7787,7 +7806,10 @@ def _takes_place(lex: Lexicon, asked: Asked, top: Judged, each: Judged, least: f
         return True  # it says the same of another day
     lost = [i for i in needed if each.near[i] < 3]
     over = line.has_phrase(lex, "ended")
-    if len(lost) > bool((mends or over) and (len(needed) > 2 or lost[-1:] != needed[-1:])):
+    head = _matched(lex, asked, line)[1][needed[-1]] if needed else 0
+    named = head - 1 in line.telling and _other_than(lex, line.words[head - 1], words)
+    if len(lost) > bool((mends or over) and not named and lost[-1:] != needed[-1:]) or any(
+            asked.line.caps[i] or _is_number(lex, words[i]) for i in lost):
         return False
     told = [j for j in line.telling if line.words[j].stem not in lex.kinds["time"]]
     over = over and each.own and len(told) <= len(needed) + 1 and (
@@ -8456,6 +8478,10 @@ def _compared(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked:
     found = [each for each in (_figure_of(lex, memory, name) for name in names) if each]
     found = found if len(found) > 1 or sums else _figures_of_all(lex, memory, asked)
     values = [value for value, _, _ in found]
+    measures = {next((word.stem for word in unit.line.words if word.stem in lex.kinds["unit"]), "")
+                for _, unit, _ in found}
+    if len(measures) > 1:
+        return None  # metres and centimetres
     if len(found) < 2 or len({*values}) < 2 and not sums:
         return None
     if sums or asked.slot not in ("", "person"):  # how much longer
@@ -8479,32 +8505,37 @@ def _told_of(lex: Lexicon, memory: Memory, asked: Asked) -> List[str]:
 
 
 def _figures_of_all(lex: Lexicon, memory: Memory, asked: Asked) -> List[Tuple[float, Unit, str]]:
-    """Return the newest number of each who is told of with what is asked: who is the tallest?
-
-    Nothing, where they are told in unlike units.
-    """
+    """Return the newest number of each who is told of with what is asked: who is the tallest?"""
     found: Dict[str, Tuple[float, Unit, str]] = {}
-    measures, (asked, entries) = set(), gathered(lex, memory, asked)
+    asked, entries = gathered(lex, memory, asked)
     terms = [i for i in asked.terms if not asked.line.words[i].classes & {"more", "less"}]
     units = (each.unit for each in judged(lex, asked, entries) if all(
         each.near[i] for i in terms or asked.terms))  # the tallest, or the fewest hours
     for unit in sorted(units, key=lambda unit: (unit.entry.told_at, unit.entry.id)):
         line = lex.line(unit.text)
-        capital = next((word.text for word, named in zip(line.words, line.caps) if named), "")
+        at = next((at for at, named in enumerate(line.caps) if named), len(line.words))
+        capital = " ".join(word.text for word in line.words[at:at + 2] if (
+            word is line.words[at] or _is_number(lex, word)))  # lathe 2
         name = capital or next((said for _, said in things_named(lex, line)), "") or (
             "I" if "subject" in line.has else "")
         value = _figure_in(lex, line)
         if name and value is not None:
             found[name] = (value, unit, name)
-            measures.add(next((word.stem for word in line.words
-                               if word.stem in lex.kinds["unit"]), ""))
-    return list(found.values()) if len(measures) == 1 else []
+    return list(found.values())
 
 
 def _figure_in(lex: Lexicon, line: Line) -> Optional[float]:
-    """Return the first number of a sentence, one in digits before others; None if it has none."""
-    digits_first = sorted(line.words, key=lambda w: not w.word[:1].isdigit())
-    return next(_values(lex, digits_first, line.language), None)
+    """Return the number that a sentence tells; None if it has none.
+
+    It is one with a unit rather than another, and rather in digits; lathe 1 is a name.
+    """
+    def rank(at: int) -> Tuple[bool, bool, bool]:
+        after = [word.stem in lex.kinds["unit"] for word in line.words[at + 1:at + 2]]
+        label = at - 1 in line.telling and not (
+            _is_number(lex, line.words[at - 1]) or _verbal(lex, line.words[at - 1]))
+        return after != [True], label, not line.words[at].word[:1].isdigit()
+    best = sorted(range(len(line.words)), key=rank)
+    return next(_values(lex, [line.words[at] for at in best], line.language), None)
 
 
 def _figure_of(lex: Lexicon, memory: Memory, name: str) -> Optional[Tuple[float, Unit, str]]:
@@ -8520,7 +8551,7 @@ def _counted_up(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked
     things = [asked.line.words[i] for i in asked.line.telling if i not in asked.asking]
     if asked.slot not in ("number", "amount") or "you" in asked.line.has or not things:
         return None
-    total, counted, names = 0, [], {}  # type: int, List[Unit], Dict[str, Unit]
+    total, counted, names = 0.0, [], {}  # type: float, List[Unit], Dict[str, Unit]
     for unit in _about(lex, memory, asked):
         line, here = lex.line(unit.text), 0
         for j in (j for j in line.telling if (
@@ -8528,7 +8559,8 @@ def _counted_up(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked
                 if asked.slot == "amount" else lex.nearness(things[0], line.words[j]) == 4)):
             names.update((w.text, unit) for w in _names_beside(lex, line, j))
             before = _values(lex, line.words[max(0, j - 3):j], line.language)
-            here += next((int(value) for value in before if value % 1.0 == 0.0), 0)
+            here += next((value for value in [*before][::-1] if (
+                value % 1.0 == 0.0 or asked.slot == "amount")), 0)
         if here and unit.entry.source in TOLD:
             added = "added" in line.has or "sums" in asked.line.has
             ended = bool(line.has_phrase(lex, "ended"))
@@ -8537,7 +8569,7 @@ def _counted_up(lex: Lexicon, memory: Memory, asked: Asked, raw: Line) -> Looked
     if len(names) > max(1, total) and asked.slot == "number":
         return f"{len(names)} that I know of: {_enumerated([*names])}.", [*names.values()]
     if len(counted) > 1:
-        return f"{total}: {_all_said(lex, counted, memory.today())}", counted
+        return f"{total:g}: {_all_said(lex, counted, memory.today())}", counted
     return None
 
 
@@ -8599,7 +8631,7 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
         unsure = asked.polar and not each.verdict or each.filled < 2 and any(
             _asks_my_name(asked, i) for i in asked.terms) or (  # is quoted at most: I am Irish
             asked.slot in _STRICT and not each.filled or compares
-            or line.speaker and ("subject" in asked.line.has or names and not any(
+            or line.speaker and (asked.line.has & {"subject", "own"} or names and not any(
                 name in line.speaker for name in names)))
         said.append(Recall(
             min(each.score, least / 2.0) if unsure else each.score, unit.entry,
@@ -8773,8 +8805,10 @@ def _mended(lex: Lexicon, before: str, text: str, last: bool) -> Optional[str]:
     new, old = lex.line(text), lex.line(before)
     says_i = any("subject" in word.classes and not (i and "det" in new.words[i - 1].classes)
                  for i, word in enumerate(new.words))  # an i is a letter
-    if not before or asks(text, lex) or says_i or "own" in new.has or not (
-            rest or "not" in new.has):
+    whole = ": " in text or any("aux" in word.classes and i - 1 in new.telling
+                               for i, word in enumerate(new.words))  # no, the saw is in bay 5
+    if not before or asks(text, lex) or says_i or "own" in new.has or whole and not (
+            "not" in new.has) or not (rest or "not" in new.has):
         return None
     words, denied = new.words, [i for i, word in enumerate(new.words) if "not" in word.classes]
     gone = [j for i in denied for j, word in enumerate(old.words) if j in old.telling and any(

@@ -533,6 +533,12 @@ class Days(Folder):
                 # what holds
                 ("Jonas is six. / Jonas is seven now. / How old is Jonas?", "seven"),
                 ("Judo is on Fridays at five. / No judo this week. / When is judo?", "at five"),
+                ("The file is in box 3. / The rasp is in box 4. / No, the file is in box 7. / "
+                 "Where is the rasp?", "box 4"),
+                ("The file is in box 3. / The rasp is in box 4. / No, the file is in box 7. / "
+                 "Where is the file?", "box 7"),
+                ("The press is in hall 1. / No smoking at gate 3. / Where is the press?", "hall 1"),
+                ("The pump is on. / Is the pump off?", "No"),
                 ("The match is on Friday. No, on Sunday. / When is the match?", "on Sunday"),
                 ("The concert is on 3 July. / The concert was moved to 9 July. / "
                  "Is the concert on 3 July?", "!Yes"),
@@ -566,6 +572,9 @@ class Days(Folder):
                  "What is on my to-do list?", "sweep the yard, oil the gate and ring otto"),
                 # figures told in one breath, and of several
                 ("Ida is 150 cm. / Max is 171 cm. / Eva is 139 cm. / Who is the tallest?", "Max."),
+                ("Drill 1: 3 kW / Drill 2: 5 kW / How many kW together?", "8:"),
+                ("The cog costs 2.50 euros. / The belt costs 10 euros. / "
+                 "How much do the cog and the belt cost together?", "12.5:"),
                 ("Ida ran 12 laps. / Max ran 9 laps. / Who ran the fewest laps?", "Max."),
                 ("Uwe is 9. Lena is 5. / Who is older, Uwe or Lena?", "Uwe."))):
             self.db = self.path(f"heard{number}.sqlite3")
