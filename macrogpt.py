@@ -5749,13 +5749,22 @@ def renew_damaged(path: str) -> Tuple[str, Dict[str, int]]:
 
 
 def _whole_copy(path: str, folder: str) -> str:
-    """Return the path of a copy in which a half commit is taken back; of the file, without one."""
-    if not os.path.exists(path + "-journal"):
+    """Return the path of a copy in which a half commit is taken back, and which is as long as its
+    first page says; of the file, where it needs neither."""
+    with open(path, "rb") as file:
+        head = file.read(32)
+    size, pages = int.from_bytes(head[16:18], "big"), int.from_bytes(head[28:32], "big")
+    whole = pages * (65_536 if size == 1 else size)
+    ends = [end for end in ("", "-journal") if os.path.exists(path + end)]
+    if len(ends) < 2 and whole <= os.path.getsize(path):
         return path
     copy = os.path.join(folder, "damaged.sqlite3")
-    for end in ("", "-journal"):
+    for end in ends:
         shutil.copyfile(path + end, copy + end)
-    _take_back(copy)
+    if len(ends) > 1:
+        _take_back(copy)
+    if os.path.getsize(copy) < whole <= 2 * os.path.getsize(copy):
+        os.truncate(copy, whole)  # of a file that was cut short SQLite reads nothing
     return copy
 
 
@@ -7801,7 +7810,8 @@ def _takes_place(lex: Lexicon, asked: Asked, top: Judged, each: Judged, least: f
                                         or words[i].stem in lex.kinds["time"]))] or met
     mends = _mends(lex, each.unit) if each.unit.entry is not top.unit.entry else (
         lex.line(each.unit.text).has_phrase(lex, "changed"))
-    if asked.polar and "is" in words[0].classes and (
+    was = words[0].word in lex.past(asked.line.language)
+    if asked.polar and "is" in words[0].classes and not was and (
             mends or lex.dated(top.unit.line.text)) and _replaces(lex, line, top.unit.line):
         return True  # it says the same of another day
     lost = [i for i in needed if each.near[i] < 3]
@@ -8631,6 +8641,7 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
         unsure = asked.polar and not each.verdict or each.filled < 2 and any(
             _asks_my_name(asked, i) for i in asked.terms) or (  # is quoted at most: I am Irish
             asked.slot in _STRICT and not each.filled or compares
+            or asked.slot == "person" and _role_clash(asked, line, *_matched(lex, asked, line))
             or line.speaker and (asked.line.has & {"subject", "own"} or names and not any(
                 name in line.speaker for name in names)))
         said.append(Recall(
@@ -8654,8 +8665,8 @@ def _with_others(lex: Lexicon, asked: Asked, found: Sequence[Judged], said: Sequ
     if asked.slot == "time" and not top.filled and top.unit.entry.source in TOLD:
         return best._replace(
             answer=f"{best.answer} You told me {_when_told(lex, top.unit, today)}.")
-    if not _wants_all(asked):
-        return best
+    if not _wants_all(asked) or _mends(lex, top.unit):
+        return best  # now it is Marta alone
     beside = [fit for each, fit in zip(found[1:], said[1:]) if fit.score >= least
               and each.filled == top.filled and fit.entry.source in TOLD
               and all(each.near[i] > 2 for i in top.near if top.near[i] > 2)

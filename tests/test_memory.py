@@ -637,6 +637,9 @@ class Layers(MemoryCase):
         self.assertEqual(len(memory.ids_holding([["biscuit"]], 5)), 1)
         with self.assertRaisesRegex(m.StoreError, "there already"):
             m.rescue(self.db, self.path("new.sqlite3"))
+        self.write(self.path("short.sqlite3"), bytes(raw[:-4096]))
+        rescued = m.rescue(self.path("short.sqlite3"), self.path("whole.sqlite3"))
+        self.assertGreater(rescued["messages"], 200, "of a file that was cut short")
         kept, again = m.renew_damaged(self.db)
         self.assertEqual((again, self.content(kept)), (rows, raw), "it was left as it is")
         self.assertEqual(list(self.open().faults()), [], "what can be read, in its place")

@@ -538,6 +538,8 @@ class Days(Folder):
                 ("The file is in box 3. / The rasp is in box 4. / No, the file is in box 7. / "
                  "Where is the file?", "box 7"),
                 ("The press is in hall 1. / No smoking at gate 3. / Where is the press?", "hall 1"),
+                ("Uwe has the van key. / Now Lena has the van key. / Who has the van key?", "!uwe"),
+                ("Uwe trains Lena. / Who trains Uwe?", "I am not sure"),
                 ("The pump is on. / Is the pump off?", "No"),
                 ("The match is on Friday. No, on Sunday. / When is the match?", "on Sunday"),
                 ("The concert is on 3 July. / The concert was moved to 9 July. / "
