@@ -6327,20 +6327,20 @@ sad.en: died dies dying dead death funeral buried grief cancer hospital surgery 
  praised, glücklich froh gewonnen bestanden schwanger verliebt, feliz contento contenta gané
  embarazada, heureux heureuse content contente gagné enceinte
 short.en: 'm/am 're/are 've/have 'll/will 'd/would whats/what_is wheres/where_is whos/who_is
- hows/how_is whens/when_is im/i_am ive/i_have dont/do_not doesnt/does_not didnt/did_not isnt/is_not
- arent/are_not cant/can_not can't/can_not won't/will_not wont/will_not thats/that_is
- theres/there_is wasnt/was_not teh/the u/you ur/your wher/where waht/what wat/what, short.fr: j'/je
- l'/le d'/de qu'/que c'/ce m'/me s'/se n'/ne t'/te, ending.en: ies/i ied/i y/i ss/ss us/us is/is
- ing ed es s e, en er es em et te ten st n e s t, os/o as/a es s, es ées ée és er ez ent e s é,
- silent.en: ing/e ed/e es/e e/e, turn.en: i/you we/you me/you us/you my/your our/your mine/yours
- ours/yours myself/yourself ourselves/yourselves i'm/you_are i've/you_have i'll/you_will
- i'd/you_would im/you_are ive/you_have am/are we're/you_are we've/you_have we'll/you_will
- we'd/you_would your/my yours/mine yourself/myself you're/I_am you've/I_have you'll/I_will
- you'd/I_would, mein/dein meine/deine meinen/deinen meinem/deinem meiner/deiner meines/deines
- unser/euer bin/bist habe/hast ich/du mich/dich mir/dir, mi/tu mis/tus soy/eres estoy/estás
- tengo/tienes vivo/vives trabajo/trabajas nací/naciste me/te llamo/llamas yo/tú nuestro/vuestro
- nuestra/vuestra, mon/ton ma/ta mes/tes suis/es ai/as je/tu j'ai/tu_as me/te m'appelle/t'appelles
- notre/votre nos/vos
+ hows/how_is whens/when_is shes/she_is hes/he_is theyre/they_are im/i_am ive/i_have dont/do_not
+ doesnt/does_not didnt/did_not isnt/is_not arent/are_not cant/can_not can't/can_not won't/will_not
+ wont/will_not thats/that_is theres/there_is wasnt/was_not teh/the u/you ur/your wher/where
+ waht/what wat/what, short.fr: j'/je l'/le d'/de qu'/que c'/ce m'/me s'/se n'/ne t'/te, ending.en:
+ ies/i ied/i y/i ss/ss us/us is/is ing ed es s e, en er es em et te ten st n e s t, os/o as/a es s,
+ es ées ée és er ez ent e s é, silent.en: ing/e ed/e es/e e/e, turn.en: i/you we/you me/you us/you
+ my/your our/your mine/yours ours/yours myself/yourself ourselves/yourselves i'm/you_are
+ i've/you_have i'll/you_will i'd/you_would im/you_are ive/you_have am/are we're/you_are
+ we've/you_have we'll/you_will we'd/you_would your/my yours/mine yourself/myself you're/I_am
+ you've/I_have you'll/I_will you'd/I_would, mein/dein meine/deine meinen/deinen meinem/deinem
+ meiner/deiner meines/deines unser/euer bin/bist habe/hast ich/du mich/dich mir/dir, mi/tu mis/tus
+ soy/eres estoy/estás tengo/tienes vivo/vives trabajo/trabajas nací/naciste me/te llamo/llamas
+ yo/tú nuestro/vuestro nuestra/vuestra, mon/ton ma/ta mes/tes suis/es ai/as je/tu j'ai/tu_as me/te
+ m'appelle/t'appelles notre/votre nos/vos
 holds.en: with, mit, con, avec, asks.code.en: code pin number combination passcode password, code
  nummer passwort kennwort pin, código número contraseña, code numéro mot_de_passe
 """
@@ -6636,7 +6636,8 @@ class Line:
         self.telling = [i for i in range(len(self.words)) if self._tells(i)]
         self.owners = [self._owner(i) for i in range(len(self.words))]
         self.caps = [word.text[:1].isupper() and "function" not in word.classes and (  # names
-            i > 0 or word.stem not in lex.known) and word.stem not in lex.kinds["time"]
+            i not in self.stops or word.stem not in lex.known) and (
+            word.stem not in lex.kinds["time"])
             and not (word.text.isupper() and len(word.text) > STEM_CHARS)  # nor what is shouted
             for i, word in enumerate(self.words)]
         self.has: AbstractSet[str] = frozenset().union(*(word.classes for word in self.words))
@@ -7502,7 +7503,9 @@ def _of_what(lex: Lexicon, line: Line, at: int) -> Set[int]:
         return set(itertools.takewhile(lambda k: k in line.telling and (
             k == after + 1 or not _verbal(lex, words[k])), range(after + 1, len(words))))
     before = at - 1 - (at > 1 and bool(words[at - 1].classes & {"det", "own"}))
-    return {before - 1} & {*line.telling} if before > 0 and "of" in words[before].classes else set()
+    person = line.caps[at] or words[at].stem in lex.kinds["person"]  # no cup of tea
+    return {before - 1} & {*line.telling} if person and before > 0 and (
+        "of" in words[before].classes and not _is_number(lex, words[before - 1])) else set()
 
 
 def _asks_my_name(asked: Asked, i: int) -> bool:
@@ -8816,8 +8819,9 @@ def _mended(lex: Lexicon, before: str, text: str, last: bool) -> Optional[str]:
     new, old = lex.line(text), lex.line(before)
     says_i = any("subject" in word.classes and not (i and "det" in new.words[i - 1].classes)
                  for i, word in enumerate(new.words))  # an i is a letter
-    whole = ": " in text or any("aux" in word.classes and i - 1 in new.telling
-                               for i, word in enumerate(new.words))  # no, the saw is in bay 5
+    whole = ": " in text or "aux" in new.has and len(new.telling) > 2 or any(
+        "aux" in word.classes and i - 1 in new.telling  # no, the saw is in bay 5
+        for i, word in enumerate(new.words))
     if not before or asks(text, lex) or says_i or "own" in new.has or whole and not (
             "not" in new.has) or not (rest or "not" in new.has):
         return None
