@@ -6600,6 +6600,7 @@ def _one_slip(a: str, b: str) -> bool:
 _LETTER = (rf"(?:[^\W{UNSPACED}]|[\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670"
            r"\u06d6-\u06ed\u0900-\u0963\u0966-\u0dff\u200c\u200d])")
 _WORD = re.compile(rf"[{UNSPACED}]|\d+[.,]\d+(?![\w.,:])|{_LETTER}+(?:['’]{_LETTER}+)*['’]?")
+_STOP_SIGNS = frozenset(",;:.!?…–—")
 _WORD_OR_STOP = re.compile(rf"{_WORD.pattern}|[,;:.!?…–—](?=\s)")
 _MARKER = re.compile(r"^[HA]:\s*")
 _PERSONAL = frozenset(("me", "own", "subject", "you"))
@@ -6618,13 +6619,14 @@ class Line:
     def __init__(self, lex: Lexicon, text: str, speaker: str = "") -> None:
         found = _WORD_OR_STOP.findall(text.replace("’", "'").replace("-in-law", "inlaw"))
         self.text, self.speaker = text, speaker
-        self.language = lex.language_of([word.casefold() for word in found if _WORD.match(word)])
+        self.language = lex.language_of([word.casefold() for word in found
+                                         if word not in _STOP_SIGNS])
         self.words: List[Word] = []
         self.stops = {0}  # words before which the text stops, as at a comma
         if speaker:
             self.words = [lex.word(part, "") for part in _WORD.findall(speaker)]
         for piece in found:
-            if not _WORD.match(piece):
+            if piece in _STOP_SIGNS:
                 self.stops.add(len(self.words))
                 continue
             words = [lex.word(part, self.language) for part in self.parts_of(lex, piece)]
@@ -7811,13 +7813,15 @@ def _takes_place(lex: Lexicon, asked: Asked, top: Judged, each: Judged, least: f
     needed = [i for i in met if i not in asked.asking and not words[i].classes & {"changed", "idle"}
               and not (asked.polar and (_is_number(lex, words[i])
                                         or words[i].stem in lex.kinds["time"]))] or met
+    lost = [i for i in needed if each.near[i] < 3]
+    if len(lost) > 1 and not asked.polar:
+        return False
     mends = _mends(lex, each.unit) if each.unit.entry is not top.unit.entry else (
         lex.line(each.unit.text).has_phrase(lex, "changed"))
     was = words[0].word in lex.past(asked.line.language)
     if asked.polar and "is" in words[0].classes and not was and (
             mends or lex.dated(top.unit.line.text)) and _replaces(lex, line, top.unit.line):
         return True  # it says the same of another day
-    lost = [i for i in needed if each.near[i] < 3]
     over = line.has_phrase(lex, "ended")
     head = _matched(lex, asked, line)[1][needed[-1]] if needed else 0
     named = head - 1 in line.telling and _other_than(lex, line.words[head - 1], words)
