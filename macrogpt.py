@@ -7502,8 +7502,9 @@ def _of_what(lex: Lexicon, line: Line, at: int) -> Set[int]:
     while line.caps[after:after + 1] == [True]:
         after += 1  # my son Ralf's wife
     if [word.word for word in words[after:after + 1]] == ["'s"]:
-        return set(itertools.takewhile(lambda k: k in line.telling and (
-            k == after + 1 or not _verbal(lex, words[k])), range(after + 1, len(words))))
+        return set(itertools.takewhile(lambda k: k in line.telling and (  # at the baker's today
+            words[k].stem not in lex.kinds["time"]) and (
+                k == after + 1 or not _verbal(lex, words[k])), range(after + 1, len(words))))
     before = at - 1 - (at > 1 and bool(words[at - 1].classes & {"det", "own"}))
     person = line.caps[at] or words[at].stem in lex.kinds["person"]  # no cup of tea
     return {before - 1} & {*line.telling} if person and before > 0 and (

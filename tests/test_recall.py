@@ -528,6 +528,7 @@ class Days(Folder):
                 ("Don't forget that the lift is stuck. / Is the lift stuck?", "Yes"),
                 ("Je n'aime pas le thé. / Est-ce que j'aime le thé ?", "Non"),
                 ("Paula's trainer is ill. / Is Paula ill?", "!yes"),
+                ("I was at the optician's yesterday. / When was I at the optician's?", "optician's"),
                 ("My uncle's son is nine. / How old is my uncle?", "!nine"),
                 ("Otto lent me a saw and Wim a rake. / Did Otto lend me a rake?", "!yes"),
                 # what holds
