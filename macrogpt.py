@@ -5187,8 +5187,11 @@ class Memory:
 
     def last_session(self) -> str:
         """Return the name of the session that was talked in last, or "main" where it is gone."""
-        name = self._one("SELECT name FROM sessions WHERE id = ?", self.setting("session", 0))
-        return name or "main"
+        return self.name_of_session(self.setting("session", 0)) or "main"
+
+    def name_of_session(self, session_id: int) -> str:
+        """Return the name of a session; "" where it is gone."""
+        return self._one("SELECT name FROM sessions WHERE id = ?", session_id) or ""
 
     def rename_session(self, old: str, new: str) -> None:
         """Give a session another name."""
@@ -11390,13 +11393,15 @@ def stored_shape(memory: Memory) -> Dict[str, Any]:
     return {name: shape[name] for name in names} if whole else {}
 
 
+UNNAMED = "requests"  # the session of all who name none: no message in it leans on another
+
+
 class Organism:
     """Watcher, trainer and speaker of one memory: what an owner talks with."""
 
     def __init__(self, config: Config, memory: Memory, engine: Engine, session: str = "main",
                  seeded: bool = False) -> None:
         self.memory, self.session = memory, session
-        self.apart: Set[int] = set()  # sessions in which no message leans on another
         self.notices: Deque[str] = deque(maxlen=20)
         self._settings = config
         self.trainer = Trainer(lambda: self.config, memory, self._tell, self._take_up_engine)
@@ -11505,7 +11510,7 @@ class Organism:
         lines = clean_pieces(text.splitlines(), self._settings.max_line_chars)
         if not lines:
             return
-        alone = not recall or session in self.apart
+        alone = not recall or memory.name_of_session(session) == UNNAMED
         recent = [] if alone else memory.last_told(5, session)
         day = datetime.date.fromtimestamp(memory.clock() if told_at is None else told_at)
         about = "" if alone else answer_to(lex, memory.newest_messages(session, 4), text)
@@ -12508,7 +12513,6 @@ def _moment(text: str) -> Optional[float]:
 # ours, and what is asked must be JSON.
 
 MODEL_NAME, NO_SESSION = "macrogpt", 0
-UNNAMED = "requests"  # where what those of no session say is kept, if it is learned
 MOST_HEAD_BYTES, MOST_BODY_BYTES = 16_384, 1 << 18
 MOST_CONNECTIONS = 256   # each of which asks once
 CLIENT_SECONDS = 10.0    # for a head, for a body, for taking what is sent
@@ -12629,7 +12633,8 @@ def wanted_of(asked: Any, chat: bool, session: str = "") -> Wanted:
     if not chat and not isinstance(prompt, str):
         raise Refused(400, "prompt must be one text", "prompt")
     *turns, (_, text) = turns_in(given.get("messages", [])) if chat else [("", tidied(prompt))]
-    return Wanted(chat, text, tuple(turns), session_name(session or given.get("user", "")), given)
+    name = session_name(session or given.get("user", ""))
+    return Wanted(chat, text, tuple(turns), "" if name == UNNAMED else name, given)
 
 
 class Visit(Turn):
@@ -12699,7 +12704,6 @@ class Answer:
             return self.turn
         if self.learns and wanted.chat:
             session = organism.memory.session_id(wanted.session or UNNAMED)
-            organism.apart.update(() if wanted.session else (session,))
             yield from organism.reply(wanted.text, session, turn)
             return
         with organism.trainer.paused():

@@ -327,6 +327,19 @@ class Door(Serving):
         self.assertEqual(set(said_in), {"work", "home", "requests"})
         self.assertIsNone(memory.setting("session"))  # the next chat goes on where it was
 
+    def test_what_requests_of_no_session_say_leans_on_nothing_and_is_read_by_no_other(self):
+        process, port = self.serve("--learn")
+        for words in ("My niece is Wanda.", "She sails."):
+            self.reply(port, words)
+        self.assertEqual(self.end(process), (130, ""))
+        process, port = self.serve("--learn")  # nor after a restart
+        self.reply(port, "She has a dog.")
+        self.assertEqual(self.end(process), (130, ""))
+        told = self.kept(writable=False).told()
+        self.assertEqual([entry.about for entry in told], ["", "", ""])
+        wanted = m.wanted_of({**said("Hi."), "user": m.UNNAMED}, True)
+        self.assertEqual(wanted.session, "", "whoever asks for its name")
+
     def test_it_learns_beside_and_what_was_learned_is_committed_when_it_ends(self):
         process, port = self.serve("--set", "warmup_steps=1000000", "--set", "commit_seconds=0.1",
                                    train=True)
