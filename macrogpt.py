@@ -6603,8 +6603,8 @@ def _one_slip(a: str, b: str) -> bool:
 _LETTER = (rf"(?:[^\W{UNSPACED}]|[\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670"
            r"\u06d6-\u06ed\u0900-\u0963\u0966-\u0dff\u200c\u200d])")
 _WORD = re.compile(rf"[{UNSPACED}]|\d+[.,]\d+(?![\w.,:])|{_LETTER}+(?:['’]{_LETTER}+)*['’]?")
-_STOP_SIGNS = frozenset(",;:.!?…–—")
-_WORD_OR_STOP = re.compile(rf"{_WORD.pattern}|[,;:.!?…–—](?=\s)")
+_STOP_SIGNS = ",;:.!?…–—"
+_WORD_OR_STOP = re.compile(rf"{_WORD.pattern}|[{_STOP_SIGNS}](?=\s)")
 _MARKER = re.compile(r"^[HA]:\s*")
 _PERSONAL = frozenset(("me", "own", "subject", "you"))
 
@@ -7186,6 +7186,11 @@ def logged(line: str) -> Optional[List[str]]:
         match[2] not in ("H", "A")) else None
 
 
+def _leans_on(lex: Lexicon, about: str, text: str) -> bool:
+    """Return whether a statement needs what it stands behind, as the answer to a question does."""
+    return bool(about) and (is_question(about) or leans(lex, lex.line(text)))
+
+
 def _units_of(lex: Lexicon, entry: Entry, needles: Iterable[str] = ("",)) -> Iterator[Unit]:
     """Yield what an entry states, line by line; exchanges of the corpus are manner, not facts."""
     lines, told = entry.text.splitlines(), entry.source in TOLD
@@ -7209,7 +7214,7 @@ def _units_of(lex: Lexicon, entry: Entry, needles: Iterable[str] = ("",)) -> Ite
             about = entry.about
             for statement in statements_of(text, lex):
                 rest = (lex.opened(statement)[0] if told else statement).strip()
-                if about and (is_question(about) or leans(lex, lex.line(rest))):
+                if _leans_on(lex, about, rest):
                     yield Unit(entry, lex.line(f"{about} {rest}"), text=rest, about=about)
                     about = _gathering(about, rest)
                 else:
@@ -7232,7 +7237,7 @@ def _beside(lex: Lexicon, units: Iterable[Unit]) -> Iterator[Unit]:
 
 def _only_beside(lex: Lexicon, unit: Unit) -> bool:
     """Return whether a statement needs nothing of what stands before it."""
-    return bool(unit.about) and not is_question(unit.about) and not leans(lex, lex.line(unit.text))
+    return bool(unit.about) and not _leans_on(lex, unit.about, unit.text)
 
 
 # who is who
@@ -7586,15 +7591,14 @@ def _verdict(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: D
     if (line.has_phrase(lex, "unreal") - q.has_phrase(lex, "unreal")
             or _role_clash(asked, line, near, at) or _only_was(lex, q, line)
             or "subject" in q.has and "subject" not in line.has
-            or any(_nearer_rival(lex, line, *pair) or _other_conjunct(line, *pair)
+            or any(_parted(lex, line, *pair)
                    for pair in itertools.permutations([at[i] for i in met], 2))
             or min(asked.vital, default=-1) in missing):  # of my mother, asked of my father
         return ""
-    opposite = lex.pairs["opposite", ""].get(q.words[-1].word) or next(
-        (one for one, other in lex.pairs["opposite", ""].items() if other == q.words[-1].word), "")
-    said = {word.word for word in line.words}
-    if "prep" in q.words[-1].classes and opposite in said and q.words[-1].word not in said:
-        return "" if denied or missing else "no"  # is the fan off?
+    last = q.words[-1]  # is the fan off?
+    if "prep" in last.classes and _has_rival(lex, last, line, (), False) and (
+            last.word not in {word.word for word in line.words}):
+        return "" if denied or missing else "no"
     sure = all(near[i] > 3 or line.words[at[i]].stem in lex.kinds.get(q.words[i].stem, ())
                for i in met)  # a house is near to living, and is not the same
     # A white door is not green, but whoever likes coffee may like tea as well.
@@ -7609,22 +7613,20 @@ def _verdict(lex: Lexicon, asked: Asked, line: Line, near: Dict[int, int], at: D
     return "no" if missing and single and named and not denied else ""
 
 
-def _nearer_rival(lex: Lexicon, line: Line, one: int, other: int) -> bool:
-    """Return whether another word of its kind is nearer to what a word is taken with.
+def _parted(lex: Lexicon, line: Line, one: int, other: int) -> bool:
+    """Return whether two words of a statement, in this order, are said of different things.
 
-    Of "a brother, Karl, and a sister, Eva", Eva is no brother; who hates spinach, but I love kale,
-    hates no kale. Of what is merely listed, all is meant: meat, fish and eggs.
+    Between them stands another of the first one's kind (of "a brother, Karl, and a sister, Eva",
+    Eva is no brother), or another's half begins (Helga gave me a book and Inge a scarf). Of what is
+    merely listed, all is meant: meat, fish and eggs.
     """
     words, between = line.words, range(one + 1, other)
     apart = line.caps[other] or any("subject" in words[at].classes for at in between)
-    return any(lex.are_rivals(words[one], words[at]) and (apart or "det" in words[at - 1].classes)
-               for at in between if at in line.telling)
-
-
-def _other_conjunct(line: Line, one: int, other: int) -> bool:
-    """Return whether a word belongs to another's half: Helga gave me a book and Inge a scarf."""
+    if any(lex.are_rivals(words[one], words[at]) and (apart or "det" in words[at - 1].classes)
+           for at in between if at in line.telling):
+        return True
     names = [at for at, named in enumerate(line.caps) if named]
-    return any(a <= one < b <= other and (b in line.stops or "joins" in line.words[b - 1].classes)
+    return any(a <= one < b <= other and (b in line.stops or "joins" in words[b - 1].classes)
                and any(a < k < b and not line.caps[k] for k in line.telling)
                for a, b in itertools.combinations(names, 2))
 
@@ -8928,8 +8930,9 @@ def asks_for_a_fact(text: str) -> bool:
 def asks_of_itself(text: str) -> bool:
     """Return whether a text asks for a fact about things and persons of which it has told before.
     """
-    lex, question = lexicon(), _question_in(lexicon(), text)
-    if question == text[:MAX_ASKED_CHARS] or not asks_for_a_fact(text):
+    lex = lexicon()
+    question = _question_in(lex, text) if asks_for_a_fact(text) else ""
+    if question in ("", text[:MAX_ASKED_CHARS]):
         return False
     asked, told = analyzed(lex, question), statements_of(text, lex)
     stems = {word.stem for part in told for word in lex.line(part).words}
