@@ -7427,11 +7427,12 @@ def _named(lex: Lexicon, slot: str, line: Line, used: Container[int], at: int,
 
 
 class Judged(NamedTuple):
-    """A statement, how likely it answers, and how near it has each term of the question."""
+    """A statement, how likely it answers, how near it has each term of the question, and where."""
 
     score: float
     unit: Unit
     near: Dict[int, int]
+    at: Dict[int, int]
     filled: int
     verdict: str
     own: bool = True   # it has one of them itself, not only what it leans on
@@ -7480,7 +7481,7 @@ def signals(lex: Lexicon, asked: Asked, unit: Unit) -> Tuple[Dict[str, float], J
         "other's": min(owned, default=0) < 0,
         "rival": any(_has_rival(lex, q.words[i], line) for i in lost)}
     return {name: float(value) for name, value in found.items()}, Judged(
-        0.0, unit, near, filled, verdict, own, bool(new or asked.polar))
+        0.0, unit, near, at, filled, verdict, own, bool(new or asked.polar))
 
 
 def _matched(lex: Lexicon, asked: Asked, line: Line) -> Tuple[Dict[int, int], Dict[int, int]]:
@@ -7790,8 +7791,9 @@ def newest_first(lex: Lexicon, asked: Asked, found: List[Judged], least: float) 
     top, plain = found[0], [word.word for word in asked.line.words]
     former = any(lex.phrase_at(plain, i, "former", asked.line.language)  # but not: how old
                  for i in range(len(plain)) if i not in asked.asking)
+    needed = _needed(lex, asked, top)
     fits = [top, *(each for each in found[1:] if each.unit.entry.source in TOLD
-                   and _takes_place(lex, asked, top, each, least))]
+                   and _takes_place(lex, asked, top, needed, each, least))]
     fits.sort(key=lambda each: (each.unit.entry.told_at, each.unit.entry.id,
                                 each.unit.entry.text.find(each.unit.text)), reverse=True)
     best = fits[min(former, len(fits) - 1)]
@@ -7807,7 +7809,16 @@ def _other_than(lex: Lexicon, word: Word, words: Sequence[Word]) -> bool:
     return not any(lex.nearness(each, word) > 2 for each in words)
 
 
-def _takes_place(lex: Lexicon, asked: Asked, top: Judged, each: Judged, least: float) -> bool:
+def _needed(lex: Lexicon, asked: Asked, top: Judged) -> List[int]:
+    """Return the words of a question that what takes the best statement's place must have, too."""
+    words, met = asked.line.words, [i for i in top.near if top.near[i] > 2]
+    return [i for i in met if i not in asked.asking and not words[i].classes & {"changed", "idle"}
+            and not (asked.polar and (_is_number(lex, words[i])
+                                      or words[i].stem in lex.kinds["time"]))] or met
+
+
+def _takes_place(lex: Lexicon, asked: Asked, top: Judged, needed: Sequence[int], each: Judged,
+                 least: float) -> bool:
     """Return whether a statement is as much to the point as the best one, should it be newer.
 
     It tells, as surely, of the same things as the question; where it says that something changed,
@@ -7815,10 +7826,6 @@ def _takes_place(lex: Lexicon, asked: Asked, top: Judged, each: Judged, least: f
     several may answer, only what is of the same person takes a place.
     """
     line, words = each.unit.line, asked.line.words
-    met = [i for i in top.near if top.near[i] > 2]
-    needed = [i for i in met if i not in asked.asking and not words[i].classes & {"changed", "idle"}
-              and not (asked.polar and (_is_number(lex, words[i])
-                                        or words[i].stem in lex.kinds["time"]))] or met
     lost = [i for i in needed if each.near[i] < 3]
     if len(lost) > 1 and not asked.polar:
         return False
@@ -7829,7 +7836,7 @@ def _takes_place(lex: Lexicon, asked: Asked, top: Judged, each: Judged, least: f
             mends or lex.dated(top.unit.line.text)) and _replaces(lex, line, top.unit.line):
         return True  # it says the same of another day
     over = line.has_phrase(lex, "ended")
-    head = _matched(lex, asked, line)[1][needed[-1]] if needed else 0
+    head = each.at[needed[-1]] if needed else 0
     named = head - 1 in line.telling and _other_than(lex, line.words[head - 1], words)
     if len(lost) > bool((mends or over) and not named and lost[-1:] != needed[-1:]) or any(
             asked.line.caps[i] or _is_number(lex, words[i]) for i in lost):
@@ -8654,7 +8661,7 @@ def recall(memory: Memory, text: str, rng: random.Random, least: float = 0.5,
         unsure = asked.polar and not each.verdict or each.filled < 2 and any(
             _asks_my_name(asked, i) for i in asked.terms) or (  # is quoted at most: I am Irish
             asked.slot in _STRICT and not each.filled or compares
-            or asked.slot == "person" and _role_clash(asked, line, *_matched(lex, asked, line))
+            or asked.slot == "person" and _role_clash(asked, line, each.near, each.at)
             or line.speaker and (asked.line.has & {"subject", "own"} or names and not any(
                 name in line.speaker for name in names)))
         said.append(Recall(
