@@ -14629,7 +14629,7 @@ def option_parser() -> argparse.ArgumentParser:
     add("--host", metavar="ADDRESS", help="serve: where to listen (default 127.0.0.1)")
     add("--port", metavar="N", help="serve: at which port (default 8080; 0 is any that is free)")
     add("--token", metavar="T", help="serve: a secret that is asked of all")
-    add("--learn", action="store_true", default=None, help="serve: keep what is said in sessions")
+    add("--learn", action="store_true", default=None, help="serve: keep what is said")
     add("--version", action="version", version=f"macrogpt {__version__}")
     return parser
 
